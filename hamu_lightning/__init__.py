@@ -1,0 +1,35 @@
+"""Machine unlearning for PyTorch Lightning by HAMU: hardness-aware multi-objective unlearning."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hamu_lightning.callbacks import HAMUCallback, split_forget
+    from hamu_lightning.gramian import compute_gramian
+    from hamu_lightning.optim import HAMUOptimizer
+    from hamu_lightning.rules import HAMUQ, HAMUU
+
+__version__ = "0.1.0"
+__all__ = ["HAMUQ", "HAMUU", "HAMUCallback", "HAMUOptimizer", "compute_gramian", "split_forget"]
+
+# Resolved on first use (PEP 562): `import hamu_lightning.rules` must load neither Lightning nor a solver.
+_HOMES = {
+    "HAMUQ": "rules",
+    "HAMUU": "rules",
+    "HAMUCallback": "callbacks",
+    "HAMUOptimizer": "optim",
+    "compute_gramian": "gramian",
+    "split_forget": "callbacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

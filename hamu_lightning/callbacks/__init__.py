@@ -1,0 +1,7 @@
+"""Lightning: the callback, and the split of a dataset into what is retained and what is forgotten."""
+
+from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
+from hamu_lightning.callbacks._hamu_callback import HAMUCallback
+from hamu_lightning.callbacks._streams import split_forget
+
+__all__ = ["HAMUCallback", "HAMUMisconfigurationError", "split_forget"]

@@ -1,0 +1,57 @@
+"""What HAMUCallback refuses, at the start of the fit, with the cure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from hamu_lightning.errors import HAMUError, HAMUValueError
+from hamu_lightning.optim import HAMUOptimizer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class HAMUMisconfigurationError(HAMUError, MisconfigurationException):
+    """A setting of the Trainer, the module or the callback does not go together with unlearning."""
+
+
+MANUAL_RECIPE = """\
+Expected automatic optimization, but the module sets `automatic_optimization = False`. There the module steps itself: \
+let it use HAMUOptimizer instead of the callback:
+    optimizer = HAMUOptimizer(torch.optim.SGD(self.parameters(), lr=1e-2), HAMUQ(quota=1e-3))  # configure_optimizers
+    optimizer = self.optimizers()                                                              # training_step
+    with optimizer.retain(): self.manual_backward(retain_loss)
+    with optimizer.forget(): self.manual_backward(forget_loss)
+    optimizer.step()"""
+
+
+def check_setup(trainer: Trainer, module: LightningModule, callback: Any) -> None:
+    """Raise unless the callback can work in this fit."""
+    if not module.automatic_optimization:
+        raise HAMUMisconfigurationError(MANUAL_RECIPE)
+    if len(trainer.optimizers) != 1:
+        raise HAMUMisconfigurationError(
+            f"Expected one optimizer, but `configure_optimizers` returned {len(trainer.optimizers)}. "
+            "Use one optimizer with several parameter groups, or manual optimization with HAMUOptimizer."
+        )
+    if sum(isinstance(other, type(callback)) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise HAMUMisconfigurationError(
+            "Expected one HAMUCallback, but the Trainer has several. Give all samples to forget to one of them."
+        )
+
+
+def wrap_optimizer(module: LightningModule, base: Any, rule: Any) -> HAMUOptimizer:
+    """Wrap the module's optimizer, or take the HAMUOptimizer that it made itself."""
+    if isinstance(base, HAMUOptimizer):
+        return base
+    if rule is None:
+        raise HAMUMisconfigurationError(
+            "Expected `rule`, such as HAMUCallback(rule=HAMUQ(quota=1e-3)), but got None. "
+            "It can be left out only when `configure_optimizers` returns a HAMUOptimizer."
+        )
+    try:
+        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters())
+    except HAMUValueError as error:
+        raise HAMUMisconfigurationError(str(error)) from error

@@ -1,0 +1,146 @@
+"""The only place that touches what Lightning keeps private. Found on Lightning 2.6.
+
+Nothing is imported from Lightning here except types: `lightning.pytorch` and `pytorch_lightning` are disjoint class
+trees, and all objects are reached from the trainer at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class StepPatch:
+    """Puts a function around the strategy's `training_step`, after all start hooks and inside its `no_sync` context.
+
+    lightning/pytorch/trainer/call.py `_call_strategy_hook` looks `training_step` up on the strategy at each batch, so
+    an attribute of the instance comes before the method of the class.
+    """
+
+    def __init__(
+        self, strategy: Any, around: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+    ) -> None:
+        self._strategy = strategy
+        self._before = strategy.__dict__.get("training_step")
+        original = strategy.training_step
+        strategy.training_step = lambda *args, **kwargs: around(original, args, kwargs)
+
+    def remove(self) -> None:
+        """Take the function away again."""
+        if self._before is not None:
+            self._strategy.training_step = self._before
+        else:
+            self._strategy.__dict__.pop("training_step", None)
+
+
+@contextmanager
+def throwaway_results(trainer: Trainer, batch: Any) -> Iterator[Any]:
+    """Collect what the module logs in a collection of its own, so that the trainer's keeps the retain stream alone.
+
+    Yields the collection, of the trainer's own class (lightning/pytorch/trainer/connectors/logger_connector/result.py).
+    """
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    kept, kept_fx = loop._results, connector._current_fx
+    loop._results = type(kept)(training=True)
+    loop._results.batch = batch
+    try:
+        yield loop._results
+    finally:
+        loop._results, connector._current_fx = kept, kept_fx
+
+
+def read_results(results: Any) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Read what was logged: for each name the value, and the arguments to log it again with."""
+    logged = {}
+    for item in results.values():
+        value = item._forward_cache if item.meta.on_step or not item.is_tensor else item.compute()
+        if isinstance(value, Tensor) and value.numel() == 1:
+            levels = {"on_step": item.meta.on_step, "on_epoch": item.meta.on_epoch, "logger": item.meta.logger}
+            logged[item.meta.name] = (value.detach().clone(), {**levels, "batch_size": results.batch_size or 1})
+    return logged
+
+
+@contextmanager
+def without_callbacks(trainer: Trainer) -> Iterator[None]:
+    """Hide the callbacks: their hooks run for the retain pass only."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = []  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+@contextmanager
+def hook_name(module: LightningModule, name: str) -> Iterator[None]:
+    """Let the module believe that it is in this hook: `self.log` asks for it."""
+    before = module._current_fx_name
+    module._current_fx_name = name
+    try:
+        yield
+    finally:
+        module._current_fx_name = before
+
+
+def transfer_batch(trainer: Trainer, batch: Any) -> Any:
+    """Send a batch the way of the training loop (lightning/pytorch/loops/training_epoch_loop.py `advance`)."""
+    module, strategy = trainer.lightning_module, trainer.strategy
+    batch = strategy.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    with hook_name(module, "batch_to_device"):
+        return strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def split_step_output(output: Any) -> Tensor | None:
+    """The loss in what `training_step` returned, in any of the forms that Lightning takes; None for no loss."""
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def set_foreground_batch(trainer: Trainer, batch: Any) -> None:
+    """Let the logging of the retain pass see this batch (it takes the batch size from it)."""
+    results = trainer.fit_loop.epoch_loop._results
+    results.batch, results.batch_size = batch, None
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Whether the present batch ends without an optimizer step."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether the loggers will be written at the end of the present batch."""
+    return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def train_loader_parts(trainer: Trainer) -> Any:
+    """The training loader or loaders as the user gave them, after the trainer has prepared them."""
+    loader = trainer.train_dataloader
+    return getattr(loader, "iterables", loader)
+
+
+def prepare_loader(trainer: Trainer, loader: Any) -> Any:
+    """Let the trainer and the strategy treat the forget loader like a training loader (distributed sampler)."""
+    is_shuffled = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler)
+    modes = type(trainer.state.stage) if trainer.state.stage is not None else None
+    mode = None if modes is None else modes("train")
+    loader = trainer._data_connector._prepare_dataloader(loader, shuffle=is_shuffled, mode=mode)  # type: ignore[arg-type]
+    return trainer.strategy.process_dataloader(loader)
+
+
+def grad_scaler(trainer: Trainer) -> Any | None:
+    """The loss scaler of 16-bit mixed precision, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def clips_gradients(trainer: Trainer) -> bool:
+    """Whether the trainer or the module changes gradients before the step."""
+    method = type(trainer.lightning_module).configure_gradient_clipping
+    is_own = method.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
+    return bool(trainer.gradient_clip_val) or is_own

@@ -1,0 +1,199 @@
+"""One fit with unlearning: what HAMUCallback holds between `on_fit_start` and `teardown`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._checks import wrap_optimizer
+from hamu_lightning.callbacks._forget_pass import ForgetPass, detached_loss, split_pair
+from hamu_lightning.callbacks._journal import Journal
+from hamu_lightning.callbacks._random import RandomStream
+from hamu_lightning.callbacks._sources import find_forget_loader
+from hamu_lightning.callbacks._stopping import StopOn, find_stop_reason
+from hamu_lightning.callbacks._streams import ForgetStream
+from hamu_lightning.callbacks._watchdog import Watchdog
+from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.optim import StepReport
+from hamu_lightning.rules import Rule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """The arguments of HAMUCallback."""
+
+    forget: Any
+    rule: Rule | None
+    freezes_batchnorm: bool
+    batch_size: int | None
+    every_n_steps: int
+    seed: int
+    stop_on: tuple[StopOn, ...]
+    progress_bar: bool
+
+
+class Fit:
+    """Wraps the optimizer, pairs each retain batch with a forget batch, and counts.
+
+    Args:
+        trainer: The trainer, with its strategy and optimizers set up.
+        settings: What the user asked for.
+        state: The state of an earlier run that this one continues, or an empty dict.
+    """
+
+    def __init__(self, trainer: Trainer, settings: FitSettings, state: dict[str, Any]) -> None:
+        self._trainer, self._settings, self._state = trainer, settings, state
+        base = trainer.optimizers[0]
+        self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule)
+        self._has_wrapped = self.optimizer is not base
+        if self._has_wrapped:
+            # Schedulers hold the base optimizer, whose groups the wrapper shares.
+            trainer.strategy.optimizers = [self.optimizer]
+        self.optimizer.approve = self._approve if settings.stop_on else None
+        if "optimizer" in state:
+            self.optimizer.load_hamu_state_dict(state["optimizer"])
+        self._patch = _compat.StepPatch(trainer.strategy, self._around_step)
+        self._random = RandomStream(settings.seed)
+        self._stream: ForgetStream | None = None
+        self._forget_pass = ForgetPass(trainer, self.optimizer, self._random)
+        self._journal = Journal(trainer, settings.progress_bar)
+        self._watchdog: Watchdog | None = None
+        self._frozen: dict[_BatchNorm, bool] = {}
+        self._forget_passes: int = state.get("forget_passes", 0)
+        self._dropped_steps: int = state.get("dropped_steps", 0)
+        self._stop_reason: str | None = state.get("stop_reason")
+        # The accumulation window: micro-batches so far, retain losses among them, whether it will be combined.
+        self._window, self._losses, self._combines = 0, 0, True
+
+    def start(self) -> None:
+        """Find the forget batches; the training loader is there now."""
+        settings = self._settings
+        loader = find_forget_loader(self._trainer, settings.forget, settings.batch_size)
+        if loader is not None:
+            self._stream = ForgetStream(loader, self._random)
+            if "stream" in self._state:
+                self._stream.load_state_dict(self._state["stream"])
+        self._forget_pass.stream = self._stream
+        self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
+
+    def look_again(self) -> None:
+        """Compare the whole module again at the next forget pass."""
+        self._forget_pass.guard.look_again()
+
+    def prepare_forget_gradient(self) -> None:
+        """Unscale and clip the forget gradient on its own, before Lightning clips the retain gradient."""
+        if not (self._combines and self._losses):
+            return
+        scaler = _compat.grad_scaler(self._trainer)
+        if scaler is not None:
+            self.optimizer.unscale_forget_(scaler)
+        if _compat.clips_gradients(self._trainer):
+            self._forget_pass.clip()
+
+    def end_batch(self) -> None:
+        """After a batch: log, stop, and open a new window where one has ended."""
+        self._journal.log_module(self._forget_pass.logged)
+        if _compat.is_accumulating(self._trainer):
+            return
+        if self.optimizer.has_forget_gradient:
+            # 16-bit overflow: the scaler did not call `step`, or the retain pass gave no loss.
+            self._dropped_steps += 1
+            self.optimizer.release_forget()
+        if self._watchdog is not None and not self._watchdog.check(self.optimizer.steps):
+            self._watchdog = None
+        if self._combines and self.optimizer.last_step is not None:
+            self._journal.log_step(self.optimizer.last_step)
+        if self._stop_reason is not None and not self._trainer.should_stop:
+            rank_zero_info(f"HAMU stops at step {self._trainer.global_step}: {self._stop_reason}")
+            self._trainer.should_stop = True
+        self._window = self._losses = 0
+
+    def unfreeze(self) -> None:
+        """Put the BatchNorm layers back into the modes in which they were found."""
+        for layer, mode in self._frozen.items():
+            layer.training = mode
+        self._frozen.clear()
+
+    def check_it_happened(self) -> None:
+        """Raise unless there was unlearning: forgetting must never silently not happen."""
+        for what, count in (("forget passes", self._forget_passes), ("combined steps", self.optimizer.steps)):
+            if count == 0:
+                raise HAMUStateError(
+                    f"Expected unlearning to happen in this fit, but it ended with 0 {what}. Check that the module's "
+                    "`training_step` runs through the Trainer, and `every_n_steps` against the number of steps."
+                )
+
+    def summary(self) -> str:
+        """One line on what was done."""
+        optimizer = self.optimizer
+        left_out = int(optimizer.not_finite_steps) + optimizer.zero_lr_steps + self._dropped_steps
+        return f"HAMU: {optimizer.steps} combined steps ({left_out} left out), {self._journal.summary()}."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in tensors, numbers, strings, lists and dicts."""
+        stream = {} if self._stream is None else {"stream": self._stream.state_dict()}
+        return {
+            **stream,
+            "optimizer": self.optimizer.hamu_state_dict(),
+            "forget_passes": self._forget_passes,
+            "dropped_steps": self._dropped_steps,
+            "stop_reason": self._stop_reason,
+        }
+
+    def close(self) -> None:
+        """Take back every change to the trainer, the module and its optimizer."""
+        self.unfreeze()
+        self._patch.remove()
+        self.optimizer.release_forget()
+        self.optimizer.approve = None
+        if self._has_wrapped:
+            self._trainer.strategy.optimizers = [self.optimizer.base]
+
+    def _around_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forget pass, then the retain pass as it is."""
+        trainer, settings = self._trainer, self._settings
+        if settings.freezes_batchnorm:
+            self._freeze()
+        if self._window == 0:
+            self._combines = trainer.global_step % settings.every_n_steps == 0
+        self._window += 1
+        forget = None
+        if self._stream is None:
+            retain, forget = split_pair(args[0])
+            _compat.set_foreground_batch(trainer, retain)
+            args = (retain, *args[1:])
+        if self._combines:
+            self._journal.add_forget(self._forget_pass.run(step, args, kwargs, forget))
+            self._forget_passes += 1
+        output = step(*args, **kwargs)
+        self._note_retain(detached_loss(output))
+        return output
+
+    def _note_retain(self, loss: Tensor | None) -> None:
+        """Count the retain loss, and tell the optimizer what its next step is to do."""
+        if loss is not None:
+            self._losses += 1
+            self._journal.add_retain(loss)
+        share = self._window / self._trainer.accumulate_grad_batches
+        plan = "drop" if not self._losses else "combine" if self._combines else "retain_only"
+        self.optimizer.plan_step(plan, window_share=share)  # type: ignore[arg-type]
+
+    def _approve(self, report: StepReport) -> bool:
+        if self._stop_reason is None:
+            self._stop_reason = find_stop_reason(report, self._settings.stop_on)
+        return self._stop_reason is None
+
+    def _freeze(self) -> None:
+        for layer in self._trainer.lightning_module.modules():
+            if isinstance(layer, _BatchNorm):
+                self._frozen.setdefault(layer, layer.training)
+                layer.training = False

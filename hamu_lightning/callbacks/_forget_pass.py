@@ -1,0 +1,147 @@
+"""The forget pass: one forward and backward pass on a forget batch that leaves nothing behind but its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._guard import ModuleGuard
+from hamu_lightning.callbacks._random import RandomStream
+from hamu_lightning.callbacks._streams import ForgetStream
+from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.optim import HAMUOptimizer
+from hamu_lightning.optim._slots import hidden_gradients
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class ForgetPass:
+    """Runs forget batches through the module, isolated from everything that the retain stream owns.
+
+    Args:
+        trainer: The trainer, in a fit.
+        optimizer: Where the gradient goes.
+        random: The random stream of the pass.
+
+    Attributes:
+        stream: Where batches come from; None if each training batch brings its own.
+        guard: Keeps the module as it was.
+        logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
+    """
+
+    def __init__(self, trainer: Trainer, optimizer: HAMUOptimizer, random: RandomStream) -> None:
+        self._trainer, self._optimizer, self._random = trainer, optimizer, random
+        self.stream: ForgetStream | None = None
+        self.guard = ModuleGuard(trainer.lightning_module)
+        self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+
+    def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None) -> Tensor:
+        """Run one forget batch through `step`, the strategy's `training_step`, and accumulate its gradient.
+
+        Args:
+            step: Called like for the retain batch, with the forget batch in its place.
+            args: The arguments of the retain batch.
+            kwargs: Likewise.
+            batch: The forget batch, already transferred, where the training loader brought it.
+
+        Returns:
+            The loss of the batch, detached, 0-d.
+
+        Raises:
+            HAMUStateError: If the module returns None for a whole pass, or a loss without a graph.
+        """
+        for _ in range(self._patience(batch)):
+            loss = self._run_once(step, args, kwargs, batch)
+            if loss is not None:
+                return loss
+        raise HAMUStateError(
+            "Expected `training_step` to return a loss for forget batches, but it returned None for a full pass. "
+            "HAMU needs the gradient of the forget loss; check what the module skips."
+        )
+
+    def clip(self) -> None:
+        """Clip the forget gradient as the trainer and the module clip the retain gradient, on its own."""
+        trainer, module = self._trainer, self._trainer.lightning_module
+        with self._isolated(None), self._optimizer.forget(), _compat.hook_name(module, "configure_gradient_clipping"):
+            module.configure_gradient_clipping(
+                trainer.optimizers[0],
+                gradient_clip_val=trainer.gradient_clip_val,
+                gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+            )
+
+    def _patience(self, batch: Any) -> int:
+        if batch is not None or self.stream is None:
+            return 1
+        return self.stream.length or 100
+
+    def _isolated(self, batch: Any) -> ExitStack:
+        """Everything that the pass must not touch, put back at the end."""
+        module = self._trainer.lightning_module
+        owned = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        stack = ExitStack()
+        stack.enter_context(self._random.active())
+        stack.enter_context(self.guard.guarding())
+        stack.enter_context(hidden_gradients(p for p in module.parameters() if id(p) not in owned))
+        stack.enter_context(_compat.without_callbacks(self._trainer))
+        self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch))
+        return stack
+
+    def _run_once(
+        self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any
+    ) -> Tensor | None:
+        with self._isolated(batch):
+            if batch is None:
+                assert self.stream is not None
+                batch = _compat.transfer_batch(self._trainer, next(self.stream))
+                self._results.batch = batch
+            loss = _compat.split_step_output(step(batch, *args[1:], **kwargs))
+            if loss is None:
+                return None
+            self.logged = _compat.read_results(self._results)
+            self._backward(loss)
+            return loss.detach().float().mean().clone()
+
+    def _backward(self, loss: Tensor) -> None:
+        check_loss(loss)
+        trainer = self._trainer
+        with self._optimizer.forget(), _compat.hook_name(trainer.lightning_module, "backward"):
+            # Lightning divides the loss of each micro-batch by the full window; so do we.
+            trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
+
+
+def check_loss(loss: object) -> None:
+    """Raise unless the loss can be differentiated."""
+    if not isinstance(loss, Tensor):
+        raise HAMUStateError(f"Expected `training_step` to return a loss tensor, but got {type(loss).__name__}.")
+    if not loss.requires_grad:
+        raise HAMUStateError(
+            "Expected the forget loss to depend on the weights, but it has no graph. "
+            "Return the loss from `training_step` without detach() and outside torch.no_grad()."
+        )
+
+
+def split_pair(batch: Any) -> tuple[Any, Any]:
+    """Split a training batch `{"retain": ..., "forget": ...}`.
+
+    Raises:
+        HAMUStateError: If one of the two is missing, for instance because its loader has ended.
+    """
+    parts = tuple(batch.get(name) if isinstance(batch, Mapping) else None for name in ("retain", "forget"))
+    if any(part is None for part in parts):
+        raise HAMUStateError(
+            "Expected each training batch to hold 'retain' and 'forget', but one of them is missing. "
+            "Let the shorter loader cycle: CombinedLoader(..., mode='max_size_cycle')."
+        )
+    return parts[0], parts[1]
+
+
+def detached_loss(output: Any) -> Tensor | None:
+    """The loss of a step's output as a 0-d tensor without a graph; None where there is none."""
+    loss = _compat.split_step_output(output)
+    return loss.detach().float().mean().clone() if isinstance(loss, torch.Tensor) else None

@@ -1,0 +1,184 @@
+"""HAMUCallback: unlearning for an unmodified LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypeAlias, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from hamu_lightning.callbacks._checks import check_setup
+from hamu_lightning.callbacks._fit import Fit, FitSettings
+from hamu_lightning.callbacks._stopping import StopOn
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.optim import StepReport
+from hamu_lightning.rules import Rule
+
+BatchNormMode: TypeAlias = Literal["freeze", "retain"]
+
+
+class HAMUCallback(Callback):
+    """Makes a fit unlearn: each optimizer step also raises the loss on the data to forget, as the rule says.
+
+    The Trainer's own loader is the retain stream; the module and its optimizer stay as they are. What happens:
+
+    - `on_fit_start` wraps the module's optimizer in a `HAMUOptimizer` (one that `configure_optimizers` returned is
+      used as it is, with its rule). What cannot work is refused here.
+    - At each training batch, after all start hooks, a forget batch goes through the module first: transfer, forward,
+      backward, with the module's own hooks. Its gradient goes to a slot of its own. Everything else that it touches is
+      put back: random states, BatchNorm statistics, torchmetrics, logged values, attributes, other callbacks.
+    - Then Lightning's own pass on the retain batch, untouched.
+    - Before the step the forget gradient is unscaled (16-mixed) and clipped on its own, as the retain gradient is.
+    - The step combines the two. A step with non-finite gradients is left out and counted.
+    - At logging steps the names `hamu/...`, `retain/loss` and `forget/loss` are logged (means since the last logging
+      step); what the module logs in its forget pass appears as `forget/<its name>`.
+    - Validation and test are not touched. `teardown` takes everything back: a second `fit` is a plain one without the
+      callback.
+    - Checkpoints hold the position and the random state of the forget stream and the counters, in the callback's
+      state; the module's and the optimizer's states are those of a plain run.
+
+    Args:
+        forget: The data to forget: a DataLoader or another iterable of batches, a Dataset (loaded like the training
+            data, shuffled), or None when the module or datamodule has `forget_dataloader()` or the training loader
+            yields `{"retain": ..., "forget": ...}`. The shorter stream cycles; each pass shuffles anew.
+        rule: How the two gradients are combined, such as `HAMUQ(quota=1e-3)`.
+        batchnorm: "freeze" keeps all BatchNorm layers in evaluation mode in both passes, as in the paper; "retain"
+            updates their statistics from the retain stream only.
+        batch_size: Batch size of the forget stream where `forget` is a Dataset; default: that of the training loader.
+        every_n_steps: Combine at every n-th optimizer step; the steps between are plain steps on the retain data.
+        seed: Seed of the forget stream's own random state.
+        stop_on: Reasons to stop before a step is applied: "collateral_damage" (no step can meet the quota without
+            harm, DESIGN 1.4) and "infeasible" (the trust region does not allow the quota). The model reached is kept.
+        progress_bar: Whether `forget/loss` and `hamu/margin` are shown in the progress bar.
+
+    Raises:
+        HAMUValueError: If an argument is out of its range.
+
+    Example:
+        >>> from hamu_lightning.rules import HAMUQ
+        >>> callback = HAMUCallback(forget=[...], rule=HAMUQ(quota=1e-3), stop_on=("infeasible",))
+        >>> # Trainer(callbacks=[callback]).fit(module, retain_loader)
+    """
+
+    def __init__(
+        self,
+        forget: Iterable[Any] | Dataset[Any] | None = None,
+        rule: Rule | None = None,
+        *,
+        batchnorm: BatchNormMode = "freeze",
+        batch_size: int | None = None,
+        every_n_steps: int = 1,
+        seed: int = 0,
+        stop_on: Iterable[StopOn] = (),
+        progress_bar: bool = False,
+    ) -> None:
+        super().__init__()
+        if rule is not None and not isinstance(rule, Rule):
+            raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
+        if batchnorm not in get_args(BatchNormMode):
+            raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
+        for name, number in (("every_n_steps", every_n_steps), ("batch_size", batch_size)):
+            if number is not None and number < 1:
+                raise HAMUValueError(f"Expected `{name}` to be at least 1, but got {number}.")
+        reasons = tuple(stop_on)
+        unknown = [reason for reason in reasons if reason not in get_args(StopOn)]
+        if unknown:
+            raise HAMUValueError(f"Expected `stop_on` to hold some of {get_args(StopOn)}, but got {unknown}.")
+        self.settings = FitSettings(
+            forget, rule, batchnorm == "freeze", batch_size, every_n_steps, seed, reasons, progress_bar
+        )
+        self._fit: Fit | None = None
+        self._state: dict[str, Any] = {}
+        self._last_step: StepReport | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "HAMUCallback"
+
+    @property
+    def forget_passes(self) -> int:
+        """How many forget batches have gone through the module."""
+        return int(self.state_dict().get("forget_passes", 0))
+
+    @property
+    def combined_steps(self) -> int:
+        """How many optimizer steps have combined the two gradients, left-out ones included."""
+        return int(self.state_dict().get("optimizer", {}).get("steps", 0))
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why unlearning stopped by itself, in words; None if it did not."""
+        return self.state_dict().get("stop_reason")
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """What the last combined step did."""
+        return self._fit.optimizer.last_step if self._fit else self._last_step
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_setup(trainer, pl_module, self)
+        self._fit = Fit(trainer, self.settings, self._state)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running.start()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running.look_again()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._running.prepare_forget_gradient()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._running.end_batch()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running.unfreeze()
+        self._running.check_it_happened()
+        rank_zero_info(self._running.summary())
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._finish()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._finish()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._fit.state_dict() if self._fit else dict(self._state)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds the settings and the state, but nothing of a running fit (iterators, patches)."""
+        return {**self.__dict__, "_fit": None, "_state": self.state_dict(), "_last_step": None}
+
+    @property
+    def _running(self) -> Fit:
+        if self._fit is None:
+            raise HAMUStateError(
+                "Expected to be in a fit, but `on_fit_start` was not called. Add the callback to a Trainer."
+            )
+        return self._fit
+
+    def _finish(self) -> None:
+        """Take back everything that was changed; what was counted stays readable."""
+        if self._fit is not None:
+            fit, self._state, self._last_step = self._fit, self._fit.state_dict(), self._fit.optimizer.last_step
+            self._fit = None
+            fit.close()

@@ -1,0 +1,99 @@
+"""Finds the forget loader: an argument, a dataset, `forget_dataloader()`, or a paired training loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
+from hamu_lightning.callbacks._streams import count_shared_samples
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+def find_forget_loader(trainer: Trainer, forget: Any, batch_size: int | None) -> Iterable[Any] | None:
+    """Return the loader of forget batches, or None where the training loader brings them.
+
+    Args:
+        trainer: The trainer, with its training loader set up.
+        forget: What the user gave: a DataLoader or another iterable of batches, a Dataset, or None.
+        batch_size: For a Dataset; default: the training loader's.
+
+    Raises:
+        HAMUMisconfigurationError: If nothing was found, or it is empty.
+    """
+    train = _compat.train_loader_parts(trainer)
+    source = forget if forget is not None else _call_hook(trainer)
+    if source is None:
+        if isinstance(train, Mapping) and {"retain", "forget"} <= set(train):
+            return None
+        raise HAMUMisconfigurationError(
+            "Expected to find the data to forget, but `forget` is None, neither the module nor the datamodule has a "
+            "`forget_dataloader()`, and the training loader does not yield {'retain': ..., 'forget': ...}. "
+            "Pass HAMUCallback(forget=loader_or_dataset, ...)."
+        )
+    is_dataset = isinstance(source, Dataset)
+    if batch_size is not None and not is_dataset:
+        raise HAMUMisconfigurationError(
+            f"Expected `batch_size` to go with a Dataset, but `forget` is a {type(source).__name__}, which has its own "
+            "batch size. Set it there."
+        )
+    if not isinstance(source, Iterable) and not is_dataset:
+        raise HAMUMisconfigurationError(
+            f"Expected `forget` to be a DataLoader, a Dataset or None, but got {type(source).__name__}."
+        )
+    check_not_empty(source)
+    loader = _build_loader(source, train, batch_size) if is_dataset else source
+    check_not_empty(loader)
+    warn_about_shared_samples(train, loader)
+    return _compat.prepare_loader(trainer, loader)  # type: ignore[no-any-return]
+
+
+def check_not_empty(source: Any) -> None:
+    """Raise if the source is known to be empty."""
+    try:
+        size = len(source)
+    except (TypeError, NotImplementedError):
+        return  # a stream without a length; an empty one is noticed at its first batch
+    if size == 0:
+        raise HAMUMisconfigurationError(
+            f"Expected the data to forget to hold at least one batch, but the {type(source).__name__} is empty. "
+            "Check the indices, the sampler, and drop_last with a batch size larger than the forget set."
+        )
+
+
+def warn_about_shared_samples(train: Any, forget: Any) -> None:
+    """Warn where samples are both retained and forgotten, as far as it can be seen."""
+    shared = count_shared_samples(train, forget)
+    if shared:
+        rank_zero_warn(
+            f"The retain and the forget loader share {shared} samples of one Dataset: the two objectives pull at the "
+            "same samples. `retain, forget = split_forget(dataset, indices)` makes disjoint ones."
+        )
+
+
+def _call_hook(trainer: Trainer) -> Any:
+    for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
+        hook = getattr(owner, "forget_dataloader", None)
+        if callable(hook):
+            return hook()
+    return None
+
+
+def _build_loader(dataset: Dataset[Any], train: Any, batch_size: int | None) -> DataLoader[Any]:
+    """A shuffling loader over the dataset, otherwise like the training loader."""
+    like = train if isinstance(train, DataLoader) else None
+    if batch_size is None:
+        batch_size = getattr(like, "batch_size", None)
+    if batch_size is None:
+        raise HAMUMisconfigurationError(
+            "Expected a batch size for the Dataset to forget, but the training loader has none to follow. "
+            "Pass HAMUCallback(batch_size=...), or a DataLoader as `forget`."
+        )
+    options = {} if like is None else {n: getattr(like, n) for n in ("num_workers", "collate_fn", "pin_memory")}
+    return DataLoader(dataset, batch_size=batch_size, shuffle=not isinstance(dataset, IterableDataset), **options)

@@ -1,0 +1,207 @@
+"""Blocks of weights, and the Gramians of two or more gradients per block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations_with_replacement
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.errors import HAMUValueError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Blocks", "assign_blocks", "compute_gramian"]
+
+Blocks: TypeAlias = Literal["tensor", "layer", "global"] | Callable[[str], str]
+
+# Products are summed in rows of this length and the row sums in float64: the rounding of a sum does not grow with the
+# size of the tensor. 4,096 float32 values fit the first-level cache twice.
+_ROW = 4096
+
+
+def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | None = None) -> Tensor:
+    """Compute the inner products of several gradients, block by block.
+
+    `K[b, i, j]` is the sum over the tensors of block `b` of the inner products of the gradients `i` and `j`. Products
+    are summed in float32 for 16-bit gradients, in rows whose sums are added in float64 where the device has it.
+    Nothing is read on the host. (Coalescing a sparse gradient is the exception that torch makes on CUDA.)
+
+    Args:
+        *grads: One list of gradients per objective, all with the same tensors in the same order. `None` counts as
+            zero. Sparse gradients and `DTensor` are understood: the local shards are multiplied, and the numbers of
+            all tensors are summed in one collective per mesh dimension that shards any of them.
+        blocks: For each tensor the index of its block, `0 .. B-1`. Default: each tensor is its own block.
+
+    Returns:
+        `[B, n, n]` for `n` gradients, symmetric: float64 where all gradients are float64, else float32. Its precision
+        tells the rules where two gradients count as collinear. Unit: squared loss per squared unit of weight.
+
+    Raises:
+        HAMUValueError: If the lists have different lengths, or `blocks` does not name each tensor's block.
+
+    Example:
+        >>> import torch
+        >>> compute_gramian([torch.tensor([3.0, 4.0])], [torch.tensor([1.0, 0.0])])
+        tensor([[[25.,  3.],
+                 [ 3.,  1.]]])
+    """
+    n, n_tensors = len(grads), len(grads[0]) if grads else 0
+    if n == 0 or any(len(g) != n_tensors for g in grads):
+        raise HAMUValueError(
+            f"Expected `grads` to be lists of equal length, but got lengths {[len(g) for g in grads]}. "
+            "Give one list per objective, with None where a tensor has no gradient."
+        )
+    if blocks is not None and len(blocks) != n_tensors:
+        raise HAMUValueError(
+            f"Expected `blocks` to hold one index per tensor ({n_tensors}), but got {len(blocks)} indices."
+        )
+    given = [g for grad in grads for g in grad if g is not None]
+    device = given[0].device if given else torch.device("cpu")
+    wide = widest_float(device)
+    pairs = list(combinations_with_replacement(range(n), 2))
+    zero = torch.zeros((), dtype=wide, device=device)
+    products = [
+        zero if row[i] is None or row[j] is None else _inner(row[i], row[j]).to(device, wide)
+        for row in zip(*grads, strict=True)
+        for i, j in pairs
+    ]
+    upper = torch.stack(products) if products else zero.new_zeros(0)
+    upper = upper.view(n_tensors, len(pairs))
+    upper = _sum_over_shards(upper, [next((g for g in row if g is not None), None) for row in zip(*grads, strict=True)])
+    if blocks is not None:
+        n_blocks = max(blocks, default=-1) + 1
+        index = torch.tensor(blocks, dtype=torch.long, device=device)
+        upper = torch.zeros(n_blocks, upper.shape[1], dtype=wide, device=device).index_add_(0, index, upper)
+    column = {pair: k for k, pair in enumerate(pairs)}
+    entries = [upper[:, column[min(i, j), max(i, j)]] for i in range(n) for j in range(n)]
+    gramian = torch.stack(entries, dim=1).view(-1, n, n)  # [B, n, n]
+    is_double = bool(given) and all(g.dtype in (torch.float64, torch.complex128) for g in given)
+    return gramian if is_double else gramian.float()
+
+
+def assign_blocks(names: Sequence[str], groups: Sequence[int], blocks: Blocks) -> tuple[list[int], list[str]]:
+    """Assign each tensor to a block. Blocks are split at the borders of parameter groups, so that each has one `lr`.
+
+    Args:
+        names: The tensors' names, as in `module.named_parameters()`.
+        groups: For each tensor the index of its parameter group.
+        blocks: "tensor" (each its own), "layer" (the module that owns the tensor), "global" (all of them together),
+            or a function from a tensor's name to the label of its block.
+
+    Returns:
+        For each tensor the index of its block, and for each block its label.
+
+    Raises:
+        HAMUValueError: If `blocks` is none of these.
+
+    Example:
+        >>> assign_blocks(["a.weight", "a.bias", "b.weight"], [0, 0, 0], "layer")
+        ([0, 0, 1], ['a', 'b'])
+        >>> assign_blocks(["a.weight", "b.weight"], [0, 1], "global")
+        ([0, 1], ['global/group0', 'global/group1'])
+    """
+    label_of = _label_function(blocks)
+    keys = [(label_of(name), group) for name, group in zip(names, groups, strict=True)]
+    order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+    groups_of: dict[str, set[int]] = {}
+    for label, group in keys:
+        groups_of.setdefault(label, set()).add(group)
+    labels = [label if len(groups_of[label]) == 1 else f"{label}/group{group}" for label, group in order]
+    return [order[key] for key in keys], labels
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _label_function(blocks: Blocks) -> Callable[[str], str]:
+    if callable(blocks):
+        return blocks
+    match blocks:
+        case "tensor":
+            return lambda name: name
+        case "layer":
+            return lambda name: name.rpartition(".")[0] or name
+        case "global":
+            return lambda name: "global"
+    raise HAMUValueError(
+        f"Expected `blocks` to be 'tensor', 'layer', 'global' or a function from a name to a label, but got {blocks!r}."
+    )
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two gradients of one tensor: their local parts where they are sharded."""
+    return _local_inner(_local(a), _local(b))
+
+
+def _local_inner(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_sparse or b.is_sparse:
+        return _sparse_inner(a, b)
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    a, b = a.reshape(-1), b.reshape(-1)
+    n_rows = a.numel() // _ROW
+    if n_rows == 0:
+        return torch.dot(a, b)
+    head = n_rows * _ROW
+    rows: Tensor = torch.linalg.vecdot(a[:head].view(n_rows, _ROW), b[:head].view(n_rows, _ROW))  # [n_rows]
+    total = rows.sum(dtype=widest_float(a.device))
+    return total + torch.dot(a[head:], b[head:]) if head < a.numel() else total
+
+
+def _sparse_inner(a: Tensor, b: Tensor) -> Tensor:
+    if not a.is_sparse:
+        a, b = b, a
+    a = a.coalesce()
+    if b.is_sparse:
+        return (a * b.coalesce()).coalesce().values().sum(dtype=widest_float(a.device))
+    return _local_inner(a.values(), b[tuple(a.indices())])
+
+
+def _local(grad: Tensor) -> Tensor:
+    """The shard of a `DTensor` on this rank; any other tensor as it is."""
+    mesh = _mesh(grad)
+    if mesh is None:
+        return grad
+    if any(placement.is_partial() for placement in grad.placements):  # type: ignore[attr-defined]
+        from torch.distributed.tensor import Replicate
+
+        placements = [Replicate() if p.is_partial() else p for p in grad.placements]  # type: ignore[attr-defined]
+        grad = grad.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    return grad.to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+def _mesh(grad: Tensor) -> DeviceMesh | None:
+    return getattr(grad, "device_mesh", None)
+
+
+def _sum_over_shards(upper: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """Sum the rows of sharded tensors over exactly the mesh dimensions that shard them.
+
+    Args:
+        upper: `[T, P]`, this rank's products for each tensor.
+        tensors: For each row one of its gradients, or None.
+    """
+    mesh_of = [None if t is None else _mesh(t) for t in tensors]
+    for mesh in dict.fromkeys(m for m in mesh_of if m is not None):
+        rows = [row for row, m in enumerate(mesh_of) if m == mesh]
+        index = torch.tensor(rows, device=upper.device)
+        part = upper[index]
+        for dim in range(mesh.ndim):
+            is_sharded = [tensors[row].placements[dim].is_shard() for row in rows]  # type: ignore[union-attr]
+            if not any(is_sharded):
+                continue
+            # One collective for all tensors: those that this dimension does not shard are the same on all its ranks,
+            # and only the first rank contributes them.
+            if mesh.get_local_rank(dim) != 0:
+                part = torch.where(torch.tensor(is_sharded, device=part.device)[:, None], part, torch.zeros_like(part))
+            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+        upper = upper.index_copy(0, index, part)
+    return upper

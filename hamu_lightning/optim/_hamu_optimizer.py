@@ -1,0 +1,412 @@
+"""HAMUOptimizer: keeps the two gradients apart, and gives the base optimizer the one that moves the weights by `d`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, SGD, Optimizer
+from typing_extensions import override
+
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.gramian import compute_gramian
+from hamu_lightning.optim._combine import combine_
+from hamu_lightning.optim._layout import Layout, collect_names, make_layout
+from hamu_lightning.optim._report import StepReport
+from hamu_lightning.optim._slots import GradientSlot, SpentGradients, pointed_gradients
+from hamu_lightning.rules import Branch, Coefficients, Rule
+
+Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
+
+
+@dataclass
+class _Core:
+    """All that changes. LightningOptimizer and Fabric copy the wrapper's `__dict__`: they share this object."""
+
+    base: Optimizer
+    rule: Rule
+    names: dict[Tensor, str]
+    forget_slot: GradientSlot = field(default_factory=GradientSlot)
+    spent: SpentGradients = field(default_factory=SpentGradients)
+    layout: Layout | None = None
+    last_step: StepReport | None = None
+    plan: Plan = "combine"
+    window_share: float = 1.0
+    approve: Callable[[StepReport], bool] | None = None
+    shadow: Optimizer | None = None
+    steps: int = 0
+    zero_lr_steps: int = 0
+    not_finite_steps: Tensor | int = 0
+
+
+class HAMUOptimizer(Optimizer):
+    """Wraps an optimizer so that each step follows an unlearning rule.
+
+    The problem: the weights should move by `d = c_r g_r + c_f g_f` per block, where `g_r`, `g_f` are the gradients of
+    the retain and of the forget loss and the coefficients come from a rule such as `HAMUQ` (Chen et al. 2026).
+
+    One step:
+
+    1. `with optimizer.forget():` points `.grad` at a slot of its own; `backward()` inside accumulates there. On
+       leaving, `.grad` is what it was.
+    2. `with optimizer.retain():` accumulates into `.grad` itself, after dropping gradients that the last step has
+       used. A plain `backward()` after `zero_grad()` does the same. The order of 1 and 2 is free.
+    3. `step()` computes the Gramians of the two gradients, asks the rule for the coefficients, and writes the
+       equivalent gradient `(-c_r/lr) g_r + (-c_f/lr) g_f` over the forget slot.
+    4. It points `.grad` at that, calls the base optimizer's `step()`, and points `.grad` back at the retain gradient.
+    5. It releases the forget slot, and keeps the `StepReport` in `last_step`.
+
+    Plain SGD as the base moves the weights by `d` to within one rounding of the weight. Other bases (momentum, weight
+    decay, Adam) take the equivalent gradient as if it came from a loss: the quota and the radius then do not hold for
+    the weights, and a warning says so. A step with a non-finite number in its Gramians is left out and counted. So is
+    one where every learning rate is 0. Nothing is read on the host, except one flag per step when the base is not
+    plain SGD (to leave out a non-finite step).
+
+    `state_dict()` is the base's, so that plain checkpoints load both ways; our counters are in `hamu_state_dict()`.
+    Parameter groups, state and defaults are the base's own: schedulers work on the wrapper and on the base.
+
+    Args:
+        base: Any torch optimizer with a learning rate per group; not LBFGS, not with `maximize=True`.
+        rule: A rule from `hamu_lightning.rules`.
+        named_parameters: Names and tensors as from `module.named_parameters()`: labels of the blocks, needed for
+            `blocks="layer"` or a function unless the base was built from named parameters.
+
+    Raises:
+        HAMUValueError: If the base cannot be wrapped, or the rule's blocks need names that are not known.
+
+    Example:
+        >>> import torch
+        >>> from hamu_lightning.rules import HAMUQ
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = HAMUOptimizer(torch.optim.SGD([weight], lr=0.1), HAMUQ(quota=0.01))
+        >>> with optimizer.retain():
+        ...     (weight[0] ** 2).backward()
+        >>> with optimizer.forget():
+        ...     weight.sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_step.coefficients.forget_improvement
+        tensor(0.0100, dtype=torch.float64)
+    """
+
+    _core: _Core
+
+    def __init__(
+        self, base: Optimizer, rule: Rule, named_parameters: Iterable[tuple[str, Tensor]] | None = None
+    ) -> None:
+        check_base(base)
+        if not isinstance(rule, Rule):
+            raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
+        names = collect_names(base.param_groups)
+        names.update({parameter: name for name, parameter in named_parameters or ()})
+        self.__setstate__({"_core": _Core(base, rule, names)})
+        layout = self._update_layout()
+        if rule.radius.needs_weights and not any(bool(p.any()) for p in layout.parameters):
+            raise HAMUValueError(
+                f"Expected some weight to differ from zero with {rule.radius}, but all are zero. "
+                "A radius relative to the weights needs weights: use FixedRadius, or load the trained model first."
+            )
+        warn_about_base(base, rule)
+
+    @property
+    def base(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._core.base
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that combines the gradients."""
+        return self._core.rule
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """What the last combined step did; None before the first. One that was left out reports NOT_FINITE."""
+        return self._core.last_step
+
+    @property
+    def steps(self) -> int:
+        """How many combined steps were taken, the left-out ones included."""
+        return self._core.steps
+
+    @property
+    def zero_lr_steps(self) -> int:
+        """How many steps found every learning rate at 0 and did nothing."""
+        return self._core.zero_lr_steps
+
+    @property
+    def not_finite_steps(self) -> Tensor:
+        """How many steps were left out because of a non-finite number: 0-d, on the device."""
+        return torch.as_tensor(self._core.not_finite_steps)
+
+    @contextmanager
+    def retain(self) -> Iterator[None]:
+        """Accumulate the retain gradient: `with optimizer.retain(): loss.backward()`."""
+        for parameter in self._parameters():
+            if self._core.spent.is_spent(parameter):
+                parameter.grad = None
+        yield
+
+    @contextmanager
+    def forget(self) -> Iterator[None]:
+        """Accumulate the forget gradient in its own slot: `with optimizer.forget(): loss.backward()`."""
+        with self._core.forget_slot.filling(self._parameters()):
+            yield
+
+    @override
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Combine the two gradients and let the base optimizer apply the result.
+
+        Args:
+            closure: Called first, with gradients enabled; it may compute one of the two gradients (Lightning does).
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            HAMUStateError: If one of the two gradients is missing. One objective alone is never applied.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._apply()
+        return result
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the retain gradient (inside `forget()`: the forget gradient). The other one is kept."""
+        self._core.base.zero_grad(set_to_none)
+
+    def plan_step(self, plan: Plan = "combine", *, window_share: float = 1.0) -> None:
+        """Say what the next `step()` is to do; afterwards it is "combine" again.
+
+        Args:
+            plan: "combine" the two gradients, take a plain step of the base on the retain gradient ("retain_only"), or
+                do nothing ("drop").
+            window_share: The slots hold this share of the mean gradients: n/N when losses were divided by N but only n
+                micro-batches came (the last window of an epoch).
+        """
+        self._core.plan, self._core.window_share = plan, window_share
+
+    @property
+    def approve(self) -> Callable[[StepReport], bool] | None:
+        """Called with the report of each step before weights move; a step that it answers False for is left out."""
+        return self._core.approve
+
+    @approve.setter
+    def approve(self, approve: Callable[[StepReport], bool] | None) -> None:
+        self._core.approve = approve
+
+    @property
+    def has_forget_gradient(self) -> bool:
+        """Whether the forget slot holds a gradient."""
+        return self._core.forget_slot.is_filled
+
+    def release_forget(self) -> None:
+        """Drop the forget gradient, for instance when a step is given up."""
+        self._core.forget_slot.release()
+
+    def unscale_forget_(self, scaler: torch.amp.GradScaler) -> None:
+        """Divide the forget gradient by the loss scale, as `scaler.unscale_(optimizer)` does with the retain gradient.
+
+        A non-finite forget gradient counts as an overflow: the scaler backs off at its next `update()`, and the
+        combined step leaves itself out.
+        """
+        with self.forget():
+            # The scaler unscales an optimizer once per step; this one stands for the slot.
+            shadow = SGD([p for p in self._parameters() if p.grad is not None], lr=0.0)
+            scaler.unscale_(shadow)
+        self._core.shadow = shadow  # the scaler knows it by its id until `update()`
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state, nothing else."""
+        return self._core.base.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the base optimizer's state."""
+        self._core.base.load_state_dict(state_dict)
+
+    def hamu_state_dict(self) -> dict[str, Any]:
+        """Return our own state: the counters."""
+        core = self._core
+        return {
+            "steps": core.steps,
+            "zero_lr_steps": core.zero_lr_steps,
+            "not_finite_steps": int(core.not_finite_steps),
+        }
+
+    def load_hamu_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `hamu_state_dict` returned."""
+        for name in ("steps", "zero_lr_steps", "not_finite_steps"):
+            setattr(self._core, name, state_dict[name])
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        self._core.base.add_param_group(param_group)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's groups: the very list, also after it was replaced by `load_state_dict`."""
+        return self._core.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's state."""
+        return self._core.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's defaults."""
+        return self._core.base.defaults
+
+    @override
+    def __repr__(self) -> str:
+        return f"HAMUOptimizer({self.rule}, {self.base})"
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_core": self._core}
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _update_layout(self) -> Layout:
+        """The layout, made again when the set of trainable tensors has changed."""
+        core = self._core
+        trainable = tuple(p for p in self._parameters() if p.requires_grad)
+        if core.layout is None or [*map(id, core.layout.parameters)] != [*map(id, trainable)]:
+            core.layout = make_layout(self.param_groups, core.names, core.rule.blocks)
+        return core.layout
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        core, plan = self._core, self._core.plan
+        core.plan = "combine"
+        if plan == "retain_only" or (plan == "combine" and self._is_initialisation()):
+            core.base.step()
+        elif plan == "combine":
+            self._combine_and_step()
+        core.forget_slot.release()
+        core.spent.remember(self._parameters())
+        core.window_share = 1.0
+
+    def _is_initialisation(self) -> bool:
+        """Whether this step only makes the base's state: torch's `get_optimizer_state_dict` takes one at lr 0."""
+        return not self._core.forget_slot.is_filled and all(float(group["lr"]) == 0 for group in self.param_groups)
+
+    def _combine_and_step(self) -> None:
+        core, layout = self._core, self._update_layout()
+        retain = [None if core.spent.is_spent(p) else p.grad for p in layout.parameters]
+        forget = [core.forget_slot.get(p) for p in layout.parameters]
+        check_both_present(any(g is not None for g in retain), core.forget_slot.is_filled)
+        core.steps += 1
+        if not core.rule.is_plain and is_at_rest(self.param_groups):
+            core.zero_lr_steps += 1
+            return
+        core.last_step = self._ask_rule(retain, forget, layout)
+        if core.approve is None or core.approve(core.last_step):
+            combined = combine_(retain, forget, self._factors(core.last_step, layout))
+            with pointed_gradients(layout.parameters, combined):
+                self._step_base(core.last_step.coefficients)
+
+    def _ask_rule(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> StepReport:
+        """Compute the Gramians of the mean gradients, and ask the rule for the coefficients."""
+        rule, blocks = self._core.rule, layout.blocks
+        gramian = compute_gramian(retain, forget, blocks=blocks) / self._core.window_share**2
+        weights: dict[str, Tensor] = {}
+        if rule.radius.needs_weights:
+            norms = compute_gramian(layout.parameters, blocks=blocks).clamp(min=0).sqrt().view(-1)
+            weights = {"weight_norms": norms, "sizes": layout.vector(layout.sizes)}
+        lr = layout.learning_rates(self.param_groups)
+        return StepReport(gramian, rule.coefficients(gramian, lr=lr, **weights), lr, layout.labels)
+
+    def _factors(self, report: StepReport, layout: Layout) -> Tensor:
+        """What each tensor's two gradients are multiplied by, `[T, 2]`: `-c/lr`, so that the base applies `c`."""
+        values, lr = report.coefficients.values, report.lr.unsqueeze(1)
+        if self._core.rule.is_plain:
+            unit = torch.zeros_like(values[:, 0])
+            factors = torch.stack((unit + 1, unit), dim=1)
+        else:
+            # The rule saw mean gradients; the slots hold `window_share` of them.
+            factors = torch.where(lr == 0, 0, -values / lr) / self._core.window_share
+        return factors[torch.tensor(layout.blocks, device=factors.device)]
+
+    def _step_base(self, coefficients: Coefficients) -> None:
+        """Let the base apply the gradients, unless they are not finite; plain SGD then gets zeros and does not move."""
+        core = self._core
+        if not core.rule.is_plain:
+            is_not_finite = coefficients.branch[0] == int(Branch.NOT_FINITE)
+            core.not_finite_steps = core.not_finite_steps + is_not_finite.long()
+            # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.
+            if not is_plain_sgd(core.base) and bool(is_not_finite):
+                return
+        core.base.step()
+
+
+def is_at_rest(param_groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether every learning rate is a plain 0. One that is a tensor is not read: the rule sees to it."""
+    return all(isinstance(group["lr"], float | int) and group["lr"] == 0 for group in param_groups)
+
+
+def is_plain_sgd(base: Optimizer) -> bool:
+    """Whether the optimizer moves the weights by exactly `-lr` times the gradient."""
+    return type(base) is SGD and not any(group["momentum"] or group["weight_decay"] for group in base.param_groups)
+
+
+def check_base(base: Optimizer) -> None:
+    """Raise unless the optimizer can be wrapped."""
+    if not isinstance(base, Optimizer):
+        raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {type(base).__name__}.")
+    if isinstance(base, HAMUOptimizer):
+        raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
+    if isinstance(base, LBFGS):
+        raise HAMUValueError(
+            "Expected `base` to take one gradient per step, but got LBFGS, which evaluates its closure several times. "
+            "Use SGD, AdamW or another first-order optimizer."
+        )
+    for index, group in enumerate(base.param_groups):
+        if "lr" not in group:
+            raise HAMUValueError(f"Expected parameter group {index} of `base` to have a learning rate 'lr'.")
+        if group.get("maximize"):
+            raise HAMUValueError(
+                f"Expected `maximize=False`, but parameter group {index} of {type(base).__name__} has maximize=True. "
+                "The rule already gives the direction of both objectives."
+            )
+
+
+def check_both_present(has_retain: bool, has_forget: bool) -> None:
+    """Raise unless both gradients are there."""
+    if not (has_retain and has_forget):
+        missing = " and ".join(
+            name for name, is_there in (("retain", has_retain), ("forget", has_forget)) if not is_there
+        )
+        raise HAMUStateError(
+            f"Expected a retain and a forget gradient at `step()`, but the {missing} gradient is missing. Run each "
+            "objective's backward() inside `with optimizer.retain():` and `with optimizer.forget():` before every step."
+        )
+
+
+def warn_about_base(base: Optimizer, rule: Rule) -> None:
+    """Warn, by name, about what makes the weights move by something else than `d`."""
+    if rule.is_plain or is_plain_sgd(base):
+        return
+    reasons = [
+        f"{name}={group[name]}"
+        for name in ("momentum", "weight_decay")
+        for group in base.param_groups
+        if group.get(name)
+    ]
+    reasons = list(dict.fromkeys(reasons)) or [f"{type(base).__name__} rescales gradients"]
+    warnings.warn(
+        f"The base optimizer {type(base).__name__} has {', '.join(reasons)}: the weights will not move by exactly the "
+        "step that the rule chose, so quota and radius hold for the gradient it receives, not for the weights. "
+        "Plain SGD (momentum=0, weight_decay=0) applies the step as it is.",
+        stacklevel=3,
+    )

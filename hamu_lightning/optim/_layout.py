@@ -1,0 +1,83 @@
+"""Which tensors an optimizer moves, in which blocks, at which learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.gramian import Blocks, assign_blocks, widest_float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The trainable tensors of an optimizer, in the order of its parameter groups.
+
+    Args:
+        parameters: The tensors.
+        blocks: For each tensor the index of its block.
+        labels: For each block its name.
+        groups: For each block the index of its parameter group.
+        sizes: For each block its number of weights.
+    """
+
+    parameters: tuple[Tensor, ...]
+    blocks: tuple[int, ...]
+    labels: tuple[str, ...]
+    groups: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """The device where the numbers of the blocks live."""
+        return self.parameters[0].device
+
+    def vector(self, values: Sequence[float | Tensor]) -> Tensor:
+        """One number per block as a tensor `[B]` on the device, whether the numbers are floats or tensors."""
+        dtype = widest_float(self.device)
+        if any(isinstance(value, Tensor) for value in values):
+            return torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device).reshape(()) for v in values])
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def learning_rates(self, param_groups: Sequence[Mapping[str, Any]]) -> Tensor:
+        """The learning rate of each block, `[B]`."""
+        return self.vector([param_groups[group]["lr"] for group in self.groups])
+
+
+def make_layout(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], blocks: Blocks) -> Layout:
+    """Lay out the trainable tensors of the groups.
+
+    Raises:
+        HAMUValueError: If there is none, or if `blocks` needs the names of the tensors and they are not known.
+    """
+    members = [(p, g) for g, group in enumerate(param_groups) for p in group["params"] if p.requires_grad]
+    if not members:
+        raise HAMUValueError(
+            "Expected the base optimizer to hold at least one parameter that requires grad, but got none. "
+            "Unfreeze what should be changed (requires_grad_(True)) before unlearning."
+        )
+    if blocks not in ("tensor", "global") and any(p not in names for p, _ in members):
+        raise HAMUValueError(
+            f"Expected the names of all parameters with `blocks={blocks!r}`, but some are not known. Pass "
+            "`named_parameters=module.named_parameters()` to HAMUOptimizer, or build the base optimizer from them."
+        )
+    labels = [names.get(p, f"group{g}.{index}") for index, (p, g) in enumerate(members)]
+    ids, block_labels = assign_blocks(labels, [g for _, g in members], blocks)
+    groups, sizes = [0] * len(block_labels), [0] * len(block_labels)
+    for block, (parameter, group) in zip(ids, members, strict=True):
+        groups[block] = group
+        sizes[block] += parameter.numel()
+    return Layout(tuple(p for p, _ in members), tuple(ids), tuple(block_labels), tuple(groups), tuple(sizes))
+
+
+def collect_names(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
+    """The names that the optimizer itself knows: torch keeps them when it was built from `named_parameters()`."""
+    return {
+        parameter: name
+        for group in param_groups
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False)
+    }

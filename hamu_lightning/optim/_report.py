@@ -1,0 +1,85 @@
+"""What one step did: numbers on the device, read when somebody looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.rules import Branch, Coefficients
+
+
+@dataclass(frozen=True, eq=False)
+class StepReport:
+    """What one step of `HAMUOptimizer` computed and promised.
+
+    Every number is a tensor on the device; nothing has been read on the host. Shapes are `[B]`, one entry per block,
+    or 0-d for the whole model.
+
+    Args:
+        gramian: `[B, 2, 2]`, the Gramians of the retain and the forget gradient, mean over the accumulation window.
+        coefficients: What the rule answered.
+        lr: `[B]`, learning rates.
+        labels: The names of the blocks.
+    """
+
+    gramian: Tensor
+    coefficients: Coefficients
+    lr: Tensor
+    labels: tuple[str, ...]
+
+    @property
+    def kappa(self) -> Tensor:
+        """`[B]`, the paper's hardness `g_r·g_f`: positive where forgetting and retaining conflict."""
+        return self.coefficients.gramian[:, 0, 1]
+
+    @property
+    def cosine(self) -> Tensor:
+        """`[B]`, the cosine of the angle between the two gradients; 0 where one of them is zero."""
+        return _cosine(self.coefficients.gramian)
+
+    @property
+    def total_cosine(self) -> Tensor:
+        """0-d, the cosine of the angle between the two gradients of the whole model."""
+        return _cosine(self.coefficients.gramian.sum(dim=0))
+
+    @property
+    def thresholds(self) -> tuple[Tensor, Tensor]:
+        """`kappa_1` and `kappa_2`, `[B]` each (DESIGN 1.2).
+
+        Up to `kappa_1 = -Q sqrt(rr)/R` the plain step is enough. Above `kappa_2 = sqrt(rr (ff - Q^2/R^2))` (for a
+        positive kappa) the block must harm the other objective. `-inf` and `nan` where the radius is zero.
+        """
+        gramian, step = self.coefficients.gramian, self.coefficients
+        free, bound = (0, 1) if step.constrained == 1 else (1, 0)
+        free_norm = gramian[:, free, free].clamp(min=0).sqrt()
+        share = step.quota / step.radius
+        return -share * free_norm, free_norm * (gramian[:, bound, bound] - share.square()).clamp(min=0).sqrt()
+
+    def share(self, *branches: Branch) -> Tensor:
+        """0-d, the share of blocks whose step took one of these branches."""
+        return torch.stack([self.coefficients.branch == int(b) for b in branches]).any(dim=0).double().mean()
+
+    def summary(self) -> dict[str, Tensor]:
+        """The 0-d numbers that the callback logs, by name. Units: loss units per step, and shares of blocks."""
+        step = self.coefficients
+        return {
+            "kappa": self.kappa.sum(),
+            "cosine": self.total_cosine,
+            "quota": step.quota.sum(),
+            "radius": step.radius.square().sum().sqrt(),
+            "forget_improvement": step.forget_improvement,
+            "retain_improvement": step.retain_improvement,
+            "feasible_improvement": step.feasible_improvement,
+            "margin": step.margin,
+            "direct": self.share(Branch.DIRECT),
+            "rectified": self.share(Branch.RECTIFIED, Branch.COLLINEAR, Branch.NO_RETAIN_SIGNAL),
+            "infeasible": (~step.block_feasible).double().mean(),
+            "skipped": self.share(Branch.NO_RADIUS, Branch.NO_FORGET_SIGNAL, Branch.NOT_FINITE),
+        }
+
+
+def _cosine(gramian: Tensor) -> Tensor:
+    norms = gramian[..., 0, 0].clamp(min=0).sqrt() * gramian[..., 1, 1].clamp(min=0).sqrt()
+    return torch.where(norms > 0, gramian[..., 0, 1] / norms, 0).clamp(-1, 1)

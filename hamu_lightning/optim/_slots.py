@@ -1,0 +1,93 @@
+"""Gradient slots: the only code that reads or writes `.grad`. Gradients are pointed at, never copied."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+class GradientSlot:
+    """A place where the gradients of one objective are kept while another's are being computed.
+
+    `with slot.filling(parameters):` points every `.grad` at the slot's gradient; `backward()` inside accumulates there.
+    At the end of the block `.grad` points at what it pointed at before.
+    """
+
+    def __init__(self) -> None:
+        self._grads: dict[Tensor, Tensor] = {}
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the slot holds a gradient."""
+        return bool(self._grads)
+
+    def get(self, parameter: Tensor) -> Tensor | None:
+        """Return the slot's gradient of a parameter."""
+        return self._grads.get(parameter)
+
+    def release(self) -> None:
+        """Forget all gradients."""
+        self._grads.clear()
+
+    @contextmanager
+    def filling(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Point `.grad` at the slot. After an exception the slot is empty: half a gradient is worse than none."""
+        parameters = list(parameters)
+        with pointed_gradients(parameters, [self._grads.get(p) for p in parameters]):
+            try:
+                yield
+            except BaseException:
+                self.release()
+                raise
+            self._grads.update({p: p.grad for p in parameters if p.grad is not None})
+
+
+@contextmanager
+def pointed_gradients(parameters: Iterable[Tensor], grads: Iterable[Tensor | None]) -> Iterator[None]:
+    """Point every `.grad` at another tensor (or at none), and back at the end, come what may."""
+    parameters = list(parameters)
+    before = [p.grad for p in parameters]
+    try:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        yield
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+
+
+@contextmanager
+def hidden_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Take the gradients away, and put them back at the end; those that were made meanwhile are dropped."""
+    parameters = list(parameters)
+    with pointed_gradients(parameters, [None] * len(parameters)):
+        yield
+
+
+class SpentGradients:
+    """Remembers which gradients a step has used, so that they are not used a second time.
+
+    As with every optimizer of torch, `.grad` keeps its value after a step. A gradient counts as spent while it is the
+    same tensor with the same contents: `backward()` and `zero_grad()` change one of the two. Only weak references are
+    held.
+    """
+
+    def __init__(self) -> None:
+        self._spent: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
+
+    def remember(self, parameters: Iterable[Tensor]) -> None:
+        """Mark the present gradients as used."""
+        self._spent = {p: (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None}
+
+    def is_spent(self, parameter: Tensor) -> bool:
+        """Whether the parameter's present gradient was used by the last step."""
+        reference, version = self._spent.get(parameter, (None, -1))
+        grad = parameter.grad
+        return reference is not None and grad is not None and reference() is grad and grad._version == version
+
+    def __getstate__(self) -> dict[str, object]:
+        """Weak references do not survive a copy: a copy starts with no memory."""
+        return {"_spent": {}}

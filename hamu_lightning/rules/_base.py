@@ -1,0 +1,158 @@
+"""What every rule takes and gives: the base class `Rule`, the result `Coefficients`, the enum `Branch`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import ClassVar
+
+from torch import Tensor
+
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.gramian import Blocks
+from hamu_lightning.rules._certificate import compute_feasible_improvement
+from hamu_lightning.rules._radius import LearningRateRadius, Radius
+
+RETAIN, FORGET = 0, 1
+
+
+class Branch(IntEnum):
+    """Which case of the closed form a block took (DESIGN 1.2).
+
+    For HAMU-U the two objectives change places: NO_RETAIN_SIGNAL then says that the forget gradient is zero (nothing to
+    gain), NO_FORGET_SIGNAL that the retain gradient is zero (the quota cannot be served).
+    """
+
+    DIRECT = 0
+    """The plain step meets the quota already."""
+    RECTIFIED = 1
+    """The step was turned until it meets the quota, at the full radius."""
+    COLLINEAR = 2
+    """The two gradients are parallel: the step gives exactly the quota."""
+    NO_RETAIN_SIGNAL = 3
+    """The retain gradient is zero: the smallest step that meets the quota."""
+    NO_FORGET_SIGNAL = 4
+    """The forget gradient is zero but the quota is positive: infeasible, the block rests."""
+    NO_RADIUS = 5
+    """The radius is zero: the block rests."""
+    INFEASIBLE = 6
+    """The quota exceeds what the radius allows: `on_infeasible` was applied."""
+    NOT_FINITE = 7
+    """A number in the Gramians is not finite: no block moves."""
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """The step that a rule chose, block by block, and what it promises to first order.
+
+    All tensors stay on the device; nothing is read until somebody looks. Improvements are in loss units per step,
+    positive when the objective is served: the forget loss rises, the retain loss falls.
+
+    Args:
+        values: `[B, 2]`, float64: the change of the weights is `d = values[:, 0] g_r + values[:, 1] g_f`.
+        branch: `[B]`, int64, the codes of `Branch`.
+        quota: `[B]`, what is asked of each block, loss units per step.
+        radius: `[B]`, the longest step of each block, L2 length in weight space.
+        block_feasible: `[B]`, bool, whether the block can give its quota inside its radius.
+        gramian: `[B, 2, 2]`, float64, the Gramians that the step was computed from.
+        constrained: The objective that the quota is about: 1 (forget, HAMU-Q) or 0 (retain, HAMU-U).
+
+    Example:
+        >>> import torch
+        >>> from hamu_lightning.rules import HAMUQ, FixedRadius
+        >>> gramian = torch.eye(2, dtype=torch.float64).expand(1, 2, 2)
+        >>> step = HAMUQ(0.6, radius=FixedRadius(1.0)).coefficients(gramian, lr=0.1)
+        >>> step.values
+        tensor([[-0.8000,  0.6000]], dtype=torch.float64)
+        >>> step.forget_improvement, step.retain_improvement, step.margin
+        (tensor(0.6000, dtype=torch.float64), tensor(0.8000, dtype=torch.float64), tensor(0.4000, dtype=torch.float64))
+    """
+
+    values: Tensor
+    branch: Tensor
+    quota: Tensor
+    radius: Tensor
+    block_feasible: Tensor
+    gramian: Tensor
+    constrained: int = FORGET
+
+    @cached_property
+    def forget_improvement(self) -> Tensor:
+        """Predicted rise of the forget loss, `g_f·d` summed over the blocks, 0-d."""
+        return (self.values * self.gramian[:, :, FORGET]).sum()
+
+    @cached_property
+    def retain_improvement(self) -> Tensor:
+        """Predicted fall of the retain loss, `-g_r·d` summed over the blocks, 0-d."""
+        return -(self.values * self.gramian[:, :, RETAIN]).sum()
+
+    @cached_property
+    def feasible_improvement(self) -> Tensor:
+        """The most that any step inside the radii can give without harm to the other objective (DESIGN 1.4), 0-d."""
+        gramian = self.gramian if self.constrained == FORGET else exchange_objectives(self.gramian)
+        return compute_feasible_improvement(gramian, self.radius)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """`feasible_improvement` minus the total quota, 0-d: negative when the step *must* harm the other objective."""
+        return self.feasible_improvement - self.quota.sum()
+
+
+class Rule(ABC):
+    """Maps the Gramians of the retain and the forget gradient to coefficients: one unlearning method.
+
+    A rule never sees a weight or a gradient, holds no state and reads nothing on the host.
+    """
+
+    is_plain: ClassVar[bool] = False
+    """Whether the step is the base optimizer's own step on the retain gradient: `HAMUOptimizer` then hands that
+    gradient over as it was accumulated, at any learning rate, finite or not."""
+    radius: Radius = LearningRateRadius()
+    blocks: Blocks
+
+    @abstractmethod
+    def coefficients(
+        self,
+        gramian: Tensor,
+        *,
+        lr: float | Tensor,
+        weight_norms: Tensor | None = None,
+        sizes: Tensor | None = None,
+        quota: Tensor | None = None,
+    ) -> Coefficients:
+        """Compute the step of each block.
+
+        Args:
+            gramian: `[B, 2, 2]`, floating point, the inner products of the gradients in the order retain, forget.
+            lr: The learning rate, a float or `[B]`. A block whose learning rate is 0 does not move.
+            weight_norms: `[B]`, the L2 norms of the blocks' weights (only `RelativeRadius` needs them).
+            sizes: `[B]`, the numbers of the blocks' weights (only `RelativeRadius` needs them).
+            quota: 0-d, overrides the rule's own quota (loss units per step; it may be negative, see DESIGN 1.2).
+
+        Returns:
+            The coefficients, and what they promise.
+
+        Raises:
+            HAMUValueError: If an argument has the wrong shape or type, or one that the radius needs is missing.
+        """
+
+
+def exchange_objectives(gramian: Tensor) -> Tensor:
+    """The Gramians after `(g_r, g_f) -> (-g_f, -g_r)`: HAMU-U is HAMU-Q on these (DESIGN 1)."""
+    return gramian.flip(1, 2)
+
+
+def check_gramian(gramian: Tensor) -> None:
+    """Raise unless `gramian` is a float32 or float64 tensor of shape `[B, 2, 2]`."""
+    if gramian.ndim != 3 or gramian.shape[1:] != (2, 2):
+        raise HAMUValueError(
+            f"Expected `gramian` to have shape [B, 2, 2], but got {list(gramian.shape)}. "
+            "`compute_gramian(retain_grads, forget_grads)` makes it."
+        )
+    if not gramian.is_floating_point() or gramian.dtype.itemsize < 4:
+        raise HAMUValueError(
+            f"Expected `gramian` to be float32 or float64, but got {gramian.dtype}. "
+            "Squares of gradients overflow in narrower types; `compute_gramian` sums in float32 or wider."
+        )

@@ -1,0 +1,218 @@
+"""The rules of the paper: HAMU-Q, HAMU-U, and its fine-tuning baseline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.gramian import Blocks, assign_blocks, widest_float
+from hamu_lightning.rules._allocation import Allocation, allocate_quota, solve_jointly
+from hamu_lightning.rules._base import FORGET, RETAIN, Branch, Coefficients, Rule, check_gramian, exchange_objectives
+from hamu_lightning.rules._closed_form import (
+    BlockProblem,
+    compute_rounding,
+    is_within_capacity,
+    label_branches,
+    make_block_problem,
+    solve_blocks,
+)
+from hamu_lightning.rules._radius import LearningRateRadius, Radius
+
+OnInfeasible = Literal["best_effort", "skip"]
+
+
+@dataclass(frozen=True)
+class HAMUQ(Rule):
+    """Raise the forget loss by at least the quota, at the least cost for the retain loss, inside a trust region.
+
+    Solves per block of weights, to first order (Chen et al. 2026, HAMU-Q; closed form in DESIGN 1.2):
+
+        minimise g_r·d   subject to   g_f·d >= Q,   |d| <= R
+
+    Args:
+        quota: Q, the total rise of the forget loss per step, loss units, not negative.
+        radius: R of each block, L2 length in weight space per step. Default: `LearningRateRadius()`, the paper's.
+        allocation: How the blocks share the quota (DESIGN 1.3): "proportional" to what each can give, "uniform",
+            "softmax" of the negative hardness, or "optimal" for the total retain change.
+        blocks: "tensor", "layer", "global", or a function from a tensor's name to the label of its block.
+        on_infeasible: Where a block's quota exceeds what its radius allows: "best_effort" goes as far as the radius
+            allows, "skip" leaves the block out.
+
+    Raises:
+        HAMUValueError: If an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> gramian = torch.tensor([[[4.0, 1.0], [1.0, 1.0]]])
+        >>> step = HAMUQ(quota=0.1).coefficients(gramian, lr=0.1)
+        >>> step.forget_improvement  # the quota, to the precision of float32 Gramians
+        tensor(0.1000, dtype=torch.float64)
+    """
+
+    quota: float
+    _: KW_ONLY
+    radius: Radius = LearningRateRadius()
+    allocation: Allocation = "proportional"
+    blocks: Blocks = "tensor"
+    on_infeasible: OnInfeasible = "best_effort"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not (math.isfinite(self.quota) and self.quota >= 0):
+            raise HAMUValueError(
+                f"Expected `quota` to be a finite number, not negative, in loss units per step, but got {self.quota}."
+            )
+        if not isinstance(self.radius, Radius):
+            raise HAMUValueError(
+                f"Expected `radius` to be a radius such as FixedRadius({self.radius}), but got {self.radius!r}."
+            )
+        check_choice("allocation", self.allocation, get_args(Allocation))
+        check_choice("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
+        assign_blocks(["layer.weight"], [0], self.blocks)
+
+    def coefficients(
+        self,
+        gramian: Tensor,
+        *,
+        lr: float | Tensor,
+        weight_norms: Tensor | None = None,
+        sizes: Tensor | None = None,
+        quota: Tensor | None = None,
+    ) -> Coefficients:
+        """Compute the step of each block; see `Rule.coefficients`."""
+        check_gramian(gramian)
+        return self._solve(gramian, _as_wide(lr, gramian), weight_norms, sizes, quota)
+
+    def _solve(
+        self, gramian: Tensor, lr: Tensor, weight_norms: Tensor | None, sizes: Tensor | None, quota: Tensor | None
+    ) -> Coefficients:
+        """Solve with checked arguments. The free objective comes first in the Gramian, the constrained one second."""
+        rounding = compute_rounding(gramian.dtype)
+        total = _as_wide(self.quota if quota is None else quota, gramian)
+        # One non-finite number makes every comparison false: such Gramians are replaced before the first one.
+        is_finite = gramian.isfinite().all()
+        gramian = torch.where(is_finite, gramian, 0).to(total.dtype)
+        radius = self.radius.compute(gramian[:, 0, 0].clamp(min=0).sqrt(), lr, weight_norms, sizes)
+        is_finite = is_finite & radius.isfinite().all()
+        radius = torch.where(is_finite & (lr != 0), radius, 0)  # a block whose lr is 0 cannot move
+        problem = make_block_problem(gramian, radius, rounding)
+        values, branch, shares = self._share_and_solve(problem, total)
+        return Coefficients(
+            values=torch.where(is_finite, values, 0),
+            branch=torch.where(is_finite, branch, int(Branch.NOT_FINITE)),
+            quota=shares,
+            radius=radius,
+            block_feasible=is_within_capacity(shares, problem) & is_finite,
+            gramian=gramian,
+        )
+
+    def _share_and_solve(self, problem: BlockProblem, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        best_effort = self.on_infeasible == "best_effort"
+        if self.allocation == "optimal":
+            return solve_jointly(problem, total, best_effort)
+        shares = allocate_quota(problem, total, self.allocation)
+        values = solve_blocks(problem, shares, best_effort)
+        return values, label_branches(problem, shares), shares
+
+
+@dataclass(frozen=True)
+class HAMUU(HAMUQ):
+    """Lower the retain loss by at least the quota, and raise the forget loss as much as that allows.
+
+    Solves per block of weights, to first order (Chen et al. 2026, HAMU-U):
+
+        maximise g_f·d   subject to   -g_r·d >= U,   |d| <= R
+
+    which is HAMU-Q after `(g_r, g_f) -> (-g_f, -g_r)`. In the result the words change places with the objectives: the
+    certificate is the largest retain improvement that does not lower the forget loss, and so on; see `Branch`.
+
+    Args:
+        quota: U, the total fall of the retain loss per step, loss units, not negative.
+        radius: As for `HAMUQ`; `LearningRateRadius` is `lr |g_f,b|` here.
+        allocation: As for `HAMUQ`.
+        blocks: As for `HAMUQ`.
+        on_infeasible: As for `HAMUQ`.
+
+    Raises:
+        HAMUValueError: If an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> gramian = torch.tensor([[[4.0, 1.0], [1.0, 1.0]]])
+        >>> step = HAMUU(quota=0.1).coefficients(gramian, lr=0.1)
+        >>> step.retain_improvement
+        tensor(0.1000, dtype=torch.float64)
+    """
+
+    def _solve(
+        self, gramian: Tensor, lr: Tensor, weight_norms: Tensor | None, sizes: Tensor | None, quota: Tensor | None
+    ) -> Coefficients:
+        step = super()._solve(exchange_objectives(gramian), lr, weight_norms, sizes, quota)
+        return Coefficients(
+            values=-step.values.flip(1),  # c_r(U) = -c_f(Q), c_f(U) = -c_r(Q)
+            branch=step.branch,
+            quota=step.quota,
+            radius=step.radius,
+            block_feasible=step.block_feasible,
+            gramian=exchange_objectives(step.gramian),
+            constrained=RETAIN,
+        )
+
+
+@dataclass(frozen=True)
+class FineTune(Rule):
+    """Plain training on the retain data: the paper's fine-tuning baseline, and the proof that we leave no trace.
+
+    `d = -lr g_r`, whatever the forget gradient is. With the wrapper this is bit-identical to the base optimizer alone.
+
+    Args:
+        blocks: As for `HAMUQ`; they only matter for what is logged.
+
+    Example:
+        >>> import torch
+        >>> FineTune().coefficients(torch.eye(2).expand(3, 2, 2), lr=0.1).values[0]
+        tensor([-0.1000,  0.0000], dtype=torch.float64)
+    """
+
+    is_plain = True
+    blocks: Blocks = "tensor"
+
+    def coefficients(
+        self,
+        gramian: Tensor,
+        *,
+        lr: float | Tensor,
+        weight_norms: Tensor | None = None,
+        sizes: Tensor | None = None,
+        quota: Tensor | None = None,
+    ) -> Coefficients:
+        """Return `[-lr, 0]` for each block; see `Rule.coefficients`. The quota is reported as 0."""
+        check_gramian(gramian)
+        rate = _as_wide(lr, gramian).expand(gramian.shape[0])
+        gramian = gramian.to(rate.dtype)
+        nothing = torch.zeros_like(rate)
+        return Coefficients(
+            values=torch.stack((-rate, nothing), dim=1),
+            branch=torch.full_like(rate, int(Branch.DIRECT), dtype=torch.long),
+            quota=nothing,
+            radius=self.radius.compute(gramian[:, 0, 0].sqrt(), rate),
+            block_feasible=torch.ones_like(rate, dtype=torch.bool),
+            gramian=gramian,
+            constrained=FORGET,
+        )
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in choices:
+        raise HAMUValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+
+
+def _as_wide(value: float | Tensor, gramian: Tensor) -> Tensor:
+    """The number as a tensor in the widest float of the Gramian's device."""
+    return torch.as_tensor(value, dtype=widest_float(gramian.device), device=gramian.device)
