@@ -18,17 +18,19 @@ __all__ = ["Blocks", "assign_blocks", "compute_gramian"]
 
 Blocks: TypeAlias = Literal["tensor", "layer", "global"] | Callable[[str], str]
 
-# Products are summed in rows of this length and the row sums in float64: the rounding of a sum does not grow with the
-# size of the tensor. 4,096 float32 values fit the first-level cache twice.
-_ROW = 4096
+# Gradients are widened to float64 piece by piece: two pieces of 128k elements fit the second-level cache of a processor
+# core, and a model's largest tensor is never copied whole. An accelerator has the memory, and wants few kernels.
+_PIECE_ON_CPU = 2**17
+_PIECE_ON_ACCELERATOR = 2**24
 
 
 def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | None = None) -> Tensor:
     """Compute the inner products of several gradients, block by block.
 
-    `K[b, i, j]` is the sum over the tensors of block `b` of the inner products of the gradients `i` and `j`. Products
-    are summed in float32 for 16-bit gradients, in rows whose sums are added in float64 where the device has it.
-    Nothing is read on the host. (Coalescing a sparse gradient is the exception that torch makes on CUDA.)
+    `K[b, i, j]` is the sum over the tensors of block `b` of the inner products of the gradients `i` and `j`. Sums are
+    taken in float64 (float32 on a device that has none), whatever the dtype of the gradients: where they are nearly
+    parallel, the rule lives on the last digits of these numbers. Nothing is read on the host. (Coalescing a sparse
+    gradient is the exception that torch makes on CUDA.)
 
     Args:
         *grads: One list of gradients per objective, all with the same tensors in the same order. `None` counts as
@@ -37,8 +39,7 @@ def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | Non
         blocks: For each tensor the index of its block, `0 .. B-1`. Default: each tensor is its own block.
 
     Returns:
-        `[B, n, n]` for `n` gradients, symmetric: float64 where all gradients are float64, else float32. Its precision
-        tells the rules where two gradients count as collinear. Unit: squared loss per squared unit of weight.
+        `[B, n, n]` for `n` gradients, symmetric, float64. Unit: squared loss per squared unit of weight.
 
     Raises:
         HAMUValueError: If the lists have different lengths, or `blocks` does not name each tensor's block.
@@ -47,7 +48,7 @@ def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | Non
         >>> import torch
         >>> compute_gramian([torch.tensor([3.0, 4.0])], [torch.tensor([1.0, 0.0])])
         tensor([[[25.,  3.],
-                 [ 3.,  1.]]])
+                 [ 3.,  1.]]], dtype=torch.float64)
     """
     n, n_tensors = len(grads), len(grads[0]) if grads else 0
     if n == 0 or any(len(g) != n_tensors for g in grads):
@@ -63,24 +64,18 @@ def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | Non
     device = given[0].device if given else torch.device("cpu")
     wide = widest_float(device)
     pairs = list(combinations_with_replacement(range(n), 2))
-    zero = torch.zeros((), dtype=wide, device=device)
-    products = [
-        zero if row[i] is None or row[j] is None else _inner(row[i], row[j]).to(device, wide)
-        for row in zip(*grads, strict=True)
-        for i, j in pairs
-    ]
-    upper = torch.stack(products) if products else zero.new_zeros(0)
+    rows = list(zip(*grads, strict=True))
+    products = [product.to(device) for row in rows for product in _tensor_products(row, pairs, device)]
+    upper = torch.stack(products) if products else torch.zeros(0, dtype=wide, device=device)
     upper = upper.view(n_tensors, len(pairs))
-    upper = _sum_over_shards(upper, [next((g for g in row if g is not None), None) for row in zip(*grads, strict=True)])
+    upper = _sum_over_shards(upper, [next((g for g in row if g is not None), None) for row in rows])
     if blocks is not None:
         n_blocks = max(blocks, default=-1) + 1
         index = torch.tensor(blocks, dtype=torch.long, device=device)
         upper = torch.zeros(n_blocks, upper.shape[1], dtype=wide, device=device).index_add_(0, index, upper)
     column = {pair: k for k, pair in enumerate(pairs)}
     entries = [upper[:, column[min(i, j), max(i, j)]] for i in range(n) for j in range(n)]
-    gramian = torch.stack(entries, dim=1).view(-1, n, n)  # [B, n, n]
-    is_double = bool(given) and all(g.dtype in (torch.float64, torch.complex128) for g in given)
-    return gramian if is_double else gramian.float()
+    return torch.stack(entries, dim=1).view(-1, n, n)  # [B, n, n]
 
 
 def assign_blocks(names: Sequence[str], groups: Sequence[int], blocks: Blocks) -> tuple[list[int], list[str]]:
@@ -134,35 +129,40 @@ def _label_function(blocks: Blocks) -> Callable[[str], str]:
     )
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two gradients of one tensor: their local parts where they are sharded."""
-    return _local_inner(_local(a), _local(b))
+def _tensor_products(
+    row: Sequence[Tensor | None], pairs: Sequence[tuple[int, int]], device: torch.device
+) -> list[Tensor]:
+    """The inner products of the gradients of one tensor, for each pair: of their local parts where they are sharded."""
+    local = [None if g is None else _local(g) for g in row]
+    present = [g for g in local if g is not None]
+    if any(g.is_sparse for g in present):
+        return [_sparse_inner(local[i], local[j], device) for i, j in pairs]
+    zero = torch.zeros((), dtype=widest_float(device), device=device)
+    if not present:
+        return [zero] * len(pairs)
+    flat = [None if g is None else (torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in local]
+    size = next(g.numel() for g in flat if g is not None)
+    piece = _PIECE_ON_CPU if present[0].device.type == "cpu" else _PIECE_ON_ACCELERATOR
+    products: list[Tensor] = [zero] * len(pairs)
+    for start in range(0, size, piece):
+        wide = [None if g is None else g[start : start + piece].to(widest_float(g.device)) for g in flat]
+        for k, (i, j) in enumerate(pairs):
+            a, b = wide[i], wide[j]
+            if a is not None and b is not None:
+                products[k] = torch.dot(a, b) if start == 0 else products[k] + torch.dot(a, b)
+    return products
 
 
-def _local_inner(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_sparse or b.is_sparse:
-        return _sparse_inner(a, b)
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    a, b = a.reshape(-1), b.reshape(-1)
-    n_rows = a.numel() // _ROW
-    if n_rows == 0:
-        return torch.dot(a, b)
-    head = n_rows * _ROW
-    rows: Tensor = torch.linalg.vecdot(a[:head].view(n_rows, _ROW), b[:head].view(n_rows, _ROW))  # [n_rows]
-    total = rows.sum(dtype=widest_float(a.device))
-    return total + torch.dot(a[head:], b[head:]) if head < a.numel() else total
-
-
-def _sparse_inner(a: Tensor, b: Tensor) -> Tensor:
+def _sparse_inner(a: Tensor | None, b: Tensor | None, device: torch.device) -> Tensor:
+    wide = widest_float(device)
+    if a is None or b is None:
+        return torch.zeros((), dtype=wide, device=device)
     if not a.is_sparse:
         a, b = b, a
     a = a.coalesce()
     if b.is_sparse:
-        return (a * b.coalesce()).coalesce().values().sum(dtype=widest_float(a.device))
-    return _local_inner(a.values(), b[tuple(a.indices())])
+        return (a.to(wide) * b.coalesce().to(wide)).coalesce().values().sum()
+    return (a.values().to(wide) * b[tuple(a.indices())].to(wide)).sum()
 
 
 def _local(grad: Tensor) -> Tensor:

@@ -76,7 +76,13 @@ def capture_random_state(generators: Sequence[torch.Generator] = ()) -> dict[str
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if _uses_cuda() else [],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "python": [version, list(words), gauss],
         "generators": [generator.get_state() for generator in generators],
     }

@@ -106,11 +106,11 @@ def _share(quota: Tensor, weights: Tensor) -> Tensor:
 def _fill_level(weights: Tensor, capacity: Tensor, quota: Tensor) -> Tensor:
     """The level `x` at which `sum_b min(capacity_b, x weights_b) = quota`, 0-d: blocks fill up in order of cap/weight.
 
-    For a quota below the total capacity. With the k first blocks full, the others share what is left; the level is the
-    first such one that does not fill the next block.
+    For a quota below the total capacity. With the k first blocks full, the others share what is left: that gives a
+    level for each k. A wrong k counts a block as full that is not, or the reverse, and so comes out too low.
     """
-    full_at, order = torch.where(weights > 0, safe_divide(capacity, weights), torch.inf).sort()
+    order = torch.where(weights > 0, safe_divide(capacity, weights), torch.inf).argsort()
     capacity, weights = capacity[order], weights[order]
     left = quota - (capacity.cumsum(0) - capacity)  # [B], when the blocks before this one are full
     levels = safe_divide(left, weights.flip(0).cumsum(0).flip(0))
-    return torch.where((levels <= full_at) & (weights > 0), levels, torch.inf).min()
+    return torch.where(weights > 0, levels, 0).max()

@@ -11,9 +11,11 @@ from hamu_lightning.rules._base import Branch
 
 # A quota that exceeds the capacity by no more than rounding is feasible.
 _CAPACITY_SLACK = 1e-9
-# Two gradients count as collinear when |p|^2 <= _COLLINEAR_MULTIPLE eps |g_r|^2, where eps is the rounding of the
-# Gramian's own dtype: its three sums are each off by a few eps.
-_COLLINEAR_MULTIPLE = 16
+# |p|^2 / |g_r|^2 is known to this many roundings of the Gramian's own dtype: each of its three sums is off by a few.
+_ROUNDINGS = 16
+# Where the sine of the angle is smaller, c_r g_r and c_f g_f cancel so far that even float64 misses the quota by more
+# than 1e-10 of the capacity. Counting as collinear gives up at most this share of the step.
+_SMALLEST_SINE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class BlockProblem:
         forget_norm: `sqrt(ff)`.
         cosine: `rf / sqrt(rr ff)` in [-1, 1]; 0 where a norm is 0.
         radius: `R`.
-        rounding: `|p|^2 / rr` at or below which the gradients count as collinear.
+        rounding: How far `|p|^2 / rr` may be off.
     """
 
     retain_norm: Tensor
@@ -53,8 +55,8 @@ class BlockProblem:
 
     @property
     def is_collinear(self) -> Tensor:
-        """Whether the gradients are parallel to within the rounding of the Gramian."""
-        return (1 - self.cosine) * (1 + self.cosine) <= self.rounding
+        """Whether the gradients are parallel to within the rounding: a relative test."""
+        return (1 - self.cosine) * (1 + self.cosine) <= max(self.rounding, _SMALLEST_SINE**2)
 
     @property
     def safe_sine(self) -> Tensor:
@@ -72,7 +74,7 @@ class BlockProblem:
 
 def compute_rounding(dtype: torch.dtype) -> float:
     """Return the relative rounding of `|p|^2` for Gramians of this dtype."""
-    return _COLLINEAR_MULTIPLE * torch.finfo(dtype).eps
+    return _ROUNDINGS * torch.finfo(dtype).eps
 
 
 def make_block_problem(gramian: Tensor, radius: Tensor, rounding: float) -> BlockProblem:

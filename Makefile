@@ -1,0 +1,39 @@
+# A fresh machine needs only Python, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test bench clean
+
+quickstart: $(VENV)/.examples
+	$(BIN)/python examples/quickstart.py
+
+# pytest comes last: its own last line ends the output.
+test: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by its exact version: a range would fetch several GB of CUDA packages.
+$(VENV)/.torch: $(VENV)/pyvenv.cfg constraints.txt
+	$(INSTALL) $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.torch setup.cfg
+	$(INSTALL) -e '.[examples]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch setup.cfg
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.examples
