@@ -76,7 +76,7 @@ def solve_cone(retain: list[Array], forget: list[Array], radii: Array, quota: fl
         problem, unit = cp.Problem(cp.Maximize(gain), [*limits, cost <= 0]), scale_f
     else:
         problem, unit = cp.Problem(cp.Minimize(cost), [*limits, gain >= quota / scale_f / scale]), scale_r
-    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
+    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-9, tol_gap_rel=1e-9, tol_feas=1e-9)
     return float(problem.value) * unit * scale
 
 

@@ -71,9 +71,13 @@ def solve_jointly(problem: BlockProblem, quota: Tensor, best_effort: bool) -> tu
         a, b = (1 - t).unsqueeze(1) * unit_retain, t.unsqueeze(1) * unit_forget  # v = a r/|r| - b f/|f|
         # |v|^2 with the rounding added, as in `safe_sine`: the radius holds next to a sign change as well.
         length = ((a - b).square() + 2 * a * b * (1 - cosine) + problem.rounding * a * b).sqrt()
-        return torch.stack(
+        turning = torch.stack(
             (-problem.along_retain * safe_divide(a, length), problem.along_forget * safe_divide(b, length)), -1
         )
+        # On a line there are only two directions: written with one gradient, nothing cancels.
+        forward = problem.along_forget * torch.sign(b - a * cosine.sign())
+        flipping = torch.stack((torch.zeros_like(forward), forward), -1)
+        return torch.where(problem.is_collinear.unsqueeze(-1), flipping, turning)
 
     def gains(values: Tensor) -> Tensor:  # g_f·d: [..., B, 2] -> [..., B]
         return values[..., 0] * retain * forget * cosine + values[..., 1] * forget.square()
@@ -81,7 +85,7 @@ def solve_jointly(problem: BlockProblem, quota: Tensor, best_effort: bool) -> tu
     values = step(torch.stack(bracket_root(lambda t: gains(step(t)).sum(dim=1), quota, like=radius)))  # [2, B, 2]
     below, above = gains(values).sum(dim=1)
     meeting = torch.lerp(values[0], values[1], safe_divide(quota - below, above - below).clamp(0, 1))
-    plain = step(radius.new_zeros(1))[0]
+    plain = torch.stack((-problem.along_retain, torch.zeros_like(radius)), dim=1)
     is_direct = gains(plain).sum() >= quota
     values = torch.where(is_direct, plain, meeting)
 
