@@ -159,6 +159,8 @@ def _sparse_inner(a: Tensor | None, b: Tensor | None, device: torch.device) -> T
         return torch.zeros((), dtype=wide, device=device)
     if not a.is_sparse:
         a, b = b, a
+    if not a.is_sparse:
+        return (a.to(wide) * b.to(wide)).sum()
     a = a.coalesce()
     if b.is_sparse:
         return (a.to(wide) * b.coalesce().to(wide)).coalesce().values().sum()
