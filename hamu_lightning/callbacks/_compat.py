@@ -62,7 +62,9 @@ def read_results(results: Any) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     for item in results.values():
         value = item._forward_cache if item.meta.on_step or not item.is_tensor else item.compute()
         if isinstance(value, Tensor) and value.numel() == 1:
-            levels = {"on_step": item.meta.on_step, "on_epoch": item.meta.on_epoch, "logger": item.meta.logger}
+            # An explicit `logger=True` would warn where there is no logger.
+            logger = None if item.meta.logger else False
+            levels = {"on_step": item.meta.on_step, "on_epoch": item.meta.on_epoch, "logger": logger}
             logged[item.meta.name] = (value.detach().clone(), {**levels, "batch_size": results.batch_size or 1})
     return logged
 

@@ -116,6 +116,7 @@ class Fit:
             rank_zero_info(f"HAMU stops at step {self._trainer.global_step}: {self._stop_reason}")
             self._trainer.should_stop = True
         self._window = self._losses = 0
+        self._forget_pass.guard.end_window()
 
     def unfreeze(self) -> None:
         """Put the BatchNorm layers back into the modes in which they were found."""

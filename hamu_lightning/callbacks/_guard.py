@@ -41,7 +41,8 @@ class ModuleGuard:
     classes from the packages that the module's own classes come from.
 
     Copying everything at every pass would cost a copy of the model. So large tensors and parameters are copied at a
-    *look* only: the first two passes, and again after each `look_again()`. Those that changed are saved from then on.
+    *look* only: during the first three windows (steps of the optimizer: what follows the weights rests until they have
+    moved), and again after each `look_again()`. Those that changed are saved from then on.
     A large tensor that starts to change between two looks is noticed by its version counter, with a warning, and saved
     from the next pass on. Copies made at a look live in host memory.
 
@@ -54,23 +55,25 @@ class ModuleGuard:
         self._packages = {type(m).__module__.partition(".")[0] for m in module.modules()} - _FRAMEWORKS
         self._packages |= {base.__module__.partition(".")[0] for base in type(module).__mro__} - _FRAMEWORKS
         self._changing: set[_Place] = set()
-        self._looks = 2
+        self._looks = 3
 
-    def look_again(self, passes: int = 1) -> None:
-        """Compare everything again in the next passes: the module may have started to change something else."""
-        self._looks = max(self._looks, passes)
+    def look_again(self) -> None:
+        """Compare everything again in the next window: the module may have started to change something else."""
+        self._looks = max(self._looks, 1)
+
+    def end_window(self) -> None:
+        """Say that the optimizer has stepped."""
+        self._looks = max(self._looks - 1, 0)
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """Undo, at the end, every change to the module; after an exception too."""
-        is_look = self._looks > 0
-        snapshot = _Snapshot(self._packages, self._changing, is_look)
+        snapshot = _Snapshot(self._packages, self._changing, is_look=self._looks > 0)
         snapshot.take(self._module)
         try:
             yield
         finally:
             snapshot.restore()
-        self._looks -= is_look
 
 
 class _Snapshot:

@@ -1,0 +1,11 @@
+"""What happened during unlearning: a recorder of its steps, and pictures.
+
+The pictures need matplotlib (`pip install matplotlib`); it is loaded when the first one is drawn.
+"""
+
+from hamu_lightning.report._figures import MissingMatplotlibError
+from hamu_lightning.report._hardness import plot_hardness
+from hamu_lightning.report._recorder import StepHistory, StepRecorder
+from hamu_lightning.report._tradeoff import plot_tradeoff
+
+__all__ = ["MissingMatplotlibError", "StepHistory", "StepRecorder", "plot_hardness", "plot_tradeoff"]

@@ -1,0 +1,134 @@
+"""The quickstart's parts: the data, the ordinary module, what is forgotten, and the table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tensorboard")
+
+EXAMPLES = str(Path(__file__).parents[2] / "examples")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _examples_on_path() -> Iterator[None]:
+    sys.path.insert(0, EXAMPLES)
+    yield
+    sys.path.remove(EXAMPLES)
+
+
+def test_splits_are_disjoint_stratified_and_always_the_same() -> None:
+    from digits import load_splits
+
+    splits = load_splits()
+    assert [len(split) for split in splits] == [1077, 270, 450]
+    for split in splits:
+        images, labels = split.tensors
+        assert images.shape[1:] == (1, 8, 8) and images.min() == 0 and images.max() == 1
+        shares = torch.bincount(labels, minlength=10) / len(labels)
+        assert (shares - 0.1).abs().max() < 0.01  # the digits hold 9.7 to 10.2 % of each
+    assert torch.equal(torch.cat([s.tensors[0] for s in splits]), torch.cat([s.tensors[0] for s in load_splits()]))
+    everything = torch.cat([split.tensors[0].flatten(1) for split in splits])
+    assert len(everything.unique(dim=0)) == 1797  # no image is in two splits
+
+
+def test_resnet_has_twenty_layers() -> None:
+    from digits import DigitsClassifier
+    from torch import nn
+
+    module = DigitsClassifier(width=4)
+    shortcuts = [m for name, m in module.named_modules() if "shortcut.0" in name]
+    layers = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in shortcuts]
+    assert len(layers) == 20
+    assert module(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert type(module.configure_optimizers()) is torch.optim.SGD
+
+
+def test_classes_and_shares_to_forget() -> None:
+    from quickstart import choose_forget
+
+    labels = torch.arange(1000) % 10
+    assert choose_forget(labels, "class", 3.0, seed=0) == list(range(3, 1000, 10))
+    drawn = choose_forget(labels, "random", 0.1, seed=0)
+    assert len(set(drawn)) == 100 and set(labels[drawn].tolist()) == set(range(10))
+    assert drawn == choose_forget(labels, "random", 0.1, seed=0) != choose_forget(labels, "random", 0.1, seed=1)
+
+
+@pytest.mark.parametrize(("rho", "least", "most"), [(1.0, 100, 100), (0.5, 50, 65), (0.0, 2, 20)])
+def test_mixture_of_a_class_and_random_samples(rho: float, least: int, most: int) -> None:
+    from quickstart import choose_forget
+
+    labels = torch.arange(1000) % 10
+    chosen = choose_forget(labels, "mixture", rho, seed=0)
+    assert len(set(chosen)) == 100
+    # The random part holds a few more of the class: about 50 * 50/950 and 100 * 100/1000 are expected.
+    assert least <= int((labels[chosen] == 3).sum()) <= most
+
+
+@pytest.mark.parametrize("argv", [["--forget", "class:10"], ["--forget", "all"], ["--rho", "2"], ["--rho", "x"]])
+def test_wrong_arguments_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from quickstart import parse_args
+
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_matched_classes_have_the_same_shares() -> None:
+    from evaluation import match_classes
+
+    labels, like = torch.arange(100) % 10, torch.tensor([3, 3, 3, 5])
+    chosen = labels[match_classes(labels, like)]
+    assert torch.bincount(chosen, minlength=10).tolist() == [0, 0, 0, 10, 0, 3, 0, 0, 0, 0]
+
+
+def test_evaluation_is_in_eval_mode_and_leaves_no_trace() -> None:
+    from digits import DigitsClassifier, load_splits
+    from evaluation import evaluate
+
+    module, (_, val, _) = DigitsClassifier(width=4), load_splits()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    first, second = evaluate(module, val), evaluate(module, val)
+    assert torch.equal(first.losses, second.losses) and len(first.labels) == len(val)
+    assert module.training and all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def run_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Any:
+    import quickstart
+    from digits import DigitsClassifier
+
+    monkeypatch.setattr(quickstart, "EPOCHS", 1)
+    monkeypatch.setattr(quickstart, "DigitsClassifier", lambda: DigitsClassifier(width=4))
+    return quickstart.run(quickstart.parse_args([*argv, "--steps", "6", "--out", str(tmp_path)]))
+
+
+@pytest.mark.filterwarnings("ignore:.*`validation_step` but have no `val_dataloader`.*")
+@pytest.mark.parametrize("argv", [(), ("--rho", "0.5", "--rule", "hamu-u")])
+def test_small_run_from_end_to_end(argv: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evaluation import format_table
+    from quickstart import draw
+
+    result = run_small(tmp_path, monkeypatch, *argv)
+    assert [row.name for row in result.rows] == ["original", "unlearned", "retrained"]
+    # The first point of the path is the original.
+    assert result.path[0][1:] == (result.rows[0].retain.loss, result.rows[0].forget.loss)
+    assert result.path[-1][0] == 5 and result.history.steps.tolist() in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5])
+    draw(result, tmp_path)
+    assert (tmp_path / "tradeoff.png").exists() and (tmp_path / "hardness.png").exists()
+    assert list(tmp_path.glob("logs/unlearned/events.out.tfevents.*"))
+    assert ("without 3" in format_table(result.rows, [3])) and ("without" not in format_table(result.rows, []))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*`validation_step` but have no `val_dataloader`.*")
+def test_same_seed_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (run_small(tmp_path / name, monkeypatch) for name in "ab")
+    assert first.path == second.path
+    assert [row.auc for row in first.rows] == [row.auc for row in second.rows]

@@ -1,0 +1,351 @@
+"""What every rule has in common: arguments, results, errors, radii; nothing is read on the host."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hamu_lightning.errors import HAMUError, HAMUValueError
+from hamu_lightning.rules import (
+    HAMUQ,
+    HAMUU,
+    Branch,
+    Coefficients,
+    FineTune,
+    FixedRadius,
+    LearningRateRadius,
+    RelativeRadius,
+    Rule,
+)
+from tests.oracles import draw_vectors, gramian_of
+
+ALLOCATIONS = ("proportional", "uniform", "softmax", "optimal")
+RADII = (LearningRateRadius(), FixedRadius(0.1), RelativeRadius(0.1))
+HAMU_RULES = [
+    kind(0.05, radius=radius, allocation=allocation)  # type: ignore[arg-type]
+    for kind in (HAMUQ, HAMUU)
+    for radius in RADII
+    for allocation in ALLOCATIONS
+]
+SCALARS = ("forget_improvement", "retain_improvement", "feasible_improvement", "margin")
+PER_BLOCK = ("branch", "quota", "radius", "block_feasible")
+
+every_rule = pytest.mark.parametrize("rule", [*HAMU_RULES, FineTune()], ids=repr)
+hamu_rules = pytest.mark.parametrize("rule", HAMU_RULES, ids=repr)
+kinds = pytest.mark.parametrize("kind", [HAMUQ, HAMUU])
+
+
+def ask(rule: Rule, gramian: Tensor, lr: float | Tensor = 0.1, quota: Tensor | None = None) -> Coefficients:
+    n = gramian.shape[0]
+    return rule.coefficients(gramian, lr=lr, weight_norms=torch.arange(1.0, n + 1), sizes=torch.ones(n), quota=quota)
+
+
+def steps_of(result: Coefficients, retain: Tensor, forget: Tensor) -> Tensor:
+    return result.values[:, :1] * retain + result.values[:, 1:] * forget
+
+
+# Results ------------------------------------------------------------------------------------------------------------
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes_and_dtypes(rule: Rule, dtype: torch.dtype) -> None:
+    result = ask(rule, gramian_of(*draw_vectors(0)).to(dtype))
+    assert result.values.shape == (6, 2)
+    assert result.values.dtype == torch.float64
+    for name in PER_BLOCK:
+        assert getattr(result, name).shape == (6,), name
+    for name in SCALARS:
+        assert getattr(result, name).shape == (), name
+    assert not result.branch.is_floating_point()
+    assert result.block_feasible.dtype == torch.bool
+
+
+@every_rule
+def test_predicted_improvements_are_those_of_the_step(rule: Rule) -> None:
+    retain, forget = draw_vectors(1)
+    result = ask(rule, gramian_of(retain, forget))
+    step = steps_of(result, retain, forget)
+    # Sums of 24 products in float64.
+    assert result.forget_improvement.item() == pytest.approx((forget * step).sum().item(), rel=1e-12)
+    assert result.retain_improvement.item() == pytest.approx(-(retain * step).sum().item(), rel=1e-12)
+
+
+@every_rule
+def test_coefficients_is_pure(rule: Rule) -> None:
+    gramian = gramian_of(*draw_vectors(2))
+    before = gramian.clone()
+    first, second = ask(rule, gramian), ask(rule, gramian)
+    assert torch.equal(gramian, before)
+    assert torch.equal(first.values, second.values)
+
+
+@every_rule
+def test_no_graph(rule: Rule) -> None:
+    """A Gramian with a history does not drag it into the step."""
+    gramian = gramian_of(*draw_vectors(2)).requires_grad_()
+    assert torch.isfinite(ask(rule, gramian).values).all()
+
+
+@every_rule
+def test_nothing_is_read_on_the_host(rule: Rule) -> None:
+    """FakeTensorMode raises at every host read."""
+    with FakeTensorMode():
+        result = ask(rule, torch.randn(5, 2, 2), torch.ones(5), torch.ones(()))
+        assert result.values.shape == (5, 2)
+        assert all(getattr(result, name).shape == () for name in SCALARS)
+        assert all(getattr(result, name).shape == (5,) for name in PER_BLOCK)
+
+
+@kinds
+def test_nothing_is_read_on_the_host_with_plain_settings(kind: type[HAMUQ] | type[HAMUU]) -> None:
+    with FakeTensorMode():
+        for on_infeasible in ("best_effort", "skip"):
+            rule = kind(0.1, on_infeasible=on_infeasible)
+            assert rule.coefficients(torch.randn(5, 2, 2), lr=0.1).margin.shape == ()
+
+
+# Rules are values ---------------------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_rules_are_frozen_values(rule: Rule) -> None:
+    twins = [copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))]
+    assert all(twin == rule and hash(twin) == hash(rule) for twin in twins)
+    assert repr(rule).startswith(type(rule).__name__ + "(")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.blocks = "global"
+
+
+def test_different_rules_differ() -> None:
+    rules: list[Rule] = [
+        HAMUQ(0.1),
+        HAMUQ(0.2),
+        HAMUU(0.1),
+        HAMUQ(0.1, radius=FixedRadius(0.1)),
+        HAMUQ(0.1, allocation="uniform"),
+        HAMUQ(0.1, blocks="global"),
+        HAMUQ(0.1, on_infeasible="skip"),
+        FineTune(),
+        FineTune(blocks="layer"),
+    ]
+    assert len(set(rules)) == len(rules)
+    assert HAMUQ(0.1) == HAMUQ(quota=0.1, radius=LearningRateRadius(), allocation="proportional", blocks="tensor")
+    assert "0.2" in repr(rules[1])
+    assert "FixedRadius(radius=0.1)" in repr(rules[3])
+
+
+@pytest.mark.parametrize("radius", RADII, ids=repr)
+def test_radii_are_frozen_values(radius: LearningRateRadius | FixedRadius | RelativeRadius) -> None:
+    assert radius == pickle.loads(pickle.dumps(radius))
+    assert hash(radius) == hash(copy.deepcopy(radius))
+    for field in dataclasses.fields(radius):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(radius, field.name, 1.0)
+
+
+def test_results_are_frozen() -> None:
+    result = ask(HAMUQ(0.1), gramian_of(*draw_vectors(0)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.values = torch.zeros(6, 2)  # type: ignore[misc]
+
+
+def test_branch_names() -> None:
+    names = "DIRECT RECTIFIED COLLINEAR NO_RETAIN_SIGNAL NO_FORGET_SIGNAL NO_RADIUS INFEASIBLE NOT_FINITE"
+    assert [branch.name for branch in Branch] == names.split()
+
+
+# Wrong use ----------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("quota", [-1e-9, -1.0, math.nan, -math.inf])
+def test_bad_quota(kind: type[HAMUQ] | type[HAMUU], quota: float) -> None:
+    with pytest.raises(HAMUValueError, match=f"Expected `quota` to be .* but got {quota}"):
+        kind(quota)
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"allocation": "fair"}, "Expected `allocation` to be .*'proportional'.*'optimal'.* but got 'fair'"),
+        ({"on_infeasible": "stop"}, "Expected `on_infeasible` to be .*'best_effort'.*'skip'.* but got 'stop'"),
+        ({"blocks": "row"}, "Expected `blocks` to be .*'tensor'.*'layer'.*'global'.* but got 'row'"),
+        ({"radius": 0.1}, "Expected `radius` to be .* but got 0.1"),
+    ],
+)
+def test_bad_settings(kind: type[HAMUQ] | type[HAMUU], arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(HAMUValueError, match=message):
+        kind(0.1, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf])
+def test_bad_radii(value: float) -> None:
+    with pytest.raises(HAMUValueError, match=f"Expected `radius` to be positive.* but got {value}"):
+        FixedRadius(value)
+    with pytest.raises(HAMUValueError, match=f"Expected `fraction` to be positive.* but got {value}"):
+        RelativeRadius(value)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_bad_floor(value: float) -> None:
+    with pytest.raises(HAMUValueError, match=f"Expected `floor` to be .* but got {value}"):
+        RelativeRadius(0.1, floor=value)
+
+
+def test_errors_are_ours_and_value_errors() -> None:
+    assert issubclass(HAMUValueError, HAMUError)
+    with pytest.raises(ValueError, match="Expected `radius`"):
+        FixedRadius(-1.0)
+
+
+@kinds
+@pytest.mark.parametrize("missing", ["weight_norms", "sizes"])
+def test_the_relative_radius_needs_the_weights(kind: type[HAMUQ] | type[HAMUU], missing: str) -> None:
+    arguments = {"weight_norms": torch.ones(3), "sizes": torch.ones(3)}
+    del arguments[missing]
+    with pytest.raises(HAMUValueError, match="weight_norms.*sizes"):
+        kind(0.1, radius=RelativeRadius(0.1)).coefficients(torch.eye(2).expand(3, 2, 2), lr=0.1, **arguments)
+
+
+@pytest.mark.parametrize("rule", [HAMUQ(0.1), HAMUU(0.1), FineTune()], ids=repr)
+@pytest.mark.parametrize("shape", [(2, 2), (3, 2), (3, 3, 3), (3, 2, 3), (1, 3, 2, 2), ()])
+def test_bad_shape(rule: Rule, shape: tuple[int, ...]) -> None:
+    with pytest.raises(HAMUValueError, match=r"Expected `gramian` to have shape \[B, 2, 2\], but got"):
+        rule.coefficients(torch.ones(shape), lr=0.1)
+
+
+@pytest.mark.parametrize("rule", [HAMUQ(0.1), HAMUU(0.1), FineTune()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_bad_dtype(rule: Rule, dtype: torch.dtype) -> None:
+    """Half precision sums overflow and underflow; whoever has such a Gramian should hear of it."""
+    with pytest.raises(HAMUValueError, match=f"Expected `gramian` to be float32 or float64, but got {dtype}"):
+        rule.coefficients(torch.ones(3, 2, 2).to(dtype), lr=0.1)
+
+
+# Learning rates and radii -------------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_learning_rates_per_block(rule: Rule) -> None:
+    gramian = gramian_of(*draw_vectors(3))
+    one, many = ask(rule, gramian, 0.1), ask(rule, gramian, torch.full((6,), 0.1, dtype=torch.float64))
+    assert torch.equal(one.values, many.values)
+
+
+@kinds
+def test_learning_rate_radius(kind: type[HAMUQ] | type[HAMUU]) -> None:
+    retain, forget = draw_vectors(3)
+    lr = torch.linspace(0.1, 0.6, 6, dtype=torch.float64)
+    result = kind(0.05).coefficients(gramian_of(retain, forget), lr=lr)
+    own = retain if kind is HAMUQ else forget
+    torch.testing.assert_close(result.radius, lr * own.norm(dim=1), rtol=1e-14, atol=0)
+
+
+@kinds
+def test_the_direct_step_of_the_learning_rate_radius_is_plain_sgd(kind: type[HAMUQ] | type[HAMUU]) -> None:
+    retain, forget = draw_vectors(3)
+    quota = torch.tensor(-math.inf)
+    result = kind(0.05).coefficients(gramian_of(retain, forget), lr=0.3, quota=quota)
+    expected = -0.3 * retain if kind is HAMUQ else 0.3 * forget
+    torch.testing.assert_close(steps_of(result, retain, forget), expected, rtol=1e-14, atol=0)  # a root, a quotient
+
+
+@kinds
+@pytest.mark.parametrize("floor", [0.0, 0.1, 2.0])
+def test_relative_radius(kind: type[HAMUQ] | type[HAMUU], floor: float) -> None:
+    norms, sizes = [3.0, 0.0, 0.5, 20.0, 1e-3, 1.0], [4, 10, 100, 1000, 1, 7]
+    rms = math.sqrt(sum(norm**2 for norm in norms) / sum(sizes))
+    expected = [0.02 * max(norm, floor * rms * math.sqrt(n)) for norm, n in zip(norms, sizes, strict=True)]
+    for lr in (0.1, 7.0):  # the learning rate is of no account
+        rule = kind(0.05, radius=RelativeRadius(0.02, floor=floor))
+        result = rule.coefficients(
+            gramian_of(*draw_vectors(3)),
+            lr=lr,
+            weight_norms=torch.tensor(norms, dtype=torch.float64),
+            sizes=torch.tensor(sizes),
+        )
+        np.testing.assert_allclose(result.radius.numpy(), expected, rtol=1e-14)
+
+
+@hamu_rules
+def test_blocks_without_learning_rate_rest(rule: HAMUQ | HAMUU) -> None:
+    """Warm-up: they do not move, get no quota and do not stop the others."""
+    gramian = gramian_of(*draw_vectors(4))
+    lr = torch.tensor([0.1, 0.1, 0.0, 0.1, 0.0, 0.1], dtype=torch.float64)
+    result = ask(rule, gramian, lr)
+    assert (result.values[lr == 0] == 0).all()
+    assert (result.quota[lr == 0] == 0).all()
+    assert (result.branch[lr == 0] == Branch.NO_RADIUS).all()
+    served = result.forget_improvement if isinstance(rule, HAMUQ) else result.retain_improvement
+    assert served >= rule.quota * (1 - 1e-12)  # rounding
+
+
+@every_rule
+def test_no_learning_rate_at_all(rule: Rule) -> None:
+    result = ask(rule, gramian_of(*draw_vectors(4)), 0.0)
+    assert (result.values == 0).all()
+    assert result.forget_improvement == result.retain_improvement == 0
+
+
+# Not finite ---------------------------------------------------------------------------------------------------------
+
+
+@hamu_rules
+def test_one_bad_entry_stops_every_block(rule: HAMUQ | HAMUU) -> None:
+    """In the block of zeros, the collinear one or an ordinary one."""
+    for bad in (math.nan, math.inf, -math.inf):
+        for block, entries in ((0, [(0, 0)]), (1, [(1, 1)]), (5, [(0, 1), (1, 0)]), (0, [(1, 1)]), (5, [(0, 0)])):
+            gramian = gramian_of(*draw_vectors(5))
+            for i, j in entries:
+                gramian[block, i, j] = bad
+            assert_stopped(ask(rule, gramian))
+
+
+def assert_stopped(result: Coefficients) -> None:
+    assert (result.values == 0).all()
+    assert (result.branch == Branch.NOT_FINITE).all()
+    assert not result.block_feasible.any()
+    assert result.forget_improvement == result.retain_improvement == 0
+
+
+@kinds
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_learning_rates_and_weights_stop_every_block(kind: type[HAMUQ] | type[HAMUU], bad: float) -> None:
+    gramian = gramian_of(*draw_vectors(5))
+    lr, norms = torch.ones(6), torch.ones(6)
+    lr[3] = norms[3] = bad
+    for allocation in ALLOCATIONS:
+        assert_stopped(kind(0.1, allocation=allocation).coefficients(gramian, lr=lr))  # type: ignore[arg-type]
+        rule = kind(0.1, allocation=allocation, radius=RelativeRadius(0.1))  # type: ignore[arg-type]
+        assert_stopped(rule.coefficients(gramian, lr=0.1, weight_norms=norms, sizes=torch.ones(6)))
+
+
+@kinds
+def test_a_quota_that_is_not_a_number_stops_every_block(kind: type[HAMUQ] | type[HAMUU]) -> None:
+    """A quota derived from a loss that is NaN must not become a step at full radius."""
+    for radius in RADII:
+        for allocation in ALLOCATIONS:
+            rule = kind(0.1, radius=radius, allocation=allocation)  # type: ignore[arg-type]
+            assert_stopped(ask(rule, gramian_of(*draw_vectors(5)), quota=torch.tensor(math.nan)))
+
+
+def test_fine_tuning_never_looks_at_the_forget_gradient() -> None:
+    for bad in (math.nan, math.inf, 0.0, 1e30):
+        gramian = gramian_of(*draw_vectors(6))
+        gramian[:, 1, :] = gramian[:, :, 1] = bad
+        result = FineTune().coefficients(gramian, lr=0.1)
+        assert result.values.tolist() == [[-0.1, 0.0]] * 6
+        lr = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float64)
+        values = FineTune().coefficients(gramian, lr=lr).values
+        assert torch.equal(values[:, 0], -lr)
+        assert torch.equal(values[:, 1], torch.zeros_like(lr))

@@ -1,0 +1,100 @@
+"""What an import loads, what the package exports, and what no file may mention."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hamu_lightning
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "qpsolvers", "osqp", "matplotlib"}
+PUBLIC = sorted(
+    "hamu_lightning" if path.parent == ROOT / "hamu_lightning" else f"hamu_lightning.{path.parent.name}"
+    for path in (ROOT / "hamu_lightning").rglob("__init__.py")
+) + ["hamu_lightning.gramian"]
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Names of the top-level modules that a fresh interpreter holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_rules_load_torch_alone() -> None:
+    loaded = loaded_after("import hamu_lightning.rules")
+    assert "torch" in loaded
+    assert not loaded & HEAVY
+
+
+def test_optim_loads_no_lightning() -> None:
+    assert not loaded_after("import hamu_lightning.optim") & (HEAVY - {"qpsolvers", "osqp"})
+
+
+def test_the_root_loads_nothing() -> None:
+    assert not loaded_after("import hamu_lightning") & (HEAVY | {"torch", "numpy"})
+
+
+@pytest.mark.parametrize("name", hamu_lightning.__all__)
+def test_a_lazy_name_is_the_object_of_its_layer(name: str) -> None:
+    homes = ("rules", "optim", "callbacks", "gramian")
+    layers = [importlib.import_module(f"hamu_lightning.{home}") for home in homes]
+    owners = [layer for layer in layers if name in layer.__all__]
+    assert len(owners) == 1
+    assert getattr(hamu_lightning, name) is getattr(owners[0], name)
+    assert name in dir(hamu_lightning)
+
+
+def test_from_import_resolves_a_lazy_name() -> None:
+    from hamu_lightning import HAMUCallback
+    from hamu_lightning.callbacks import HAMUCallback as expected
+
+    assert HAMUCallback is expected
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert hasattr(hamu_lightning, "HAMUQ")
+    with pytest.raises(AttributeError, match="has no attribute 'HAMUX'"):
+        _ = hamu_lightning.HAMUX  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module_name", PUBLIC)
+def test_public_objects_have_docstrings(module_name: str) -> None:
+    module = importlib.import_module(module_name)
+    assert module.__doc__
+    exported = {name: getattr(module, name) for name in module.__all__}
+    # Type aliases and constants have no docstring of their own.
+    documented = {name: obj for name, obj in exported.items() if inspect.isclass(obj) or inspect.isroutine(obj)}
+    # A dataclass or a named tuple without one gets its own signature.
+    bare = [name for name, obj in documented.items() if not obj.__doc__ or obj.__doc__.startswith(f"{name}(")]
+    # ruff leaves out files whose name starts with an underscore, which are most of ours.
+    for obj in filter(inspect.isclass, documented.values()):
+        members = {f"{obj.__name__}.{name}": getattr(obj, name) for name in vars(obj) if not name.startswith("_")}
+        methods = {name: m for name, m in members.items() if inspect.isroutine(m) or isinstance(m, property)}
+        bare += [name for name, member in methods.items() if not inspect.getdoc(member)]
+    assert bare == []
+
+
+def test_no_file_mentions_a_machine() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    # In pieces, so that this file does not mention them either.
+    forbidden = re.compile("|".join(("/" + "root/", "/" + "tmp/w", "/" + "work/", "/" + "home/")))
+    found = []
+    for path in (ROOT / name for name in names):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError, IsADirectoryError):
+            continue  # deleted but not yet committed, or a picture
+        found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in forbidden.finditer(text)]
+    assert found == []
