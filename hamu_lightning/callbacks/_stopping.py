@@ -29,7 +29,7 @@ def find_stop_reason(report: StepReport, stop_on: tuple[StopOn, ...]) -> str | N
     """
     step = report.coefficients
     given = step.forget_improvement if step.constrained == 1 else step.retain_improvement
-    numbers = torch.stack((step.quota.sum(), step.feasible_improvement, given))
+    numbers = torch.stack((step.total_quota, step.feasible_improvement, given))
     quota, feasible, improvement = numbers.tolist()
     bound, other = ("forget", "retain") if step.constrained == 1 else ("retain", "forget")
     if "infeasible" in stop_on and improvement < quota * (1 - _SHORTFALL):

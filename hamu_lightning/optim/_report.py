@@ -67,7 +67,7 @@ class StepReport:
         return {
             "kappa": self.kappa.sum(),
             "cosine": self.total_cosine,
-            "quota": step.quota.sum(),
+            "quota": step.total_quota,
             "radius": step.radius.square().sum().sqrt(),
             "forget_improvement": step.forget_improvement,
             "retain_improvement": step.retain_improvement,

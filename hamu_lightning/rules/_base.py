@@ -53,7 +53,8 @@ class Coefficients:
     Args:
         values: `[B, 2]`, float64: the change of the weights is `d = values[:, 0] g_r + values[:, 1] g_f`.
         branch: `[B]`, int64, the codes of `Branch`.
-        quota: `[B]`, what is asked of each block, loss units per step.
+        quota: `[B]`, what is asked of each block, loss units per step. (With the "optimal" allocation: what it gives.)
+        total_quota: 0-d, what is asked of the whole step.
         radius: `[B]`, the longest step of each block, L2 length in weight space.
         block_feasible: `[B]`, bool, whether the block can give its quota inside its radius.
         gramian: `[B, 2, 2]`, float64, the Gramians that the step was computed from.
@@ -73,6 +74,7 @@ class Coefficients:
     values: Tensor
     branch: Tensor
     quota: Tensor
+    total_quota: Tensor
     radius: Tensor
     block_feasible: Tensor
     gramian: Tensor
@@ -97,7 +99,7 @@ class Coefficients:
     @cached_property
     def margin(self) -> Tensor:
         """`feasible_improvement` minus the total quota, 0-d: negative when the step *must* harm the other objective."""
-        return self.feasible_improvement - self.quota.sum()
+        return self.feasible_improvement - self.total_quota
 
 
 class Rule(ABC):

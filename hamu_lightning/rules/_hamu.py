@@ -95,7 +95,8 @@ class HAMUQ(Rule):
         rounding = compute_rounding(gramian.dtype)
         total = _as_wide(self.quota if quota is None else quota, gramian)
         # One non-finite number makes every comparison false: such Gramians are replaced before the first one.
-        is_finite = gramian.isfinite().all()
+        is_finite = gramian.isfinite().all() & ~total.isnan()
+        total = torch.where(is_finite, total, 0)
         gramian = torch.where(is_finite, gramian, 0).to(total.dtype)
         radius = self.radius.compute(gramian[:, 0, 0].clamp(min=0).sqrt(), lr, weight_norms, sizes)
         is_finite = is_finite & radius.isfinite().all()
@@ -106,6 +107,7 @@ class HAMUQ(Rule):
             values=torch.where(is_finite, values, 0),
             branch=torch.where(is_finite, branch, int(Branch.NOT_FINITE)),
             quota=shares,
+            total_quota=total,
             radius=radius,
             block_feasible=is_within_capacity(shares, problem) & is_finite,
             gramian=gramian,
@@ -157,6 +159,7 @@ class HAMUU(HAMUQ):
             values=-step.values.flip(1),  # c_r(U) = -c_f(Q), c_f(U) = -c_r(Q)
             branch=step.branch,
             quota=step.quota,
+            total_quota=step.total_quota,
             radius=step.radius,
             block_feasible=step.block_feasible,
             gramian=exchange_objectives(step.gramian),
@@ -200,6 +203,7 @@ class FineTune(Rule):
             values=torch.stack((-rate, nothing), dim=1),
             branch=torch.full_like(rate, int(Branch.DIRECT), dtype=torch.long),
             quota=nothing,
+            total_quota=nothing.sum(),
             radius=self.radius.compute(gramian[:, 0, 0].sqrt(), rate),
             block_feasible=torch.ones_like(rate, dtype=torch.bool),
             gramian=gramian,
