@@ -35,12 +35,12 @@ from hamu_lightning.rules import RelativeRadius
 EPOCHS, BATCH_SIZE = 12, 64
 MIXTURE_CLASS = 3
 # The longest step, as a share of the length of each tensor of weights.
-RADIUS = RelativeRadius(5e-4)
-# In a large batch the few samples that are forgotten first would carry the mean alone.
-FORGET_BATCH_SIZE = 32
+RADIUS = RelativeRadius(1e-3)
+# Each small batch has to give the quota. In a large one the few samples that are forgotten first would give it alone.
+FORGET_BATCH_SIZE = 8
 # The loss at which a whole class counts as forgotten: nine times that of a guess among ten classes.
 CLASS_LEVEL = 9 * math.log(10)
-MEASURE_EVERY = 5
+MEASURE_EVERY = 3
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,11 @@ class PathRecorder(Callback):
         if trainer.global_step % MEASURE_EVERY == 0:
             trainer.should_stop = self._measure(trainer, pl_module) >= self._end_level
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the end."""
+        if trainer.global_step != self.path[-1][0]:
+            self._measure(trainer, pl_module)
+
     def _measure(self, trainer: Trainer, module: LightningModule) -> float:
         retain, forget = evaluate(module, self._data.retain).loss, evaluate(module, self._data.forget).loss
         self.path.append((trainer.global_step, retain, forget))
@@ -233,7 +238,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--rho", dest="forget", type=parse_rho, help=mixture)
     parser.add_argument("--rule", choices=("hamu-q", "hamu-u"), default="hamu-q")
     parser.add_argument("--quota", type=float, help="loss units per step; default: chosen with the validation split")
-    parser.add_argument("--steps", type=int, default=75, help="the most steps of unlearning (default: 75)")
+    parser.add_argument("--steps", type=int, default=50, help="the most steps of unlearning (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("quickstart_out"), help="where to write pictures and logs")
     return parser.parse_args(argv)

@@ -168,9 +168,9 @@ def fit(module: LightningModule, *callbacks: Callback, seed: int = 1, **settings
     """Fit for two epochs on shuffled data; `workers` goes to the loader."""
     seed_everything(seed, verbose=False)
     recorder, workers = Recorder(), settings.pop("workers", 0)
-    loader = settings.pop("loader", None) or DataLoader(
-        make_data(settings.pop("samples", 96)), batch_size=16, shuffle=True, num_workers=workers
-    )
+    loader = settings.pop("loader", None)
+    if loader is None:
+        loader = DataLoader(make_data(), batch_size=16, shuffle=True, num_workers=workers)
     options: dict[str, Any] = {
         "max_epochs": 2,
         "accelerator": "cpu",
