@@ -34,12 +34,13 @@ from hamu_lightning.rules import RelativeRadius
 
 EPOCHS, BATCH_SIZE = 12, 64
 MIXTURE_CLASS = 3
-# The longest step, as a share of the length of each tensor of weights.
-RADIUS = RelativeRadius(1e-3)
+# The longest step, as a share of the length of each tensor of weights. HAMU-U uses all of it all the time.
+RADIUS = {"hamu-q": RelativeRadius(1e-3), "hamu-u": RelativeRadius(2e-4)}
 # Each small batch has to give the quota. In a large one the few samples that are forgotten first would give it alone.
 FORGET_BATCH_SIZE = 8
-# The loss at which a whole class counts as forgotten: nine times that of a guess among ten classes.
-CLASS_LEVEL = 9 * math.log(10)
+# The levels that the forget loss is sent to. A class that is forgotten as a whole: so many times the loss of a guess
+# among ten classes. Other samples: so many times the loss on validation samples.
+CLASS_FACTOR, SAMPLE_FACTOR = 9, 3
 MEASURE_EVERY = 3
 
 
@@ -152,21 +153,25 @@ class PathRecorder(Callback):
 
 
 def choose_end_level(original: LightningModule, data: Data) -> float:
-    """Return the mean loss at which the forget set counts as forgotten.
+    """Return the mean loss that the forget set is sent to.
 
-    A sample of a class that is forgotten as a whole should end at CLASS_LEVEL, any other one at the loss that the
-    original has on validation samples of its class.
+    A sample of a class that is forgotten as a whole should end at a multiple of the loss of a guess, any other one at
+    a multiple of the loss that the original has on validation samples of its class. The quota is spread evenly over the
+    steps and not every batch can give it inside the radius, so that random samples end below their level.
     """
     val = evaluate(original, data.val)
-    levels = [CLASS_LEVEL if c in data.gone else val.select(val.labels == c).loss for c in range(10)]
+    guess = math.log(10)
+    levels = [
+        CLASS_FACTOR * guess if c in data.gone else SAMPLE_FACTOR * val.select(val.labels == c).loss for c in range(10)
+    ]
     return torch.tensor(levels)[data.train.tensors[1][data.forget.indices]].mean().item()
 
 
 def choose_rule(name: str, quota: float | None, rise: float, steps: int) -> HAMUQ:
     """Make the rule. Without a quota HAMU-Q spreads the rise over the steps, and HAMU-U lets retain not get worse."""
     if name == "hamu-u":
-        return HAMUU(quota=quota or 0.0, radius=RADIUS)
-    return HAMUQ(quota=max(rise, 0.0) / steps if quota is None else quota, radius=RADIUS)
+        return HAMUU(quota=quota or 0.0, radius=RADIUS[name])
+    return HAMUQ(quota=max(rise, 0.0) / steps if quota is None else quota, radius=RADIUS[name])
 
 
 def unlearn(

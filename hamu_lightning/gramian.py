@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -65,7 +65,7 @@ def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | Non
     wide = widest_float(device)
     pairs = list(combinations_with_replacement(range(n), 2))
     rows = list(zip(*grads, strict=True))
-    products = [product.to(device) for row in rows for product in _tensor_products(row, pairs, device)]
+    products = [product for row in _multiply(rows, pairs, device) for product in row]
     upper = torch.stack(products) if products else torch.zeros(0, dtype=wide, device=device)
     upper = upper.view(n_tensors, len(pairs))
     upper = _sum_over_shards(upper, [next((g for g in row if g is not None), None) for row in rows])
@@ -129,28 +129,57 @@ def _label_function(blocks: Blocks) -> Callable[[str], str]:
     )
 
 
-def _tensor_products(
-    row: Sequence[Tensor | None], pairs: Sequence[tuple[int, int]], device: torch.device
-) -> list[Tensor]:
-    """The inner products of the gradients of one tensor, for each pair: of their local parts where they are sharded."""
-    local = [None if g is None else _local(g) for g in row]
-    present = [g for g in local if g is not None]
-    if any(g.is_sparse for g in present):
-        return [_sparse_inner(local[i], local[j], device) for i, j in pairs]
+def _multiply(
+    rows: Sequence[Sequence[Tensor | None]], pairs: Sequence[tuple[int, int]], device: torch.device
+) -> list[list[Tensor]]:
+    """The inner products of each row's gradients, for each pair: of their local parts where they are sharded."""
     zero = torch.zeros((), dtype=widest_float(device), device=device)
-    if not present:
-        return [zero] * len(pairs)
-    flat = [None if g is None else (torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in local]
-    size = next(g.numel() for g in flat if g is not None)
-    piece = _PIECE_ON_CPU if present[0].device.type == "cpu" else _PIECE_ON_ACCELERATOR
-    products: list[Tensor] = [zero] * len(pairs)
-    for start in range(0, size, piece):
-        wide = [None if g is None else g[start : start + piece].to(widest_float(g.device)) for g in flat]
-        for k, (i, j) in enumerate(pairs):
-            a, b = wide[i], wide[j]
-            if a is not None and b is not None:
-                products[k] = torch.dot(a, b) if start == 0 else products[k] + torch.dot(a, b)
+    products = [[zero] * len(pairs) for _ in rows]
+    dense: dict[int, list[Tensor]] = {}
+    for index, row in enumerate(rows):
+        local = [None if g is None else _local(g) for g in row]
+        present = [g for g in local if g is not None]
+        if any(g.is_sparse for g in present):
+            products[index] = [_sparse_inner(local[i], local[j], device) for i, j in pairs]
+        elif present:
+            if len(present) < len(local):  # a missing gradient is zero
+                local = [torch.zeros_like(present[0]) if g is None else g for g in local]
+            dense[index] = [_flatten(g) for g in local if g is not None]
+    for pack in _pack(dense):
+        wide = [_widen([dense[index][i][part] for index, part in pack]) for i in range(len(rows[0]))]
+        for k, (index, part) in enumerate(pack):
+            for p, (i, j) in enumerate(pairs):
+                product = torch.dot(wide[i][k], wide[j][k])
+                product = product if product.device == device else product.to(device)
+                products[index][p] = product if part.start == 0 else products[index][p] + product
     return products
+
+
+def _pack(dense: dict[int, list[Tensor]]) -> Iterator[list[tuple[int, slice]]]:
+    """Cut large tensors, and put small ones of one device together, so that each pack has about one piece's length."""
+    pack: list[tuple[int, slice]] = []
+    room, device = 0, None
+    for index, (first, *_) in dense.items():
+        piece = _PIECE_ON_CPU if first.device.type == "cpu" else _PIECE_ON_ACCELERATOR
+        for start in range(0, first.numel(), piece):
+            length = min(piece, first.numel() - start)
+            if pack and (length > room or first.device != device):
+                yield pack
+                pack = []
+            room, device = (room if pack else piece) - length, first.device
+            pack.append((index, slice(start, start + length)))
+    if pack:
+        yield pack
+
+
+def _widen(parts: list[Tensor]) -> Sequence[Tensor]:
+    """The parts in float64: one conversion for all of them."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.split_with_sizes(joined.to(widest_float(joined.device)), [part.numel() for part in parts])
+
+
+def _flatten(grad: Tensor) -> Tensor:
+    return (torch.view_as_real(grad) if grad.is_complex() else grad).reshape(-1)
 
 
 def _sparse_inner(a: Tensor | None, b: Tensor | None, device: torch.device) -> Tensor:

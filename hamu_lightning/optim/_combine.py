@@ -7,47 +7,61 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# x + (-0.0) is x for every x, 0.0 and -0.0 included: the neutral element that keeps a lone gradient bit for bit.
-_NOTHING = -0.0
 
-
-def combine_(retain: Sequence[Tensor | None], forget: Sequence[Tensor | None], factors: Tensor) -> list[Tensor | None]:
+def combine_(
+    retain: Sequence[Tensor | None], forget: Sequence[Tensor | None], factors: Tensor, is_finite: Tensor
+) -> list[Tensor | None]:
     """Combine two lists of gradients tensor by tensor, writing over the forget gradients.
 
-    A gradient whose factor is 0 does not count at all: not even its NaN. Sums are taken in float32 or wider.
+    Sums are taken in float32 or wider.
 
     Args:
         retain: The retain gradients; they stay as they are.
         forget: The forget gradients; their memory takes the result.
         factors: `[T, 2]`, what the two gradients of each tensor are multiplied by.
+        is_finite: 0-d, bool. Where it is False the result is zero, whatever the gradients hold.
 
     Returns:
         For each tensor the combined gradient, or None where both are None.
     """
-    columns = factors.unbind(dim=0)
-    return [_combine_one_(r, f, *c.unbind()) for r, f, c in zip(retain, forget, columns, strict=True)]
+    combined: list[Tensor | None] = list(forget)
+    usual: list[tuple[int, Tensor, Tensor]] = []
+    for index, (r, f) in enumerate(zip(retain, forget, strict=True)):
+        if r is not None and f is not None and _is_usual(r) and _is_usual(f):
+            usual.append((index, r, f))
+        else:
+            combined[index] = _combine_one(r, f, factors[index], is_finite)
+    if usual:
+        indices, sources, targets = map(list, zip(*usual, strict=True))
+        a, b = ([*column.unbind()] for column in factors[indices].unbind(dim=1))
+        torch._foreach_mul_(targets, b)
+        torch._foreach_add_(targets, torch._foreach_mul(sources, a))
+        is_bad = ~is_finite
+        for target in targets:
+            target.masked_fill_(is_bad, 0)
+    return combined
 
 
-def _combine_one_(retain: Tensor | None, forget: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
-    if forget is None:
-        return None if retain is None else _scaled(retain, a).to(retain.dtype)
-    if retain is None:
-        return _scaled(forget, b).to(forget.dtype)
-    total = _add(_scaled(retain, a), _scaled(forget, b))
-    if forget.is_sparse or retain.is_sparse:
-        return total
-    return forget.copy_(total)
+def _is_usual(grad: Tensor) -> bool:
+    """Whether torch's operators on whole lists take the gradient; 16-bit sums would lose the quota to cancellation."""
+    return type(grad) is Tensor and not grad.is_sparse and grad.dtype in (torch.float32, torch.float64)
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+def _combine_one(retain: Tensor | None, forget: Tensor | None, factors: Tensor, is_finite: Tensor) -> Tensor | None:
+    pairs = zip((retain, forget), factors.unbind(), strict=True)
+    terms = [_scaled(grad, factor, is_finite) for grad, factor in pairs if grad is not None]
+    if not terms:
+        return None
+    if len(terms) == 2 and terms[0].is_sparse:
+        terms.reverse()  # torch adds a sparse tensor to a dense one, not the other way round
+    total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    return total.to(next(g.dtype for g in (retain, forget) if g is not None))
+
+
+def _scaled(grad: Tensor, factor: Tensor, is_finite: Tensor) -> Tensor:
     if grad.is_sparse:
         grad = grad.coalesce()
-        values = _scaled(grad.values(), factor)
+        values = _scaled(grad.values(), factor, is_finite)
         return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
     wide = torch.promote_types(grad.dtype, torch.float32)
-    product = grad.to(wide) * factor.to(wide)
-    return torch.where(factor == 0, _NOTHING, product)
-
-
-def _add(a: Tensor, b: Tensor) -> Tensor:
-    return b + a if a.is_sparse else a + b
+    return torch.where(is_finite, grad.to(wide) * factor.to(wide), 0)

@@ -19,7 +19,7 @@ from hamu_lightning.optim._combine import combine_
 from hamu_lightning.optim._layout import Layout, collect_names, make_layout
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._slots import GradientSlot, SpentGradients, pointed_gradients
-from hamu_lightning.rules import Branch, Coefficients, Rule
+from hamu_lightning.rules import Coefficients, Rule
 
 Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
 
@@ -312,8 +312,7 @@ class HAMUOptimizer(Optimizer):
             return
         core.last_step = self._ask_rule(retain, forget, layout)
         if core.approve is None or core.approve(core.last_step):
-            combined = combine_(retain, forget, self._factors(core.last_step, layout))
-            with pointed_gradients(layout.parameters, combined):
+            with pointed_gradients(layout.parameters, self._combine(retain, forget, core.last_step, layout)):
                 self._step_base(core.last_step.coefficients)
 
     def _ask_rule(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> StepReport:
@@ -327,25 +326,25 @@ class HAMUOptimizer(Optimizer):
         lr = layout.learning_rates(self.param_groups)
         return StepReport(gramian, rule.coefficients(gramian, lr=lr, **weights), lr, layout.labels)
 
-    def _factors(self, report: StepReport, layout: Layout) -> Tensor:
-        """What each tensor's two gradients are multiplied by, `[T, 2]`: `-c/lr`, so that the base applies `c`."""
-        values, lr = report.coefficients.values, report.lr.unsqueeze(1)
+    def _combine(
+        self, retain: list[Tensor | None], forget: list[Tensor | None], report: StepReport, layout: Layout
+    ) -> list[Tensor | None]:
+        """The gradients that make the base apply the coefficients: `-c/lr` times the two."""
         if self._core.rule.is_plain:
-            unit = torch.zeros_like(values[:, 0])
-            factors = torch.stack((unit + 1, unit), dim=1)
-        else:
-            # The rule saw mean gradients; the slots hold `window_share` of them.
-            factors = torch.where(lr == 0, 0, -values / lr) / self._core.window_share
-        return factors[torch.tensor(layout.blocks, device=factors.device)]
+            return retain
+        lr = report.lr.unsqueeze(1)
+        # The rule saw mean gradients; the slots hold `window_share` of them.
+        factors = torch.where(lr == 0, 0, -report.coefficients.values / lr) / self._core.window_share
+        factors = factors[torch.tensor(layout.blocks, device=factors.device)]
+        return combine_(retain, forget, factors, report.coefficients.is_finite)
 
     def _step_base(self, coefficients: Coefficients) -> None:
         """Let the base apply the gradients, unless they are not finite; plain SGD then gets zeros and does not move."""
         core = self._core
         if not core.rule.is_plain:
-            is_not_finite = coefficients.branch[0] == int(Branch.NOT_FINITE)
-            core.not_finite_steps = core.not_finite_steps + is_not_finite.long()
+            core.not_finite_steps = core.not_finite_steps + (~coefficients.is_finite).long()
             # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.
-            if not is_plain_sgd(core.base) and bool(is_not_finite):
+            if not is_plain_sgd(core.base) and not bool(coefficients.is_finite):
                 return
         core.base.step()
 

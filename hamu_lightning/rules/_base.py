@@ -80,6 +80,11 @@ class Coefficients:
     gramian: Tensor
     constrained: int = FORGET
 
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether all numbers that the step was computed from are finite, 0-d, bool. If not, no block moves."""
+        return (self.branch != int(Branch.NOT_FINITE)).all()
+
     @cached_property
     def forget_improvement(self) -> Tensor:
         """Predicted rise of the forget loss, `g_f·d` summed over the blocks, 0-d."""
