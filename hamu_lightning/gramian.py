@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -60,22 +59,17 @@ def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | Non
         raise HAMUValueError(
             f"Expected `blocks` to hold one index per tensor ({n_tensors}), but got {len(blocks)} indices."
         )
-    given = [g for grad in grads for g in grad if g is not None]
-    device = given[0].device if given else torch.device("cpu")
-    wide = widest_float(device)
-    pairs = list(combinations_with_replacement(range(n), 2))
     rows = list(zip(*grads, strict=True))
-    products = [product for row in _multiply(rows, pairs, device) for product in row]
-    upper = torch.stack(products) if products else torch.zeros(0, dtype=wide, device=device)
-    upper = upper.view(n_tensors, len(pairs))
-    upper = _sum_over_shards(upper, [next((g for g in row if g is not None), None) for row in rows])
+    first = [next((g for g in row if g is not None), None) for row in rows]
+    device = next((g.device for g in first if g is not None), torch.device("cpu"))
+    zero = torch.zeros(n, n, dtype=widest_float(device), device=device)
+    products = _multiply(rows, device)
+    per_tensor = torch.stack([products.get(index, zero) for index in range(n_tensors)]) if rows else zero[None][:0]
+    per_tensor = _sum_over_shards(per_tensor, first)  # [T, n, n]
     if blocks is not None:
-        n_blocks = max(blocks, default=-1) + 1
         index = torch.tensor(blocks, dtype=torch.long, device=device)
-        upper = torch.zeros(n_blocks, upper.shape[1], dtype=wide, device=device).index_add_(0, index, upper)
-    column = {pair: k for k, pair in enumerate(pairs)}
-    entries = [upper[:, column[min(i, j), max(i, j)]] for i in range(n) for j in range(n)]
-    return torch.stack(entries, dim=1).view(-1, n, n)  # [B, n, n]
+        per_tensor = zero.new_zeros(max(blocks, default=-1) + 1, n, n).index_add_(0, index, per_tensor)
+    return per_tensor.triu() + per_tensor.triu(1).mT
 
 
 def assign_blocks(names: Sequence[str], groups: Sequence[int], blocks: Blocks) -> tuple[list[int], list[str]]:
@@ -129,29 +123,26 @@ def _label_function(blocks: Blocks) -> Callable[[str], str]:
     )
 
 
-def _multiply(
-    rows: Sequence[Sequence[Tensor | None]], pairs: Sequence[tuple[int, int]], device: torch.device
-) -> list[list[Tensor]]:
-    """The inner products of each row's gradients, for each pair: of their local parts where they are sharded."""
-    zero = torch.zeros((), dtype=widest_float(device), device=device)
-    products = [[zero] * len(pairs) for _ in rows]
+def _multiply(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> dict[int, Tensor]:
+    """Each row's Gramian `[n, n]`, of the local parts where gradients are sharded. A row of None has none."""
+    products: dict[int, Tensor] = {}
     dense: dict[int, list[Tensor]] = {}
     for index, row in enumerate(rows):
         local = [None if g is None else _local(g) for g in row]
         present = [g for g in local if g is not None]
         if any(g.is_sparse for g in present):
-            products[index] = [_sparse_inner(local[i], local[j], device) for i, j in pairs]
+            products[index] = torch.stack([_sparse_inner(a, b, device) for a in local for b in local])
+            products[index] = products[index].view(len(row), len(row))
         elif present:
             if len(present) < len(local):  # a missing gradient is zero
                 local = [torch.zeros_like(present[0]) if g is None else g for g in local]
             dense[index] = [_flatten(g) for g in local if g is not None]
     for pack in _pack(dense):
-        wide = [_widen([dense[index][i][part] for index, part in pack]) for i in range(len(rows[0]))]
-        for k, (index, part) in enumerate(pack):
-            for p, (i, j) in enumerate(pairs):
-                product = torch.dot(wide[i][k], wide[j][k])
-                product = product if product.device == device else product.to(device)
-                products[index][p] = product if part.start == 0 else products[index][p] + product
+        wide = _widen([[grad[part] for grad in dense[index]] for index, part in pack])
+        for piece, (index, _) in zip(wide, pack, strict=True):
+            product = piece @ piece.T
+            product = product if product.device == device else product.to(device)
+            products[index] = products[index] + product if index in products else product
     return products
 
 
@@ -172,10 +163,14 @@ def _pack(dense: dict[int, list[Tensor]]) -> Iterator[list[tuple[int, slice]]]:
         yield pack
 
 
-def _widen(parts: list[Tensor]) -> Sequence[Tensor]:
-    """The parts in float64: one conversion for all of them."""
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return torch.split_with_sizes(joined.to(widest_float(joined.device)), [part.numel() for part in parts])
+def _widen(parts: list[list[Tensor]]) -> Sequence[Tensor]:
+    """The parts of all gradients as `[n, length]` each, in float64: one conversion for all of them."""
+    sizes = [part[0].numel() for part in parts]
+    like = parts[0][0]
+    matrix = torch.empty(len(parts[0]), sum(sizes), dtype=widest_float(like.device), device=like.device)
+    for row, column in zip(matrix, zip(*parts, strict=True), strict=True):
+        torch.cat(column, out=row)
+    return torch.split_with_sizes(matrix, sizes, dim=1)
 
 
 def _flatten(grad: Tensor) -> Tensor:
@@ -213,18 +208,18 @@ def _mesh(grad: Tensor) -> DeviceMesh | None:
     return getattr(grad, "device_mesh", None)
 
 
-def _sum_over_shards(upper: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+def _sum_over_shards(products: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
     """Sum the rows of sharded tensors over exactly the mesh dimensions that shard them.
 
     Args:
-        upper: `[T, P]`, this rank's products for each tensor.
+        products: `[T, n, n]`, this rank's Gramian for each tensor.
         tensors: For each row one of its gradients, or None.
     """
     mesh_of = [None if t is None else _mesh(t) for t in tensors]
     for mesh in dict.fromkeys(m for m in mesh_of if m is not None):
         rows = [row for row, m in enumerate(mesh_of) if m == mesh]
-        index = torch.tensor(rows, device=upper.device)
-        part = upper[index]
+        index = torch.tensor(rows, device=products.device)
+        part = products[index]
         for dim in range(mesh.ndim):
             is_sharded = [tensors[row].placements[dim].is_shard() for row in rows]  # type: ignore[union-attr]
             if not any(is_sharded):
@@ -232,7 +227,9 @@ def _sum_over_shards(upper: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
             # One collective for all tensors: those that this dimension does not shard are the same on all its ranks,
             # and only the first rank contributes them.
             if mesh.get_local_rank(dim) != 0:
-                part = torch.where(torch.tensor(is_sharded, device=part.device)[:, None], part, torch.zeros_like(part))
+                part = torch.where(
+                    torch.tensor(is_sharded, device=part.device)[:, None, None], part, torch.zeros_like(part)
+                )
             torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-        upper = upper.index_copy(0, index, part)
-    return upper
+        products = products.index_copy(0, index, part)
+    return products
