@@ -23,6 +23,7 @@ _PIECE_ON_CPU = 2**17
 _PIECE_ON_ACCELERATOR = 2**24
 
 
+@torch.no_grad()
 def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | None = None) -> Tensor:
     """Compute the inner products of several gradients, block by block.
 

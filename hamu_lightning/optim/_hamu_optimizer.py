@@ -321,8 +321,7 @@ class HAMUOptimizer(Optimizer):
         gramian = compute_gramian(retain, forget, blocks=blocks) / self._core.window_share**2
         weights: dict[str, Tensor] = {}
         if rule.radius.needs_weights:
-            norms = compute_gramian(layout.parameters, blocks=blocks).clamp(min=0).sqrt().view(-1)
-            weights = {"weight_norms": norms, "sizes": layout.vector(layout.sizes)}
+            weights = {"weight_norms": layout.weight_norms(), "sizes": layout.vector(layout.sizes)}
         lr = layout.learning_rates(self.param_groups)
         return StepReport(gramian, rule.coefficients(gramian, lr=lr, **weights), lr, layout.labels)
 

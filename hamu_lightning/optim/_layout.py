@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.gramian import Blocks, assign_blocks, widest_float
+from hamu_lightning.gramian import Blocks, assign_blocks, compute_gramian, widest_float
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,19 @@ class Layout:
         if any(isinstance(value, Tensor) for value in values):
             return torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device).reshape(()) for v in values])
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def weight_norms(self) -> Tensor:
+        """The L2 norm of each block's weights, `[B]`."""
+        if any(type(p) not in (Tensor, torch.nn.Parameter) or p.is_complex() for p in self.parameters):
+            return compute_gramian(self.parameters, blocks=self.blocks).view(-1).sqrt()  # it knows about shards
+        norms = torch.stack([norm.to(self.device) for norm in self._tensor_norms()]).to(widest_float(self.device))
+        index = torch.tensor(self.blocks, device=self.device)
+        return norms.new_zeros(len(self.labels)).index_add_(0, index, norms.square()).sqrt()
+
+    def _tensor_norms(self) -> list[Tensor]:
+        # One call for all tensors: a third of the time of their Gramians. 16-bit norms would be off by half a percent.
+        wide = torch.promote_types(self.parameters[0].dtype, torch.float32)
+        return list(torch._foreach_norm(list(self.parameters), 2, dtype=wide))
 
     def learning_rates(self, param_groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """The learning rate of each block, `[B]`."""
