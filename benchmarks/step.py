@@ -4,8 +4,8 @@ python benchmarks/step.py
 
 For each model, in interleaved repetitions on the same batches:
 
-- (a) the two forward and backward passes;
-- (b) all that HAMUOptimizer adds to them: slots, Gramians, rule, combination, and the base optimizer's step;
+- (a) the two forward and backward passes, each into its own gradient slot;
+- (b) the step after them: Gramians, rule, combination, and the base optimizer's own step;
 - (c) gradient difference by hand: two forward passes, one combined backward pass, one step of plain SGD.
 
 Prints medians in milliseconds with the quartiles of (b), and ratios. Only the ratios compare between machines.

@@ -50,7 +50,7 @@ class Journal:
         numbers = {f"hamu/{name}": value for name, value in report.summary().items()}
         numbers |= {"retain/loss": self._retain.close_window(), "forget/loss": self._forget.close_window()}
         device = self._trainer.strategy.root_device
-        values = torch.stack([value.to(device, torch.float64) for value in numbers.values()]).tolist()
+        values = torch.stack([value.to(device, torch.float32) for value in numbers.values()]).tolist()
         for name, value in zip(numbers, values, strict=True):
             self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in self._shown)
 
