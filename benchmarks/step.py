@@ -37,7 +37,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(8000, 384)
         layer = nn.TransformerEncoderLayer(384, 6, 1536, batch_first=True, dropout=0.0)
-        self.layers = nn.TransformerEncoder(layer, 11, enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
         self.head = nn.Linear(384, 8000, bias=False)
         self.head.weight = self.embedding.weight
 

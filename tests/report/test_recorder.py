@@ -63,7 +63,7 @@ def test_every_step_is_recorded(tmp_path: Path, order: int) -> None:
         assert torch.equal(history.kappa[i], report.kappa)
         assert torch.equal(torch.stack((history.kappa_1[i], history.kappa_2[i])), torch.stack(report.thresholds))
         torch.testing.assert_close(history.kappa[i] / history.norms[i], report.cosine)
-        assert history.quota[i] == report.coefficients.quota.sum()
+        assert history.quota[i] == report.coefficients.total_quota
         assert history.retain_improvement[i] == report.coefficients.retain_improvement
         assert history.forget_improvement[i] == report.coefficients.forget_improvement
         assert history.margin[i] == report.coefficients.margin
