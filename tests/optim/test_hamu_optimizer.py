@@ -6,9 +6,12 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -40,10 +43,34 @@ def make_losses(model: nn.Module, seed: int = 0) -> tuple[Tensor, Tensor]:
     return nn.functional.cross_entropy(model(x), targets), nn.functional.cross_entropy(model(y), targets)
 
 
-def wrap(model: nn.Module, rule: Rule = RULE, base: str = "sgd") -> HAMUOptimizer:
+def wrap_directly(model: nn.Module, rule: Rule = RULE, base: str = "sgd") -> HAMUOptimizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return HAMUOptimizer(BASES[base](model.parameters()), rule)
+
+
+def through_lightning(optimizer: HAMUOptimizer) -> Any:
+    """What `self.optimizers()` hands out in a LightningModule."""
+    module, trainer = LightningModule(), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.automatic_optimization = False
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    trainer.strategy.optimizers = [optimizer]
+    return module.optimizers()
+
+
+DOORS: dict[str, Callable[[HAMUOptimizer], Any]] = {
+    "plain": lambda optimizer: optimizer,
+    "lightning": through_lightning,
+    "fabric": lambda optimizer: Fabric(accelerator="cpu", devices=1).setup_optimizers(optimizer),
+}
+Wrap: TypeAlias = Callable[..., HAMUOptimizer]
+
+
+@pytest.fixture(params=DOORS)
+def wrap(request: pytest.FixtureRequest) -> Wrap:
+    """Makes a HAMUOptimizer as the user holds it: the same contract in a plain loop, in Lightning and in Fabric."""
+    return lambda *args, **kwargs: DOORS[request.param](wrap_directly(*args, **kwargs))
 
 
 def take_step(optimizer: Optimizer, model: nn.Module, seed: int = 0) -> None:
@@ -87,7 +114,7 @@ def expected_step(model: nn.Module, rule: Rule, lr: float, seed: int = 0) -> lis
     ],
     ids=repr,
 )
-def test_plain_sgd_moves_the_weights_by_d(rule: Rule, dtype: torch.dtype) -> None:
+def test_plain_sgd_moves_the_weights_by_d(wrap: Wrap, rule: Rule, dtype: torch.dtype) -> None:
     model = make_model(dtype)
     before, asked = weights(model), expected_step(model, rule, 0.1)
     grads = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in make_losses(model)]
@@ -106,7 +133,7 @@ def test_plain_sgd_moves_the_weights_by_d(rule: Rule, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_fine_tuning_is_the_base_optimizer_bit_for_bit(base: str) -> None:
+def test_fine_tuning_is_the_base_optimizer_bit_for_bit(wrap: Wrap, base: str) -> None:
     plain, wrapped = make_model(), make_model()
     optimizer, wrapper = BASES[base](plain.parameters()), wrap(wrapped, FineTune(), base)
     for seed in range(4):
@@ -117,7 +144,7 @@ def test_fine_tuning_is_the_base_optimizer_bit_for_bit(base: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True))
 
 
-def test_fine_tuning_does_not_read_a_forget_gradient_of_nan() -> None:
+def test_fine_tuning_does_not_read_a_forget_gradient_of_nan(wrap: Wrap) -> None:
     model = make_model()
     optimizer = wrap(model, FineTune())
     plain = make_model()
@@ -133,7 +160,7 @@ def test_fine_tuning_does_not_read_a_forget_gradient_of_nan() -> None:
 
 
 @pytest.mark.parametrize("which", ["retain", "forget", "neither"])
-def test_one_objective_alone_is_never_applied(which: str) -> None:
+def test_one_objective_alone_is_never_applied(wrap: Wrap, which: str) -> None:
     model = make_model()
     optimizer, before = wrap(model), weights(model)
     retain, forget = make_losses(model)
@@ -148,7 +175,7 @@ def test_one_objective_alone_is_never_applied(which: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_gradients_of_the_last_step_are_not_used_again() -> None:
+def test_gradients_of_the_last_step_are_not_used_again(wrap: Wrap) -> None:
     model = make_model()
     optimizer = wrap(model)
     take_step(optimizer, model)
@@ -164,7 +191,7 @@ def test_gradients_of_the_last_step_are_not_used_again() -> None:
         torch.testing.assert_close(b.detach().double(), a, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_accumulate_in_both_slots() -> None:
+def test_gradients_accumulate_in_both_slots(wrap: Wrap) -> None:
     model, twice = make_model(torch.float64), make_model(torch.float64)
     optimizer = wrap(model)
     for _ in range(3):
@@ -179,7 +206,7 @@ def test_gradients_accumulate_in_both_slots() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)  # float64 rounding of thirds
 
 
-def test_short_window_scales_to_the_mean() -> None:
+def test_short_window_scales_to_the_mean(wrap: Wrap) -> None:
     """Two of three micro-batches came, and losses were divided by three: the step is that of the mean."""
     model, reference = make_model(torch.float64), make_model(torch.float64)
     optimizer = wrap(model)
@@ -195,7 +222,7 @@ def test_short_window_scales_to_the_mean() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_zero_grad_keeps_the_forget_gradient() -> None:
+def test_zero_grad_keeps_the_forget_gradient(wrap: Wrap) -> None:
     model = make_model()
     optimizer = wrap(model)
     with optimizer.forget():
@@ -205,7 +232,7 @@ def test_zero_grad_keeps_the_forget_gradient() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_exception_in_the_forget_pass_leaves_grad_alone() -> None:
+def test_exception_in_the_forget_pass_leaves_grad_alone(wrap: Wrap) -> None:
     model = make_model()
     optimizer = wrap(model)
     make_losses(model)[0].backward()
@@ -219,7 +246,7 @@ def test_exception_in_the_forget_pass_leaves_grad_alone() -> None:
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("stream", ["retain", "forget"])
-def test_a_step_that_is_not_finite_is_left_out(base: str, stream: str) -> None:
+def test_a_step_that_is_not_finite_is_left_out(wrap: Wrap, base: str, stream: str) -> None:
     model = make_model()
     optimizer = wrap(model, base=base)
     take_step(optimizer, model)
@@ -235,7 +262,7 @@ def test_a_step_that_is_not_finite_is_left_out(base: str, stream: str) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_zero_learning_rate_moves_and_breaks_nothing(base: str) -> None:
+def test_zero_learning_rate_moves_and_breaks_nothing(wrap: Wrap, base: str) -> None:
     model = make_model()
     optimizer = wrap(model, HAMUQ(1e-3), base)
     for group in optimizer.param_groups:
@@ -261,7 +288,7 @@ def test_each_group_uses_its_own_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("target", ["wrapper", "base"])
-def test_schedules_change_the_radius_not_the_direction(target: str) -> None:
+def test_schedules_change_the_radius_not_the_direction(wrap: Wrap, target: str) -> None:
     """PITFALLS 10: the schedule reaches the rule, through the wrapper or the base, also after loading a state."""
     model = make_model()
     optimizer = wrap(model, HAMUQ(0.0))
@@ -276,7 +303,7 @@ def test_schedules_change_the_radius_not_the_direction(target: str) -> None:
     assert optimizer.base.param_groups is optimizer.param_groups
 
 
-def test_plateau_scheduler_and_step_hooks() -> None:
+def test_plateau_scheduler_and_step_hooks(wrap: Wrap) -> None:
     model = make_model()
     optimizer = wrap(model)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
@@ -291,7 +318,7 @@ def test_plateau_scheduler_and_step_hooks() -> None:
     assert optimizer.base.param_groups[0]["lr"] < 0.1
 
 
-def test_step_returns_what_the_closure_returns() -> None:
+def test_step_returns_what_the_closure_returns(wrap: Wrap) -> None:
     model = make_model()
     optimizer = wrap(model)
     with optimizer.forget():
@@ -308,7 +335,7 @@ def test_step_returns_what_the_closure_returns() -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_state_dict_is_the_bases_and_loads_both_ways(base: str) -> None:
+def test_state_dict_is_the_bases_and_loads_both_ways(wrap: Wrap, base: str) -> None:
     model, other = make_model(), make_model()
     optimizer, plain = wrap(model, base=base), BASES[base](other.parameters())
     take_step(optimizer, model)
@@ -323,7 +350,7 @@ def test_state_dict_is_the_bases_and_loads_both_ways(base: str) -> None:
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_are_independent_and_work(copier: Callable[[object], tuple[nn.Module, HAMUOptimizer]]) -> None:
     model = make_model()
-    optimizer = wrap(model, base="momentum")
+    optimizer = wrap_directly(model, base="momentum")
     take_step(optimizer, model)
     twin, twin_optimizer = copier((model, optimizer))
     take_step(twin_optimizer, twin, seed=3)
@@ -343,7 +370,7 @@ class CountHostReads(TorchDispatchMode):
 @pytest.mark.parametrize(
     "rule", [RULE, HAMUQ(1e-3, radius=RelativeRadius(0.1), allocation="optimal"), FineTune()], ids=repr
 )
-def test_no_host_reads_in_step(rule: Rule) -> None:
+def test_no_host_reads_in_step(wrap: Wrap, rule: Rule) -> None:
     model = make_model()
     optimizer = wrap(model, rule)
     take_step(optimizer, model)
@@ -402,7 +429,7 @@ def test_sparse_embedding_gradients(sparse: bool) -> None:
     torch.testing.assert_close(run(sparse), run(False))
 
 
-def test_half_precision_weights() -> None:
+def test_half_precision_weights(wrap: Wrap) -> None:
     """PITFALLS 4: sums in float32 or wider; the step is right to the resolution of the weights."""
     model = make_model(torch.bfloat16)
     before, expected = weights(model), expected_step(model, RULE, 0.1)
@@ -454,7 +481,7 @@ def test_bases_that_move_otherwise_are_named(base: str, words: str) -> None:
         HAMUOptimizer(BASES[base](make_model().parameters()), RULE)
 
 
-def test_distributed_state_dict_initialises_the_base() -> None:
+def test_distributed_state_dict_initialises_the_base(wrap: Wrap) -> None:
     """torch.distributed.checkpoint takes one step at lr 0 to make the state; it must be no error and no movement."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -465,7 +492,7 @@ def test_distributed_state_dict_initialises_the_base() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_grad_scaler_unscales_both_slots() -> None:
+def test_grad_scaler_unscales_both_slots(wrap: Wrap) -> None:
     model, reference = make_model(), make_model()
     optimizer, scaler = wrap(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
     retain, forget = make_losses(model)
@@ -482,7 +509,7 @@ def test_grad_scaler_unscales_both_slots() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_forget_overflow_backs_off_and_leaves_the_step_out() -> None:
+def test_forget_overflow_backs_off_and_leaves_the_step_out(wrap: Wrap) -> None:
     model = make_model()
     optimizer, scaler, before = wrap(model), torch.amp.GradScaler("cpu", init_scale=1024.0), weights(model)
     retain, forget = make_losses(model)
