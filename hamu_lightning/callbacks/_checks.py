@@ -42,7 +42,7 @@ def check_setup(trainer: Trainer, module: LightningModule, callback: Any) -> Non
         )
 
 
-def wrap_optimizer(module: LightningModule, base: Any, rule: Any) -> HAMUOptimizer:
+def wrap_optimizer(module: LightningModule, base: Any, rule: Any, **options: bool) -> HAMUOptimizer:
     """Wrap the module's optimizer, or take the HAMUOptimizer that it made itself."""
     if isinstance(base, HAMUOptimizer):
         return base
@@ -52,6 +52,6 @@ def wrap_optimizer(module: LightningModule, base: Any, rule: Any) -> HAMUOptimiz
             "It can be left out only when `configure_optimizers` returns a HAMUOptimizer."
         )
     try:
-        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters())
+        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters(), **options)
     except HAMUValueError as error:
         raise HAMUMisconfigurationError(str(error)) from error

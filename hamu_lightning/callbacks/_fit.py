@@ -39,6 +39,8 @@ class FitSettings:
     seed: int
     stop_on: tuple[StopOn, ...]
     progress_bar: bool
+    exact: bool
+    track_actual: bool
 
 
 class Fit:
@@ -53,7 +55,8 @@ class Fit:
     def __init__(self, trainer: Trainer, settings: FitSettings, state: dict[str, Any]) -> None:
         self._trainer, self._settings, self._state = trainer, settings, state
         base = trainer.optimizers[0]
-        self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule)
+        options = {"exact": settings.exact, "track_actual": settings.track_actual}
+        self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, **options)
         self._has_wrapped = self.optimizer is not base
         if self._has_wrapped:
             # Schedulers hold the base optimizer, whose groups the wrapper shares.

@@ -53,6 +53,9 @@ class HAMUCallback(Callback):
         stop_on: Reasons to stop before a step is applied: "collateral_damage" (no step can meet the quota without
             harm, DESIGN 1.4) and "infeasible" (the trust region does not allow the quota). The model reached is kept.
         progress_bar: Whether `forget/loss` and `hamu/margin` are shown in the progress bar.
+        exact: For an optimizer that is not plain SGD: apply the rule's step itself, as `HAMUOptimizer(exact=True)`.
+        track_actual: Log `hamu/actual_retain_improvement` and `hamu/actual_forget_improvement`, what the weights'
+            actual change did to first order, as `HAMUOptimizer(track_actual=True)`.
 
     Raises:
         HAMUValueError: If an argument is out of its range.
@@ -74,6 +77,8 @@ class HAMUCallback(Callback):
         seed: int = 0,
         stop_on: Iterable[StopOn] = (),
         progress_bar: bool = False,
+        exact: bool = False,
+        track_actual: bool = False,
     ) -> None:
         super().__init__()
         if rule is not None and not isinstance(rule, Rule):
@@ -88,7 +93,16 @@ class HAMUCallback(Callback):
         if unknown:
             raise HAMUValueError(f"Expected `stop_on` to hold some of {get_args(StopOn)}, but got {unknown}.")
         self.settings = FitSettings(
-            forget, rule, batchnorm == "freeze", batch_size, every_n_steps, seed, reasons, progress_bar
+            forget,
+            rule,
+            batchnorm == "freeze",
+            batch_size,
+            every_n_steps,
+            seed,
+            reasons,
+            progress_bar,
+            exact,
+            track_actual,
         )
         self._fit: Fit | None = None
         self._state: dict[str, Any] = {}

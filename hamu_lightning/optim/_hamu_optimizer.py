@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
-from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import compute_gramian
+from hamu_lightning.optim._checks import check_base, check_both_present, is_at_rest, is_plain_sgd, warn_about_base
 from hamu_lightning.optim._combine import combine_
 from hamu_lightning.optim._layout import Layout, collect_names, make_layout
 from hamu_lightning.optim._report import StepReport
@@ -31,6 +31,9 @@ class _Core:
     base: Optimizer
     rule: Rule
     names: dict[Tensor, str]
+    exact: bool = False
+    track_actual: bool = False
+    plain: Optimizer | None = None
     forget_slot: GradientSlot = field(default_factory=GradientSlot)
     spent: SpentGradients = field(default_factory=SpentGradients)
     layout: Layout | None = None
@@ -75,6 +78,10 @@ class HAMUOptimizer(Optimizer):
         rule: A rule from `hamu_lightning.rules`.
         named_parameters: Names and tensors as from `module.named_parameters()`: labels of the blocks, needed for
             `blocks="layer"` or a function unless the base was built from named parameters.
+        exact: Take the learning rates from the base, and nothing else: every step moves the weights by `d`, as with
+            plain SGD. Momentum, weight decay and the step hooks of the base do not act, and its state stays empty.
+        track_actual: Measure `g_f·dw` and `-g_r·dw` of the weights' actual change `dw`, in loss units: the `actual`
+            improvements of the report. Costs a copy of the weights and one of the forget gradient in each step.
 
     Raises:
         HAMUValueError: If the base cannot be wrapped, or the rule's blocks need names that are not known.
@@ -96,21 +103,30 @@ class HAMUOptimizer(Optimizer):
     _core: _Core
 
     def __init__(
-        self, base: Optimizer, rule: Rule, named_parameters: Iterable[tuple[str, Tensor]] | None = None
+        self,
+        base: Optimizer,
+        rule: Rule,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        *,
+        exact: bool = False,
+        track_actual: bool = False,
     ) -> None:
+        if isinstance(base, HAMUOptimizer):
+            raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
         check_base(base)
         if not isinstance(rule, Rule):
             raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
         names = collect_names(base.param_groups)
         names.update({parameter: name for name, parameter in named_parameters or ()})
-        self.__setstate__({"_core": _Core(base, rule, names)})
+        self.__setstate__({"_core": _Core(base, rule, names, exact, track_actual)})
         layout = self._update_layout()
         if rule.radius.needs_weights and not any(bool(p.any()) for p in layout.parameters):
             raise HAMUValueError(
                 f"Expected some weight to differ from zero with {rule.radius}, but all are zero. "
                 "A radius relative to the weights needs weights: use FixedRadius, or load the trained model first."
             )
-        warn_about_base(base, rule)
+        if not exact:
+            warn_about_base(base, rule)
 
     @property
     def base(self) -> Optimizer:
@@ -290,7 +306,7 @@ class HAMUOptimizer(Optimizer):
         core, plan = self._core, self._core.plan
         core.plan = "combine"
         if plan == "retain_only" or (plan == "combine" and self._is_initialisation()):
-            core.base.step()
+            self._applier().step()
         elif plan == "combine":
             self._combine_and_step()
         core.forget_slot.release()
@@ -311,9 +327,35 @@ class HAMUOptimizer(Optimizer):
             core.zero_lr_steps += 1
             return
         core.last_step = self._ask_rule(retain, forget, layout)
-        if core.approve is None or core.approve(core.last_step):
-            with pointed_gradients(layout.parameters, self._combine(retain, forget, core.last_step, layout)):
-                self._step_base(core.last_step.coefficients)
+        if core.approve is not None and not core.approve(core.last_step):
+            return
+        before = [p.detach().clone() for p in layout.parameters] if core.track_actual else None
+        # The combination is written over the forget gradients; they are needed again to measure.
+        spare = [None if g is None else g.clone() for g in forget] if core.track_actual else forget
+        with pointed_gradients(layout.parameters, self._combine(retain, spare, core.last_step, layout)):
+            self._step_base(core.last_step.coefficients)
+        if before is not None:
+            core.last_step = self._measure(core.last_step, retain, forget, before)
+
+    def _measure(
+        self, report: StepReport, retain: list[Tensor | None], forget: list[Tensor | None], before: list[Tensor]
+    ) -> StepReport:
+        """Add what the weights' actual change does to both losses, to first order."""
+        change = [p.detach() - old for p, old in zip(self._update_layout().parameters, before, strict=True)]
+        products = compute_gramian(retain, forget, change).sum(dim=0) / self._core.window_share
+        return replace(report, actual_improvements=torch.stack((-products[0, 2], products[1, 2])))
+
+    def _applier(self) -> Optimizer:
+        """What moves the weights: the base, or plain SGD at its learning rates (`exact`)."""
+        core = self._core
+        if not core.exact:
+            return core.base
+        if core.plain is None or sum(len(g["params"]) for g in core.plain.param_groups) != len(self._parameters()):
+            core.plain = SGD([{"params": list(group["params"])} for group in self.param_groups], lr=0.0)
+        for plain, group in zip(core.plain.param_groups, self.param_groups, strict=True):
+            plain["lr"] = group["lr"]
+        core.base._opt_called = True  # type: ignore[attr-defined]  # schedulers on the base warn without a step
+        return core.plain
 
     def _ask_rule(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> StepReport:
         """Compute the Gramians of the mean gradients, and ask the rule for the coefficients."""
@@ -339,72 +381,10 @@ class HAMUOptimizer(Optimizer):
 
     def _step_base(self, coefficients: Coefficients) -> None:
         """Let the base apply the gradients, unless they are not finite; plain SGD then gets zeros and does not move."""
-        core = self._core
+        core, applier = self._core, self._applier()
         if not core.rule.is_plain:
             core.not_finite_steps = core.not_finite_steps + (~coefficients.is_finite).long()
             # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.
-            if not is_plain_sgd(core.base) and not bool(coefficients.is_finite):
+            if not is_plain_sgd(applier) and not bool(coefficients.is_finite):
                 return
-        core.base.step()
-
-
-def is_at_rest(param_groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether every learning rate is a plain 0. One that is a tensor is not read: the rule sees to it."""
-    return all(isinstance(group["lr"], float | int) and group["lr"] == 0 for group in param_groups)
-
-
-def is_plain_sgd(base: Optimizer) -> bool:
-    """Whether the optimizer moves the weights by exactly `-lr` times the gradient."""
-    return type(base) is SGD and not any(group["momentum"] or group["weight_decay"] for group in base.param_groups)
-
-
-def check_base(base: Optimizer) -> None:
-    """Raise unless the optimizer can be wrapped."""
-    if not isinstance(base, Optimizer):
-        raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {type(base).__name__}.")
-    if isinstance(base, HAMUOptimizer):
-        raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
-    if isinstance(base, LBFGS):
-        raise HAMUValueError(
-            "Expected `base` to take one gradient per step, but got LBFGS, which evaluates its closure several times. "
-            "Use SGD, AdamW or another first-order optimizer."
-        )
-    for index, group in enumerate(base.param_groups):
-        if "lr" not in group:
-            raise HAMUValueError(f"Expected parameter group {index} of `base` to have a learning rate 'lr'.")
-        if group.get("maximize"):
-            raise HAMUValueError(
-                f"Expected `maximize=False`, but parameter group {index} of {type(base).__name__} has maximize=True. "
-                "The rule already gives the direction of both objectives."
-            )
-
-
-def check_both_present(has_retain: bool, has_forget: bool) -> None:
-    """Raise unless both gradients are there."""
-    if not (has_retain and has_forget):
-        missing = " and ".join(
-            name for name, is_there in (("retain", has_retain), ("forget", has_forget)) if not is_there
-        )
-        raise HAMUStateError(
-            f"Expected a retain and a forget gradient at `step()`, but the {missing} gradient is missing. Run each "
-            "objective's backward() inside `with optimizer.retain():` and `with optimizer.forget():` before every step."
-        )
-
-
-def warn_about_base(base: Optimizer, rule: Rule) -> None:
-    """Warn, by name, about what makes the weights move by something else than `d`."""
-    if rule.is_plain or is_plain_sgd(base):
-        return
-    reasons = [
-        f"{name}={group[name]}"
-        for name in ("momentum", "weight_decay")
-        for group in base.param_groups
-        if group.get(name)
-    ]
-    reasons = list(dict.fromkeys(reasons)) or [f"{type(base).__name__} rescales gradients"]
-    warnings.warn(
-        f"The base optimizer {type(base).__name__} has {', '.join(reasons)}: the weights will not move by exactly the "
-        "step that the rule chose, so quota and radius hold for the gradient it receives, not for the weights. "
-        "Plain SGD (momentum=0, weight_decay=0) applies the step as it is.",
-        stacklevel=3,
-    )
+        applier.step()

@@ -22,12 +22,15 @@ class StepReport:
         coefficients: What the rule answered.
         lr: `[B]`, learning rates.
         labels: The names of the blocks.
+        actual_improvements: `[2]`, `-g_r·dw` and `g_f·dw` of the weights' actual change `dw`; None unless
+            `track_actual=True`. They differ from the predicted ones by what the base optimizer does on its own.
     """
 
     gramian: Tensor
     coefficients: Coefficients
     lr: Tensor
     labels: tuple[str, ...]
+    actual_improvements: Tensor | None = None
 
     @property
     def kappa(self) -> Tensor:
@@ -63,8 +66,12 @@ class StepReport:
 
     def summary(self) -> dict[str, Tensor]:
         """The 0-d numbers that the callback logs, by name. Units: loss units per step, and shares of blocks."""
-        step = self.coefficients
+        step, actual = self.coefficients, self.actual_improvements
+        measured = (
+            {} if actual is None else {"actual_retain_improvement": actual[0], "actual_forget_improvement": actual[1]}
+        )
         return {
+            **measured,
             "kappa": self.kappa.sum(),
             "cosine": self.total_cosine,
             "quota": step.total_quota,

@@ -90,6 +90,18 @@ def test_logged_names_and_progress_bar(tmp_path: Path) -> None:
     assert "hamu/kappa" in lines[0]
 
 
+def test_exact_steps_and_actual_improvements() -> None:
+    """With AdamW as the base; a warning would be an error."""
+    callback = HAMUCallback(forget_data(), RULE, exact=True, track_actual=True)
+    trainer, _ = fit(build(Base, "adamw"), callback)
+    logged = trainer.callback_metrics
+    for name in ("forget", "retain"):
+        # The weights are float32.
+        torch.testing.assert_close(
+            logged[f"hamu/actual_{name}_improvement"], logged[f"hamu/{name}_improvement"], rtol=1e-3, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("mode", ["freeze", "retain"])
 def test_batchnorm(mode: Any) -> None:
     module = build(WithBatchNorm)

@@ -1,0 +1,72 @@
+"""Which base optimizers can be wrapped, and what is said about them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import LBFGS, SGD, Optimizer
+
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.rules import Rule
+
+
+def is_at_rest(param_groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether every learning rate is a plain 0. One that is a tensor is not read: the rule sees to it."""
+    return all(isinstance(group["lr"], float | int) and group["lr"] == 0 for group in param_groups)
+
+
+def is_plain_sgd(base: Optimizer) -> bool:
+    """Whether the optimizer moves the weights by exactly `-lr` times the gradient."""
+    return type(base) is SGD and not any(group["momentum"] or group["weight_decay"] for group in base.param_groups)
+
+
+def check_base(base: Optimizer) -> None:
+    """Raise unless the optimizer can be wrapped."""
+    if not isinstance(base, Optimizer):
+        raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {type(base).__name__}.")
+    if isinstance(base, LBFGS):
+        raise HAMUValueError(
+            "Expected `base` to take one gradient per step, but got LBFGS, which evaluates its closure several times. "
+            "Use SGD, AdamW or another first-order optimizer."
+        )
+    for index, group in enumerate(base.param_groups):
+        if "lr" not in group:
+            raise HAMUValueError(f"Expected parameter group {index} of `base` to have a learning rate 'lr'.")
+        if group.get("maximize"):
+            raise HAMUValueError(
+                f"Expected `maximize=False`, but parameter group {index} of {type(base).__name__} has maximize=True. "
+                "The rule already gives the direction of both objectives."
+            )
+
+
+def check_both_present(has_retain: bool, has_forget: bool) -> None:
+    """Raise unless both gradients are there."""
+    if not (has_retain and has_forget):
+        missing = " and ".join(
+            name for name, is_there in (("retain", has_retain), ("forget", has_forget)) if not is_there
+        )
+        raise HAMUStateError(
+            f"Expected a retain and a forget gradient at `step()`, but the {missing} gradient is missing. Run each "
+            "objective's backward() inside `with optimizer.retain():` and `with optimizer.forget():` before every step."
+        )
+
+
+def warn_about_base(base: Optimizer, rule: Rule) -> None:
+    """Warn, by name, about what makes the weights move by something else than `d`."""
+    if rule.is_plain or is_plain_sgd(base):
+        return
+    reasons = [
+        f"{name}={group[name]}"
+        for name in ("momentum", "weight_decay")
+        for group in base.param_groups
+        if group.get(name)
+    ]
+    reasons = list(dict.fromkeys(reasons)) or [f"{type(base).__name__} rescales gradients"]
+    warnings.warn(
+        f"The base optimizer {type(base).__name__} has {', '.join(reasons)}: the weights will not move by exactly the "
+        "step that the rule chose, so quota and radius hold for the gradient it receives, not for the weights. "
+        "`exact=True` applies the step itself, `track_actual=True` measures what the weights did; or use plain SGD.",
+        stacklevel=3,
+    )
