@@ -139,7 +139,7 @@ def _multiply(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> 
                 local = [torch.zeros_like(present[0]) if g is None else g for g in local]
             dense[index] = [_flatten(g) for g in local if g is not None]
     for pack in _pack(dense):
-        wide = _widen([[grad[part] for grad in dense[index]] for index, part in pack])
+        wide = _widen([dense[index] if part is None else [g[part] for g in dense[index]] for index, part in pack])
         for piece, (index, _) in zip(wide, pack, strict=True):
             product = piece @ piece.T
             product = product if product.device == device else product.to(device)
@@ -147,9 +147,9 @@ def _multiply(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> 
     return products
 
 
-def _pack(dense: dict[int, list[Tensor]]) -> Iterator[list[tuple[int, slice]]]:
+def _pack(dense: dict[int, list[Tensor]]) -> Iterator[list[tuple[int, slice | None]]]:
     """Cut large tensors, and put small ones of one device together, so that each pack has about one piece's length."""
-    pack: list[tuple[int, slice]] = []
+    pack: list[tuple[int, slice | None]] = []
     room, device = 0, None
     for index, (first, *_) in dense.items():
         piece = _PIECE_ON_CPU if first.device.type == "cpu" else _PIECE_ON_ACCELERATOR
@@ -159,7 +159,7 @@ def _pack(dense: dict[int, list[Tensor]]) -> Iterator[list[tuple[int, slice]]]:
                 yield pack
                 pack = []
             room, device = (room if pack else piece) - length, first.device
-            pack.append((index, slice(start, start + length)))
+            pack.append((index, None if length == first.numel() else slice(start, start + length)))
     if pack:
         yield pack
 
@@ -169,8 +169,9 @@ def _widen(parts: list[list[Tensor]]) -> Sequence[Tensor]:
     sizes = [part[0].numel() for part in parts]
     like = parts[0][0]
     matrix = torch.empty(len(parts[0]), sum(sizes), dtype=widest_float(like.device), device=like.device)
-    for row, column in zip(matrix, zip(*parts, strict=True), strict=True):
-        torch.cat(column, out=row)
+    for row, column in zip(matrix.unbind(), zip(*parts, strict=True), strict=True):
+        # `torch.cat(column, out=row)` would convert tensor by tensor: five times as slow.
+        row.copy_(column[0] if len(column) == 1 else torch.cat(column))
     return torch.split_with_sizes(matrix, sizes, dim=1)
 
 
