@@ -27,6 +27,26 @@ let it use HAMUOptimizer instead of the callback:
     optimizer.step()"""
 
 
+# By name: these strategies cannot be imported everywhere, and `pytorch_lightning` has its own.
+REFUSED_STRATEGIES = {
+    "FSDPStrategy": "flattens the weights and shards them where HAMU cannot see which gradients belong together",
+    "DeepSpeedStrategy": "keeps and applies the gradients in its own engine, so that two of them cannot be combined",
+    "XLAStrategy": "is not tested",
+    "XLAFSDPStrategy": "is not tested",
+}
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise unless gradients can be combined under this strategy."""
+    for base in type(strategy).__mro__:
+        if base.__name__ in REFUSED_STRATEGIES:
+            raise HAMUMisconfigurationError(
+                f"Expected a strategy that keeps two gradients apart, but {base.__name__} "
+                f"{REFUSED_STRATEGIES[base.__name__]}. Use Trainer(strategy=ModelParallelStrategy()) with "
+                "torch's fully_shard for sharded weights, or strategy='ddp'."
+            )
+
+
 def check_setup(trainer: Trainer, module: LightningModule, callback: Any) -> None:
     """Raise unless the callback can work in this fit."""
     if not module.automatic_optimization:

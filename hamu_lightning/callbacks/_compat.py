@@ -6,12 +6,16 @@ trees, and all objects are reached from the trainer at hand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.data import _extract_batch_size
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -130,10 +134,38 @@ def train_loader_parts(trainer: Trainer) -> Any:
 def prepare_loader(trainer: Trainer, loader: Any) -> Any:
     """Let the trainer and the strategy treat the forget loader like a training loader (distributed sampler)."""
     is_shuffled = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler)
+    before = getattr(loader, "sampler", None)
     modes = type(trainer.state.stage) if trainer.state.stage is not None else None
     mode = None if modes is None else modes("train")
     loader = trainer._data_connector._prepare_dataloader(loader, shuffle=is_shuffled, mode=mode)  # type: ignore[arg-type]
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and sampler is not before:
+        # Lightning's sampler repeats samples until all processes have the same number. Repeated ones would count twice.
+        sampler.total_size = len(sampler.dataset)  # type: ignore[arg-type]
+        sampler.num_samples = len(range(sampler.rank, sampler.total_size, sampler.num_replicas))
     return trainer.strategy.process_dataloader(loader)
+
+
+def data_rank(trainer: Trainer) -> int:
+    """Which of the processes that load different data this is."""
+    return int((trainer.distributed_sampler_kwargs or {}).get("rank", 0))
+
+
+def data_parallel_group(trainer: Trainer) -> Any | None:
+    """The processes that load different data; None where there is one."""
+    if (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1) == 1:
+        return None
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    return torch.distributed.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
+
+
+def count_samples(batch: Any) -> float:
+    """The number of samples in a batch as Lightning's logging counts them; NaN where that cannot be told."""
+    try:
+        sizes = set(_extract_batch_size(batch))
+    except (MisconfigurationException, RecursionError):
+        return math.nan
+    return float(sizes.pop() or math.nan) if len(sizes) == 1 else math.nan
 
 
 def grad_scaler(trainer: Trainer) -> Any | None:

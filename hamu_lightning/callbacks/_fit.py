@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,7 +54,7 @@ class Fit:
     """
 
     def __init__(self, trainer: Trainer, settings: FitSettings, state: dict[str, Any]) -> None:
-        self._trainer, self._settings, self._state = trainer, settings, state
+        self._trainer, self._settings = trainer, settings
         base = trainer.optimizers[0]
         options = {"exact": settings.exact, "track_actual": settings.track_actual}
         self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, **options)
@@ -62,20 +63,30 @@ class Fit:
             # Schedulers hold the base optimizer, whose groups the wrapper shares.
             trainer.strategy.optimizers = [self.optimizer]
         self.optimizer.approve = self._approve if settings.stop_on else None
-        if "optimizer" in state:
-            self.optimizer.load_hamu_state_dict(state["optimizer"])
         self._patch = _compat.StepPatch(trainer.strategy, self._around_step)
-        self._random = RandomStream(settings.seed)
+        self._random = RandomStream(settings.seed, _compat.data_rank(trainer))
         self._stream: ForgetStream | None = None
         self._forget_pass = ForgetPass(trainer, self.optimizer, self._random)
         self._journal = Journal(trainer, settings.progress_bar)
         self._watchdog: Watchdog | None = None
         self._frozen: dict[_BatchNorm, bool] = {}
-        self._forget_passes: int = state.get("forget_passes", 0)
-        self._dropped_steps: int = state.get("dropped_steps", 0)
-        self._stop_reason: str | None = state.get("stop_reason")
+        self.load_state_dict(state)
         # The accumulation window: micro-batches so far, retain losses among them, whether it will be combined.
         self._window, self._losses, self._combines = 0, 0, True
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue an earlier run; some strategies load checkpoints after the fit has started."""
+        self._state = state
+        if "optimizer" in state:
+            self.optimizer.load_hamu_state_dict(state["optimizer"])
+        self._forget_passes: int = state.get("forget_passes", 0)
+        self._dropped_steps: int = state.get("dropped_steps", 0)
+        self._before = self._forget_passes, self.optimizer.steps
+        self._random.draw = self._forget_passes
+        self._journal.load_state_dict(state.get("journal", {}))
+        # Other settings may go on where these had to stop.
+        is_same = state.get("stopped_under") == self._stopping_settings()
+        self._stop_reason: str | None = state.get("stop_reason") if is_same else None
 
     def start(self) -> None:
         """Find the forget batches; the training loader is there now."""
@@ -129,12 +140,22 @@ class Fit:
 
     def check_it_happened(self) -> None:
         """Raise unless there was unlearning: forgetting must never silently not happen."""
-        for what, count in (("forget passes", self._forget_passes), ("combined steps", self.optimizer.steps)):
-            if count == 0:
+        counts = {"forget passes": self._forget_passes, "combined steps": self.optimizer.steps}
+        for (what, count), before in zip(counts.items(), self._before, strict=True):
+            if count == before:
                 raise HAMUStateError(
                     f"Expected unlearning to happen in this fit, but it ended with 0 {what}. Check that the module's "
                     "`training_step` runs through the Trainer, and `every_n_steps` against the number of steps."
                 )
+
+    def totals(self) -> dict[str, Tensor]:
+        """What was done, in numbers for `trainer.callback_metrics`."""
+        numbers = {
+            "forget_passes": self._forget_passes,
+            "combined_steps": self.optimizer.steps,
+            "has_stopped": self._stop_reason is not None,
+        }
+        return {f"hamu/{name}": torch.tensor(float(number)) for name, number in numbers.items()}
 
     def summary(self) -> str:
         """One line on what was done."""
@@ -151,6 +172,8 @@ class Fit:
             "forget_passes": self._forget_passes,
             "dropped_steps": self._dropped_steps,
             "stop_reason": self._stop_reason,
+            "stopped_under": self._stopping_settings(),
+            "journal": self._journal.state_dict(),
         }
 
     def close(self) -> None:
@@ -176,7 +199,9 @@ class Fit:
             _compat.set_foreground_batch(trainer, retain)
             args = (retain, *args[1:])
         if self._combines:
-            self._journal.add_forget(self._forget_pass.run(step, args, kwargs, forget))
+            loss = self._forget_pass.run(step, args, kwargs, forget)
+            if loss is not None:
+                self._journal.add_forget(loss)
             self._forget_passes += 1
         output = step(*args, **kwargs)
         self._note_retain(detached_loss(output))
@@ -194,7 +219,14 @@ class Fit:
     def _approve(self, report: StepReport) -> bool:
         if self._stop_reason is None:
             self._stop_reason = find_stop_reason(report, self._settings.stop_on)
-        return self._stop_reason is None
+        # All processes leave the step out, or none does.
+        stops = self._trainer.strategy.reduce_boolean_decision(self._stop_reason is not None, all=False)
+        if stops and self._stop_reason is None:
+            self._stop_reason = "another process found a reason to stop; its log says which."
+        return not stops
+
+    def _stopping_settings(self) -> str:
+        return repr((self.optimizer.rule, self._settings.stop_on))
 
     def _freeze(self) -> None:
         for layer in self._trainer.lightning_module.modules():

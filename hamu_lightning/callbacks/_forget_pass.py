@@ -12,7 +12,7 @@ from torch import Tensor
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._guard import ModuleGuard
 from hamu_lightning.callbacks._random import RandomStream
-from hamu_lightning.callbacks._streams import ForgetStream
+from hamu_lightning.callbacks._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream, copied
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.optim._slots import hidden_gradients
@@ -40,8 +40,12 @@ class ForgetPass:
         self.stream: ForgetStream | None = None
         self.guard = ModuleGuard(trainer.lightning_module)
         self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+        self._group = _compat.data_parallel_group(trainer)
+        self._has_samples = True
 
-    def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None) -> Tensor:
+    def run(
+        self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None
+    ) -> Tensor | None:
         """Run one forget batch through `step`, the strategy's `training_step`, and accumulate its gradient.
 
         Args:
@@ -51,7 +55,7 @@ class ForgetPass:
             batch: The forget batch, already transferred, where the training loader brought it.
 
         Returns:
-            The loss of the batch, detached, 0-d.
+            The loss of the batch, detached, 0-d. None where this process has no forget samples and others have.
 
         Raises:
             HAMUStateError: If the module returns None for a whole pass, or a loss without a graph.
@@ -59,7 +63,7 @@ class ForgetPass:
         for _ in range(self._patience(batch)):
             loss = self._run_once(step, args, kwargs, batch)
             if loss is not None:
-                return loss
+                return loss if self._has_samples else None
         raise HAMUStateError(
             "Expected `training_step` to return a loss for forget batches, but it returned None for a full pass. "
             "HAMU needs the gradient of the forget loss; check what the module skips."
@@ -76,8 +80,10 @@ class ForgetPass:
             )
 
     def _patience(self, batch: Any) -> int:
-        if batch is not None or self.stream is None:
-            return 1
+        if batch is not None or self.stream is None or self._group is not None:
+            return (
+                1  # with several processes each pass is a joint one: as Lightning, we cannot repeat it on one of them
+            )
         return self.stream.length or 100
 
     def _isolated(self, batch: Any) -> ExitStack:
@@ -95,20 +101,50 @@ class ForgetPass:
     def _run_once(
         self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any
     ) -> Tensor | None:
+        self._random.draw += 1
         with self._isolated(batch):
             if batch is None:
-                assert self.stream is not None
-                batch = _compat.transfer_batch(self._trainer, next(self.stream))
+                batch = self._next_batch(args[0])
                 self._results.batch = batch
+            share = self._share(batch)
             loss = _compat.split_step_output(step(batch, *args[1:], **kwargs))
             if loss is None:
                 return None
-            self.logged = _compat.read_results(self._results)
-            self._backward(loss)
+            self.logged = _compat.read_results(self._results) if self._has_samples else {}
+            check_loss(loss)
+            self._backward(loss if share is None else loss * share.to(loss.dtype))
             return loss.detach().float().mean().clone()
 
+    def _next_batch(self, retain: Any) -> Any:
+        """The next forget batch. A process without one takes part with a copy of the retain batch that counts for 0."""
+        assert self.stream is not None
+        self._has_samples = True
+        try:
+            batch = next(self.stream)
+        except EmptyStreamError:
+            if self._group is None:
+                raise
+            self._has_samples = False
+            return copied(retain)
+        return _compat.transfer_batch(self._trainer, batch)
+
+    def _share(self, batch: Any) -> Tensor | None:
+        """What to multiply the mean loss of this process by, so that the mean over processes is that over samples.
+
+        None with one process. Where batch sizes cannot be told, all processes that have samples count the same.
+        """
+        if self._group is None:
+            return None
+        has = float(self._has_samples)
+        own = torch.tensor((_compat.count_samples(batch) * has, has), device=self._trainer.strategy.root_device)
+        total = own.clone()
+        torch.distributed.all_reduce(total, group=self._group)
+        if not has and total[1] == 0:  # read on the host, but only by a process without samples
+            raise EmptyStreamError(EMPTY_STREAM)
+        by_samples, by_process = own / total * torch.distributed.get_world_size(self._group)
+        return torch.where(by_samples.isfinite(), by_samples, by_process)
+
     def _backward(self, loss: Tensor) -> None:
-        check_loss(loss)
         trainer = self._trainer
         with self._optimizer.forget(), _compat.hook_name(trainer.lightning_module, "backward"):
             # Lightning divides the loss of each micro-batch by the full window; so do we.

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from hamu_lightning.callbacks._checks import check_setup
+from hamu_lightning.callbacks._checks import check_setup, check_strategy
 from hamu_lightning.callbacks._fit import Fit, FitSettings
 from hamu_lightning.callbacks._stopping import StopOn
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
@@ -134,6 +134,11 @@ class HAMUCallback(Callback):
         return self._fit.optimizer.last_step if self._fit else self._last_step
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_strategy(trainer.strategy)
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_setup(trainer, pl_module, self)
         self._fit = Fit(trainer, self.settings, self._state)
@@ -160,6 +165,8 @@ class HAMUCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._running.unfreeze()
         self._running.check_it_happened()
+        # Where processes were spawned, nothing but this comes back to the first one.
+        trainer.callback_metrics.update(self._running.totals())
         rank_zero_info(self._running.summary())
 
     @override
@@ -177,6 +184,8 @@ class HAMUCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = dict(state_dict)
+        if self._fit is not None:
+            self._fit.load_state_dict(self._state)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the settings and the state, but nothing of a running fit (iterators, patches)."""

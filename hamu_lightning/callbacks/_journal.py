@@ -54,6 +54,19 @@ class Journal:
         for name, value in zip(numbers, values, strict=True):
             self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in self._shown)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what both objectives have summed up, in tensors."""
+        return {name: objective.save() for name, objective in self._objectives()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what `state_dict` returned."""
+        for name, objective in self._objectives():
+            if name in state:
+                objective.load(state[name])
+
+    def _objectives(self) -> tuple[tuple[str, RunningObjective], tuple[str, RunningObjective]]:
+        return ("retain", self._retain), ("forget", self._forget)
+
     def summary(self) -> str:
         """The way of both losses, in words: means over the first and the last window."""
         return f"forget loss {_describe(self._forget)}, retain loss {_describe(self._retain)}"

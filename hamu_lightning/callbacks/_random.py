@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 class RandomStream:
-    """Runs code on random states of its own: torch (CPU and CUDA), numpy, `random`, and given generators.
+    """Runs code on random numbers of its own: torch (CPU and CUDA), numpy, `random`, and given generators.
 
-    Inside `with stream.active():` the global generators continue the stream; outside they are what they were. The
-    state consists of tensors, numbers and lists only, so that it loads under `weights_only`.
+    Inside `with stream.active():` the global generators are seeded from the stream's seed, the rank and the number of
+    the present draw; outside they are what they were. So the whole state of the stream is one number, `draw`.
 
     Args:
         seed: Where the stream begins.
+        rank: Which of the processes that load different data this is.
 
     Example:
         >>> stream = RandomStream(seed=1)
@@ -30,80 +30,48 @@ class RandomStream:
         True
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, rank: int = 0) -> None:
+        self._key = (seed % 2**63, rank)
         self.generators: Sequence[torch.Generator] = ()
-        self._state: dict[str, Any] | None = None
+        self.draw = 0
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Swap the stream's state in, and out again at the end."""
-        outside = capture_random_state(self.generators)
-        self._enter()
+        """Swap the stream's random numbers in, and out again at the end."""
+        outside = _capture(self.generators)
+        self.reseed()
         try:
             yield
         finally:
-            self._state = capture_random_state(self.generators)
-            restore_random_state(outside, self.generators)
+            _restore(outside, self.generators)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the present state of the stream; empty before it was first used."""
-        return dict(self._state or {})
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self._state = dict(state) or None
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the state of the stream at this moment, while it is active."""
-        return capture_random_state(self.generators)
-
-    def _enter(self) -> None:
-        if self._state is not None:
-            restore_random_state(self._state, self.generators)
-            return
-        random.seed(self.seed)
-        np.random.seed(self.seed % 2**32)
-        torch.manual_seed(self.seed)
+    def reseed(self) -> None:
+        """Begin the random numbers of the present draw; only while the stream is active."""
+        words = np.random.SeedSequence((*self._key, self.draw)).generate_state(2, np.uint64)
+        torch.manual_seed(int(words[0] >> 1))
+        random.seed(int(words[1]))
+        np.random.seed(int(words[1] % 2**32))
         for offset, generator in enumerate(self.generators, start=1):
-            generator.manual_seed(self.seed + offset)
+            generator.manual_seed(int(words[0] >> 1) ^ offset)
 
 
-def capture_random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
-    """Return the states of all random generators that a training step may draw from."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, words, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if _uses_cuda() else [],
-        "numpy": [
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "python": [version, list(words), gauss],
-        "generators": [generator.get_state() for generator in generators],
-    }
+def _capture(generators: Sequence[torch.Generator]) -> tuple[Any, ...]:
+    """The states of all random generators that a training step may draw from."""
+    cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else None
+    own = [generator.get_state() for generator in generators]
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), own
 
 
-def restore_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
-    """Put all random generators into a captured state."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and _uses_cuda():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, _as_words(keys), position, has_gauss, cached))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    for generator, saved in zip(generators, state["generators"], strict=False):
+def _restore(state: tuple[Any, ...], generators: Sequence[torch.Generator]) -> None:
+    cpu, cuda, arrays, python, own = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    np.random.set_state(arrays)
+    random.setstate(python)
+    for generator, saved in zip(generators, own, strict=True):
         generator.set_state(saved)
 
 
 def _uses_cuda() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _as_words(keys: Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    return keys.cpu().numpy().astype(np.uint32)

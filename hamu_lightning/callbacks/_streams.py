@@ -13,6 +13,10 @@ from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 
 
+class EmptyStreamError(HAMUStateError):
+    """A pass over the forget loader had no batch."""
+
+
 def split_forget(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[Subset[Any], Subset[Any]]:
     """Split a dataset into what is to be retained and what is to be forgotten.
 
@@ -78,14 +82,15 @@ class ForgetStream:
 
     Args:
         loader: The forget loader.
-        random: All draws, those of `iter()` among them, come from this stream; it must be active around `next()`.
+        random: All draws, those of `iter()` among them, come from this stream; it must be active around `next()`, and
+            advance by one draw for each batch.
     """
 
     def __init__(self, loader: Iterable[Any], random: RandomStream) -> None:
         self.loader = loader
         self._random = random
         self._iterator: Iterator[Any] | None = None
-        self._pass, self._taken, self._start = 0, 0, dict[str, Any]()
+        self._pass, self._taken = 0, 0
         # A loader that collates makes new objects for each batch. Others may hand out the same one again, and modules
         # edit batches in place.
         self._hands_out_new = isinstance(loader, DataLoader) and loader.batch_sampler is not None
@@ -100,7 +105,11 @@ class ForgetStream:
             return None
 
     def __next__(self) -> Any:
-        """Return the next batch, beginning a new pass where one has ended."""
+        """Return the next batch, beginning a new pass where one has ended.
+
+        Raises:
+            EmptyStreamError: If a whole pass has no batch.
+        """
         # Some loaders end with an error instead of StopIteration: their length says when a pass is over.
         if self._iterator is None or self._taken == self.length:
             self._begin_pass()
@@ -109,32 +118,34 @@ class ForgetStream:
             self._begin_pass()
             batch = self._take()
         if batch is _END:
-            raise HAMUStateError(
-                "Expected the forget loader to yield batches, but a pass over it yielded none. "
-                "Give it at least one batch (check drop_last, the sampler and the indices)."
-            )
+            raise EmptyStreamError(EMPTY_STREAM)
         self._taken += 1
-        return batch if self._hands_out_new else _copied(batch)
+        return batch if self._hands_out_new else copied(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and the random states, in tensors, numbers, lists and dicts."""
-        return {"pass": self._pass, "taken": self._taken, "start": self._start, "now": self._random.state_dict()}
+        """Return the position, in numbers."""
+        return {"draw": self._random.draw, "pass": self._pass, "taken": self._taken, "length": self.length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position: the pass begins again from its random state, and its first batches are dropped."""
-        if state["taken"]:
-            self._random.load_state_dict(state["start"])
+        """Continue from a position: the pass is begun again, and its first batches are dropped.
+
+        Another process may have saved it, with another number of batches in a pass: then they are counted anew.
+        """
+        number, taken = state["pass"], state["taken"]
+        if self.length and self.length != state["length"]:
+            number, taken = 1 + (state["draw"] - 1) // self.length, 1 + (state["draw"] - 1) % self.length
+        self._pass = number - 1 if taken else number
+        for draw in range(state["draw"] - taken, state["draw"]):
+            self._random.draw = draw + 1
             with self._random.active():
-                self._pass = state["pass"] - 1
-                self._begin_pass()
-                for _ in range(state["taken"]):
-                    self._take()
-        self._pass, self._taken = state["pass"], state["taken"]
-        self._random.load_state_dict(state["now"])
+                if self._iterator is None:
+                    self._begin_pass()
+                self._take()
+        self._random.draw, self._taken = state["draw"], taken
 
     def _begin_pass(self) -> None:
-        # The state of the stream itself, as if it were inactive at this moment.
-        self._start = self._random.snapshot()
+        # The end of the last pass may have drawn; a resumed run does not see it.
+        self._random.reseed()
         set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(self._pass)
@@ -147,6 +158,10 @@ class ForgetStream:
 
 
 _END = object()
+EMPTY_STREAM = (
+    "Expected the forget loader to yield batches, but a pass over it yielded none. "
+    "Give it at least one batch (check drop_last, the sampler and the indices)."
+)
 
 
 def _own_generators(loader: object) -> list[torch.Generator]:
@@ -157,7 +172,8 @@ def _own_generators(loader: object) -> list[torch.Generator]:
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def _copied(batch: Any) -> Any:
+def copied(batch: Any) -> Any:
+    """A copy of a batch that can be edited in place."""
     try:
         return copy.deepcopy(batch)
     except (TypeError, RuntimeError, NotImplementedError):

@@ -121,3 +121,15 @@ class RunningObjective(Metric):
         self._has_latest = self._has_latest.to(loss.device) | is_counted
         self.reset()
         return loss
+
+    def save(self) -> dict[str, Tensor]:
+        """Return the window so far, the start and the latest mean, for a checkpoint."""
+        return {name: getattr(self, name).clone() for name in _SAVED}
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Go on with what `save` returned."""
+        for name in _SAVED:
+            setattr(self, name, saved[name].to(self.total.device))
+
+
+_SAVED = ("total", "count", "_start", "_has_start", "_latest", "_has_latest")

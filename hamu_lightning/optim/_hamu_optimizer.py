@@ -18,7 +18,7 @@ from hamu_lightning.optim._checks import check_base, check_both_present, is_at_r
 from hamu_lightning.optim._combine import combine_
 from hamu_lightning.optim._layout import Layout, collect_names, make_layout
 from hamu_lightning.optim._report import StepReport
-from hamu_lightning.optim._slots import GradientSlot, SpentGradients, pointed_gradients
+from hamu_lightning.optim._slots import GradientSlot, SpentGradients, own_gradients_, pointed_gradients
 from hamu_lightning.rules import Coefficients, Rule
 
 Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
@@ -169,6 +169,7 @@ class HAMUOptimizer(Optimizer):
     @contextmanager
     def forget(self) -> Iterator[None]:
         """Accumulate the forget gradient in its own slot: `with optimizer.forget(): loss.backward()`."""
+        own_gradients_(self._parameters(), self._core.spent)
         with self._core.forget_slot.filling(self._parameters()):
             yield
 

@@ -42,7 +42,7 @@ class GradientSlot:
             except BaseException:
                 self.release()
                 raise
-            self._grads.update({p: p.grad for p in parameters if p.grad is not None})
+            self._grads.update({p: _owned(p.grad) for p in parameters if p.grad is not None})
 
 
 @contextmanager
@@ -65,6 +65,22 @@ def hidden_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     parameters = list(parameters)
     with pointed_gradients(parameters, [None] * len(parameters)):
         yield
+
+
+def own_gradients_(parameters: Iterable[Tensor], spent: SpentGradients) -> None:
+    """Copy the gradients that live in somebody else's memory, before another backward pass writes over them.
+
+    Those that a step has used are dropped: written over, they would look like new ones.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad._is_view():
+            parameter.grad = None if spent.is_spent(parameter) else _owned(parameter.grad)
+
+
+def _owned(grad: Tensor) -> Tensor:
+    # With gradient_as_bucket_view=True DistributedDataParallel hands out views of its buckets, and each backward pass
+    # writes over the last one's: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/distributed/c10d/reducer.cpp
+    return grad.clone() if grad._is_view() else grad
 
 
 class SpentGradients:

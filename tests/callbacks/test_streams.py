@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hamu_lightning.callbacks import split_forget
 from hamu_lightning.callbacks._random import RandomStream
@@ -18,8 +18,13 @@ from hamu_lightning.errors import HAMUValueError
 
 
 def take(stream: ForgetStream, random_stream: RandomStream, n: int) -> list[list[int]]:
-    with random_stream.active():
-        return [next(stream)[0].tolist() for _ in range(n)]
+    batches = []
+    for _ in range(n):
+        random_stream.draw += 1
+        with random_stream.active():
+            batches.append(next(stream)[0].tolist())
+            torch.rand(3)  # a forward pass draws as well
+    return batches
 
 
 def make(loader: Any, seed: int = 0) -> tuple[ForgetStream, RandomStream]:
@@ -56,17 +61,36 @@ class Augmenting(Dataset[Any]):
         return (torch.tensor([index + random.random(), float(np.random.rand()), float(torch.rand(()))]),)
 
 
+class NoLength(IterableDataset[Any]):
+    """Draws at its very end as well."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from (Augmenting()[i] for i in torch.randperm(10).tolist())
+        torch.rand(1)
+
+
 @pytest.mark.parametrize("taken", [0, 2, 4, 7])
-def test_position_and_random_state_resume(taken: int) -> None:
-    loader = DataLoader(Augmenting(), batch_size=3, shuffle=True)
+@pytest.mark.parametrize("dataset", [Augmenting(), NoLength()], ids=["sized", "without length"])
+def test_position_and_random_state_resume(taken: int, dataset: Any) -> None:
+    loader = DataLoader(dataset, batch_size=3, shuffle=None if isinstance(dataset, NoLength) else True)
     stream, random_stream = make(loader)
     take(stream, random_stream, taken)
     state = stream.state_dict()
     expected = take(stream, random_stream, 9)
-    again, random_again = make(loader, seed=123)
+    again, random_again = make(loader)
     again.load_state_dict(state)
-    if taken:
-        assert take(again, random_again, 9) == expected
+    assert take(again, random_again, 9) == expected
+
+
+def test_position_from_a_process_with_another_length() -> None:
+    """Checkpoints hold the position of the first process; another one may have had fewer batches in a pass."""
+    here, there = ([(torch.tensor([i]),) for i in range(n)] for n in (3, 5))
+    stream, random_stream = make(here)
+    other, other_random = make(there)
+    take(stream, random_stream, 7), take(other, other_random, 7)
+    again, random_again = make(here)
+    again.load_state_dict(other.state_dict())
+    assert take(again, random_again, 4) == take(stream, random_stream, 4) == [[1], [2], [0], [1]]
 
 
 class EndsWithAnError:
