@@ -199,9 +199,7 @@ class Fit:
             _compat.set_foreground_batch(trainer, retain)
             args = (retain, *args[1:])
         if self._combines:
-            loss = self._forget_pass.run(step, args, kwargs, forget)
-            if loss is not None:
-                self._journal.add_forget(loss)
+            self._journal.add_forget(self._forget_pass.run(step, args, kwargs, forget))
             self._forget_passes += 1
         output = step(*args, **kwargs)
         self._note_retain(detached_loss(output))

@@ -14,6 +14,7 @@ from hamu_lightning.callbacks._guard import ModuleGuard
 from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream, copied
 from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.optim._slots import hidden_gradients
 
@@ -43,9 +44,7 @@ class ForgetPass:
         self._group = _compat.data_parallel_group(trainer)
         self._has_samples = True
 
-    def run(
-        self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None
-    ) -> Tensor | None:
+    def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None) -> Tensor:
         """Run one forget batch through `step`, the strategy's `training_step`, and accumulate its gradient.
 
         Args:
@@ -55,7 +54,7 @@ class ForgetPass:
             batch: The forget batch, already transferred, where the training loader brought it.
 
         Returns:
-            The loss of the batch, detached, 0-d. None where this process has no forget samples and others have.
+            The loss of the batch, detached, 0-d; with several processes weighted by this one's share of the samples.
 
         Raises:
             HAMUStateError: If the module returns None for a whole pass, or a loss without a graph.
@@ -63,7 +62,7 @@ class ForgetPass:
         for _ in range(self._patience(batch)):
             loss = self._run_once(step, args, kwargs, batch)
             if loss is not None:
-                return loss if self._has_samples else None
+                return loss
         raise HAMUStateError(
             "Expected `training_step` to return a loss for forget batches, but it returned None for a full pass. "
             "HAMU needs the gradient of the forget loss; check what the module skips."
@@ -112,7 +111,8 @@ class ForgetPass:
                 return None
             self.logged = _compat.read_results(self._results) if self._has_samples else {}
             check_loss(loss)
-            self._backward(loss if share is None else loss * share.to(loss.dtype))
+            loss = loss if share is None else loss * share.to(loss.dtype)
+            self._backward(loss)
             return loss.detach().float().mean().clone()
 
     def _next_batch(self, retain: Any) -> Any:
@@ -136,7 +136,8 @@ class ForgetPass:
         if self._group is None:
             return None
         has = float(self._has_samples)
-        own = torch.tensor((_compat.count_samples(batch) * has, has), device=self._trainer.strategy.root_device)
+        device = self._trainer.strategy.root_device
+        own = torch.tensor((_compat.count_samples(batch) * has, has), dtype=widest_float(device), device=device)
         total = own.clone()
         torch.distributed.all_reduce(total, group=self._group)
         if not has and total[1] == 0:  # read on the host, but only by a process without samples
