@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
-from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUU, HAMUCallback
 from hamu_lightning.rules import FixedRadius, RelativeRadius, Rule
