@@ -27,7 +27,7 @@ def attributes(module: Base) -> dict[str, str]:
     return {name: str(value) for name, value in module.__dict__.items() if name not in skipped}
 
 
-def assert_no_trace(kind: type[Base], optimizer: str = "sgd", **settings: Any) -> None:
+def assert_no_trace(kind: type[Base], optimizer: str = "sgd", **settings: Any) -> HAMUCallback:
     plain, paired = build(kind, optimizer), build(kind, optimizer)
     trainer, expected = fit(plain, **settings)
     callback = HAMUCallback(forget_loader(settings.get("workers", 0)), FineTune(), batchnorm="retain")
@@ -41,6 +41,7 @@ def assert_no_trace(kind: type[Base], optimizer: str = "sgd", **settings: Any) -
     assert other.global_step == trainer.global_step == callback.combined_steps
     for name, value in trainer.callback_metrics.items():
         assert torch.equal(value, other.callback_metrics[name]), name
+    return callback
 
 
 @pytest.mark.parametrize("kind", MODULES)
