@@ -165,10 +165,10 @@ def make_data(n: int = 96, seed: int = 0) -> TensorDataset:
 
 
 def fit(module: LightningModule, *callbacks: Callback, seed: int = 1, **settings: Any) -> tuple[Trainer, Recorder]:
-    """Fit for two epochs on shuffled data; `workers` goes to the loader."""
+    """Fit for two epochs on shuffled data; `workers` goes to the loader, `ckpt_path` to `Trainer.fit`."""
     seed_everything(seed, verbose=False)
     recorder, workers = Recorder(), settings.pop("workers", 0)
-    loader = settings.pop("loader", None)
+    loader, ckpt_path = settings.pop("loader", None), settings.pop("ckpt_path", None)
     if loader is None:
         loader = DataLoader(make_data(), batch_size=16, shuffle=True, num_workers=workers)
     options: dict[str, Any] = {
@@ -181,7 +181,7 @@ def fit(module: LightningModule, *callbacks: Callback, seed: int = 1, **settings
         "log_every_n_steps": 2,
     }
     trainer = Trainer(**{**options, **settings}, callbacks=[*callbacks, recorder])
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return trainer, recorder
 
 

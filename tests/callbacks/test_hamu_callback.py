@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
@@ -173,30 +174,6 @@ def test_stops_with_a_reason_and_keeps_the_model(reason: Any, rule: HAMUQ, tmp_p
     # The step that was judged is not applied; the model reached is saved although the epoch had not ended.
     saved = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
     assert all(torch.equal(before[name], saved[name]) for name in before)
-
-
-def test_checkpoint_resumes_the_forget_stream(tmp_path: Path) -> None:
-    """Interrupted at an epoch's end, resumed under weights_only: the same weights as without the interruption."""
-
-    def loader() -> DataLoader[Any]:
-        return DataLoader(make_data(), batch_size=16)
-
-    def callback() -> HAMUCallback:
-        return HAMUCallback(DataLoader(forget_data(), batch_size=16, shuffle=True), RULE)
-
-    whole, first, second = build(Base), build(Base), build(Base, seed=99)
-    fit(whole, callback(), loader=loader(), max_epochs=4)
-    trainer, _ = fit(first, callback(), loader=loader(), max_epochs=2)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]) == set(Base().state_dict())
-    resumed = callback()
-    trainer = L.Trainer(
-        max_epochs=4, callbacks=[resumed], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu",
-    )  # fmt: skip
-    trainer.fit(second, loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
-    assert resumed.combined_steps == resumed.forget_passes == 24
 
 
 def test_everything_is_taken_back_after_the_fit() -> None:
@@ -377,6 +354,15 @@ def test_refusals_come_before_the_first_batch(kind: Any, arguments: dict[str, An
         fit(module, HAMUCallback(**{"forget": forget_data(), "rule": RULE, **arguments}))
     assert isinstance(caught.value, HAMUError)
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy"])
+def test_strategies_that_hide_gradients_are_refused(name: str) -> None:
+    """By name, since most cannot be made here: the user's subclass of one counts as well."""
+    parent = type(name, (SingleDeviceStrategy,), {})
+    strategy = type("Own", (parent,), {})(device=torch.device("cpu"))
+    with pytest.raises(MisconfigurationException, match=f"but {name} .*ModelParallelStrategy"):
+        fit(build(Base), HAMUCallback(forget_data(), RULE), strategy=strategy)
 
 
 def test_two_callbacks_are_refused() -> None:
