@@ -73,6 +73,13 @@ def read_results(results: Any) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     return logged
 
 
+def withdraw_logged(trainer: Trainer, prefix: str) -> None:
+    """Let the names that begin so be absent from the loggers until they are logged again."""
+    for item in trainer.fit_loop.epoch_loop._results.values():
+        if item.meta.name.startswith(prefix):
+            item.reset()
+
+
 @contextmanager
 def without_callbacks(trainer: Trainer) -> Iterator[None]:
     """Hide the callbacks: their hooks run for the retain pass only."""
@@ -125,6 +132,11 @@ def is_logging_step(trainer: Trainer) -> bool:
     return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
+def is_trial(trainer: Trainer) -> bool:
+    """Whether the fit only tries the code on a few batches."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def train_loader_parts(trainer: Trainer) -> Any:
     """The training loader or loaders as the user gave them, after the trainer has prepared them."""
     loader = trainer.train_dataloader
@@ -175,6 +187,6 @@ def grad_scaler(trainer: Trainer) -> Any | None:
 
 def clips_gradients(trainer: Trainer) -> bool:
     """Whether the trainer or the module changes gradients before the step."""
-    method = type(trainer.lightning_module).configure_gradient_clipping
-    is_own = method.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
+    method = trainer.lightning_module.configure_gradient_clipping
+    is_own = getattr(method, "__module__", "").partition(".")[0] not in ("lightning", "pytorch_lightning")
     return bool(trainer.gradient_clip_val) or is_own

@@ -71,8 +71,10 @@ class Fit:
         self._watchdog: Watchdog | None = None
         self._frozen: dict[_BatchNorm, bool] = {}
         self.load_state_dict(state)
-        # The accumulation window: micro-batches so far, retain losses among them, whether it will be combined.
-        self._window, self._losses, self._combines = 0, 0, True
+        # The accumulation window: micro-batches so far, retain losses among them, whether the last one gave a loss, and
+        # whether the window will be combined.
+        self._window, self._losses, self._gave_loss, self._combines = 0, 0, False, True
+        self._reported = self.optimizer.last_step
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue an earlier run; some strategies load checkpoints after the fit has started."""
@@ -80,8 +82,7 @@ class Fit:
         if "optimizer" in state:
             self.optimizer.load_hamu_state_dict(state["optimizer"])
         self._forget_passes: int = state.get("forget_passes", 0)
-        self._dropped_steps: int = state.get("dropped_steps", 0)
-        self._before = self._forget_passes, self.optimizer.steps
+        self._before = self._counts()
         self._random.draw = self._forget_passes
         self._journal.load_state_dict(state.get("journal", {}))
         # Other settings may go on where these had to stop.
@@ -99,8 +100,10 @@ class Fit:
         self._forget_pass.stream = self._stream
         self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
 
-    def look_again(self) -> None:
-        """Compare the whole module again at the next forget pass."""
+    def start_epoch(self) -> None:
+        """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
+        self._window = self._losses = 0
+        self.optimizer.release_forget()
         self._forget_pass.guard.look_again()
 
     def prepare_forget_gradient(self) -> None:
@@ -109,6 +112,8 @@ class Fit:
             return
         scaler = _compat.grad_scaler(self._trainer)
         if scaler is not None:
+            if not self._gave_loss:  # Lightning calls neither the scaler nor `step` then
+                return
             self.optimizer.unscale_forget_(scaler)
         if _compat.clips_gradients(self._trainer):
             self._forget_pass.clip()
@@ -118,14 +123,12 @@ class Fit:
         self._journal.log_module(self._forget_pass.logged)
         if _compat.is_accumulating(self._trainer):
             return
-        if self.optimizer.has_forget_gradient:
-            # 16-bit overflow: the scaler did not call `step`, or the retain pass gave no loss.
-            self._dropped_steps += 1
-            self.optimizer.release_forget()
-        if self._watchdog is not None and not self._watchdog.check(self.optimizer.steps):
+        self.optimizer.drop_step()  # does nothing unless the loss scaler has left `step` out
+        if self._watchdog is not None and not self._watchdog.check(self.optimizer.calls):
             self._watchdog = None
-        if self._combines and self.optimizer.last_step is not None:
-            self._journal.log_step(self.optimizer.last_step)
+        report = self.optimizer.last_step
+        self._journal.log_step(None if report is self._reported else report)
+        self._reported = report
         if self._stop_reason is not None and not self._trainer.should_stop:
             rank_zero_info(f"HAMU stops at step {self._trainer.global_step}: {self._stop_reason}")
             self._trainer.should_stop = True
@@ -140,28 +143,38 @@ class Fit:
 
     def check_it_happened(self) -> None:
         """Raise unless there was unlearning: forgetting must never silently not happen."""
-        counts = {"forget passes": self._forget_passes, "combined steps": self.optimizer.steps}
-        for (what, count), before in zip(counts.items(), self._before, strict=True):
-            if count == before:
-                raise HAMUStateError(
-                    f"Expected unlearning to happen in this fit, but it ended with 0 {what}. Check that the module's "
-                    "`training_step` runs through the Trainer, and `every_n_steps` against the number of steps."
-                )
+        done = {name: count - self._before[name] for name, count in self._counts().items()}
+        is_excused = self._stop_reason is not None or (_compat.is_trial(self._trainer) and done["left_out_steps"])
+        missing = "forget passes" if not done["forget_passes"] else "combined steps"
+        if done["forget_passes"] and (done["combined_steps"] or is_excused):
+            return
+        raise HAMUStateError(
+            f"Expected unlearning to happen in this fit, but it ended with 0 {missing} ({done['left_out_steps']} were "
+            "left out: numbers that are not finite, learning rate 0, no retain loss, an overflow of the loss scale). "
+            "Check that the module's `training_step` runs through the Trainer, `every_n_steps` against the number of "
+            "steps, the learning rates and the precision."
+        )
 
     def totals(self) -> dict[str, Tensor]:
         """What was done, in numbers for `trainer.callback_metrics`."""
-        numbers = {
-            "forget_passes": self._forget_passes,
-            "combined_steps": self.optimizer.steps,
-            "has_stopped": self._stop_reason is not None,
-        }
+        numbers = {**self._counts(), "has_stopped": self._stop_reason is not None}
         return {f"hamu/{name}": torch.tensor(float(number)) for name, number in numbers.items()}
 
     def summary(self) -> str:
         """One line on what was done."""
-        optimizer = self.optimizer
-        left_out = int(optimizer.not_finite_steps) + optimizer.zero_lr_steps + self._dropped_steps
-        return f"HAMU: {optimizer.steps} combined steps ({left_out} left out), {self._journal.summary()}."
+        counts = self._counts()
+        return (
+            f"HAMU: {counts['combined_steps']} combined steps ({counts['left_out_steps']} left out), "
+            f"{self._journal.summary()}."
+        )
+
+    def _counts(self) -> dict[str, int]:
+        """What was done, this fit and the one that it continues; reads the host."""
+        return {
+            "forget_passes": self._forget_passes,
+            "combined_steps": int(self.optimizer.applied_steps),
+            "left_out_steps": int(self.optimizer.left_out_steps),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in tensors, numbers, strings, lists and dicts."""
@@ -169,8 +182,7 @@ class Fit:
         return {
             **stream,
             "optimizer": self.optimizer.hamu_state_dict(),
-            "forget_passes": self._forget_passes,
-            "dropped_steps": self._dropped_steps,
+            **self._counts(),
             "stop_reason": self._stop_reason,
             "stopped_under": self._stopping_settings(),
             "journal": self._journal.state_dict(),
@@ -207,12 +219,13 @@ class Fit:
 
     def _note_retain(self, loss: Tensor | None) -> None:
         """Count the retain loss, and tell the optimizer what its next step is to do."""
+        self._gave_loss = loss is not None
         if loss is not None:
             self._losses += 1
             self._journal.add_retain(loss)
-        share = self._window / self._trainer.accumulate_grad_batches
+        full = self._trainer.accumulate_grad_batches
         plan = "drop" if not self._losses else "combine" if self._combines else "retain_only"
-        self.optimizer.plan_step(plan, window_share=share)  # type: ignore[arg-type]
+        self.optimizer.plan_step(plan, window_shares=(self._losses / full, self._window / full))  # type: ignore[arg-type]
 
     def _approve(self, report: StepReport) -> bool:
         if self._stop_reason is None:

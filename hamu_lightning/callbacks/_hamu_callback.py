@@ -32,7 +32,8 @@ class HAMUCallback(Callback):
       put back: random states, BatchNorm statistics, torchmetrics, logged values, attributes, other callbacks.
     - Then Lightning's own pass on the retain batch, untouched.
     - Before the step the forget gradient is unscaled (16-mixed) and clipped on its own, as the retain gradient is.
-    - The step combines the two. A step with non-finite gradients is left out and counted.
+    - The step combines the two. A step with non-finite gradients is left out and counted
+      (`left_out_steps`); if all of a fit's are, it ends with an error.
     - At logging steps the names `hamu/...`, `retain/loss` and `forget/loss` are logged (means since the last logging
       step); what the module logs in its forget pass appears as `forget/<its name>`.
     - Validation and test are not touched. `teardown` takes everything back: a second `fit` is a plain one without the
@@ -120,8 +121,13 @@ class HAMUCallback(Callback):
 
     @property
     def combined_steps(self) -> int:
-        """How many optimizer steps have combined the two gradients, left-out ones included."""
-        return int(self.state_dict().get("optimizer", {}).get("steps", 0))
+        """How many optimizer steps have combined the two gradients and moved the weights."""
+        return int(self.state_dict().get("combined_steps", 0))
+
+    @property
+    def left_out_steps(self) -> int:
+        """How many combined steps were left out: non-finite numbers, overflow, learning rate 0, no retain loss."""
+        return int(self.state_dict().get("left_out_steps", 0))
 
     @property
     def stop_reason(self) -> str | None:
@@ -149,7 +155,7 @@ class HAMUCallback(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._running.look_again()
+        self._running.start_epoch()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -9,7 +9,7 @@ from hamu_lightning.errors import HAMUStateError
 
 
 class Watchdog:
-    """Compares the optimized weights by value until the first combined step.
+    """Compares the optimized weights by value until the first call of `step()`.
 
     Version counters do not show writes through `.data`, so copies are kept, in host memory, for the first window only.
 
@@ -20,16 +20,16 @@ class Watchdog:
     def __init__(self, parameters: list[Tensor]) -> None:
         self._watched = [(p, p.detach().to("cpu", copy=True)) for p in parameters if p.requires_grad]
 
-    def check(self, combined_steps: int) -> bool:
+    def check(self, calls: int) -> bool:
         """Return whether to go on watching.
 
         Raises:
-            HAMUStateError: If a weight has moved although no combined step has happened.
+            HAMUStateError: If a weight has moved although `step()` was not called.
         """
-        if combined_steps == 0 and any(not torch.equal(p.detach().cpu(), copy) for p, copy in self._watched):
+        if calls == 0 and any(not torch.equal(p.detach().cpu(), copy) for p, copy in self._watched):
             raise HAMUStateError(
                 "Expected the weights to move through HAMUOptimizer only, but they moved before its first step. The "
                 "module seems to step by itself (inside `training_step`, or through the raw optimizer): use "
                 "HAMUOptimizer there, see the recipe for manual optimization."
             )
-        return combined_steps == 0
+        return calls == 0

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hamu_lightning.gramian import compute_gramian
+
 
 def combine_(
     retain: Sequence[Tensor | None], forget: Sequence[Tensor | None], factors: Tensor, is_finite: Tensor
-) -> list[Tensor | None]:
+) -> tuple[list[Tensor | None], Tensor]:
     """Combine two lists of gradients tensor by tensor, writing over the forget gradients.
 
-    Sums are taken in float32 or wider.
+    Sums are taken in float32 or wider. A result can be too large for float16: then none of them is finite.
 
     Args:
         retain: The retain gradients; they stay as they are.
@@ -22,7 +24,7 @@ def combine_(
         is_finite: 0-d, bool. Where it is False the result is zero, whatever the gradients hold.
 
     Returns:
-        For each tensor the combined gradient, or None where both are None.
+        For each tensor the combined gradient, or None where both are None; and whether they are finite, 0-d, bool.
     """
     combined: list[Tensor | None] = list(forget)
     usual: list[tuple[int, Tensor, Tensor]] = []
@@ -39,7 +41,12 @@ def combine_(
         is_bad = ~is_finite
         for target in targets:
             target.masked_fill_(is_bad, 0)
-    return combined
+    halves = [grad for grad in combined if grad is not None and grad.dtype is torch.float16]
+    if not halves:
+        return combined, is_finite
+    is_finite = is_finite & compute_gramian(halves).isfinite().all()
+    one = torch.ones_like(factors[0, 0])
+    return [None if grad is None else _scaled(grad, one, is_finite).to(grad.dtype) for grad in combined], is_finite
 
 
 def _is_usual(grad: Tensor) -> bool:

@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import compute_gramian
 from hamu_lightning.optim._checks import check_base, check_both_present, is_at_rest, is_plain_sgd, warn_about_base
 from hamu_lightning.optim._combine import combine_
 from hamu_lightning.optim._layout import Layout, collect_names, make_layout
 from hamu_lightning.optim._report import StepReport
+from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._slots import GradientSlot, SpentGradients, own_gradients_, pointed_gradients
 from hamu_lightning.rules import Coefficients, Rule
 
 Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
+COUNTERS = ("steps", "zero_lr_steps", "not_finite_steps", "rejected_steps", "dropped_steps")
 
 
 @dataclass
@@ -39,12 +41,19 @@ class _Core:
     layout: Layout | None = None
     last_step: StepReport | None = None
     plan: Plan = "combine"
-    window_share: float = 1.0
+    window_shares: tuple[float, float] = (1.0, 1.0)
     approve: Callable[[StepReport], bool] | None = None
-    shadow: Optimizer | None = None
+    unscaling: Unscaling | None = None
+    calls: int = 0
     steps: int = 0
     zero_lr_steps: int = 0
     not_finite_steps: Tensor | int = 0
+    rejected_steps: int = 0
+    dropped_steps: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not take part in the step that a loss scaler has begun."""
+        return {**self.__dict__, "unscaling": None}
 
 
 class HAMUOptimizer(Optimizer):
@@ -66,9 +75,13 @@ class HAMUOptimizer(Optimizer):
 
     Plain SGD as the base moves the weights by `d` to within one rounding of the weight. Other bases (momentum, weight
     decay, Adam) take the equivalent gradient as if it came from a loss: the quota and the radius then do not hold for
-    the weights, and a warning says so. A step with a non-finite number in its Gramians is left out and counted. So is
-    one where every learning rate is 0. Nothing is read on the host, except one flag per step when the base is not
-    plain SGD (to leave out a non-finite step).
+    the weights, and a warning says so. A step with a non-finite number in its Gramians is left out and counted; so is
+    one whose equivalent gradient float16 cannot hold, and one where every learning rate is 0. Nothing is read on the
+    host, except one flag per step when the base is not plain SGD (to leave out a non-finite step).
+
+    With a `GradScaler` scale both losses, and call `scaler.unscale_(optimizer)`, `optimizer.unscale_forget_(scaler)`,
+    `scaler.step(optimizer)`, `scaler.update()`. An overflow of either gradient makes the scaler back off and leaves the
+    step out.
 
     `state_dict()` is the base's, so that plain checkpoints load both ways; our counters are in `hamu_state_dict()`.
     Parameter groups, state and defaults are the base's own: schedulers work on the wrapper and on the base.
@@ -145,8 +158,23 @@ class HAMUOptimizer(Optimizer):
 
     @property
     def steps(self) -> int:
-        """How many combined steps were taken, the left-out ones included."""
+        """How many combined steps were asked for by `step()`, the left-out ones included."""
         return self._core.steps
+
+    @property
+    def calls(self) -> int:
+        """How many times `step()` was called, whatever it was to do."""
+        return self._core.calls
+
+    @property
+    def applied_steps(self) -> Tensor:
+        """How many combined steps have moved the weights: 0-d, on the device."""
+        return self._core.steps - self._core.zero_lr_steps - self._core.rejected_steps - self.not_finite_steps
+
+    @property
+    def left_out_steps(self) -> Tensor:
+        """How many combined steps were left out: non-finite, at learning rate 0, or dropped. 0-d, on the device."""
+        return self._core.zero_lr_steps + self._core.dropped_steps + self.not_finite_steps
 
     @property
     def zero_lr_steps(self) -> int:
@@ -158,9 +186,15 @@ class HAMUOptimizer(Optimizer):
         """How many steps were left out because of a non-finite number: 0-d, on the device."""
         return torch.as_tensor(self._core.not_finite_steps)
 
+    @property
+    def dropped_steps(self) -> int:
+        """How many combined steps came to nothing before the rule was asked: no retain loss, or a scaler's overflow."""
+        return self._core.dropped_steps
+
     @contextmanager
     def retain(self) -> Iterator[None]:
         """Accumulate the retain gradient: `with optimizer.retain(): loss.backward()`."""
+        self._notice_overflow()
         for parameter in self._parameters():
             if self._core.spent.is_spent(parameter):
                 parameter.grad = None
@@ -169,6 +203,7 @@ class HAMUOptimizer(Optimizer):
     @contextmanager
     def forget(self) -> Iterator[None]:
         """Accumulate the forget gradient in its own slot: `with optimizer.forget(): loss.backward()`."""
+        self._notice_overflow()
         own_gradients_(self._parameters(), self._core.spent)
         with self._core.forget_slot.filling(self._parameters()):
             yield
@@ -198,16 +233,16 @@ class HAMUOptimizer(Optimizer):
         """Clear the retain gradient (inside `forget()`: the forget gradient). The other one is kept."""
         self._core.base.zero_grad(set_to_none)
 
-    def plan_step(self, plan: Plan = "combine", *, window_share: float = 1.0) -> None:
+    def plan_step(self, plan: Plan = "combine", *, window_shares: tuple[float, float] = (1.0, 1.0)) -> None:
         """Say what the next `step()` is to do; afterwards it is "combine" again.
 
         Args:
             plan: "combine" the two gradients, take a plain step of the base on the retain gradient ("retain_only"), or
                 do nothing ("drop").
-            window_share: The slots hold this share of the mean gradients: n/N when losses were divided by N but only n
-                micro-batches came (the last window of an epoch).
+            window_shares: The shares of the mean retain and of the mean forget gradient that the slots hold: n/N when
+                losses were divided by N but only n micro-batches came (the last window of an epoch).
         """
-        self._core.plan, self._core.window_share = plan, window_share
+        self._core.plan, self._core.window_shares = plan, window_shares
 
     @property
     def approve(self) -> Callable[[StepReport], bool] | None:
@@ -224,20 +259,42 @@ class HAMUOptimizer(Optimizer):
         return self._core.forget_slot.is_filled
 
     def release_forget(self) -> None:
-        """Drop the forget gradient, for instance when a step is given up."""
+        """Drop the forget gradient."""
         self._core.forget_slot.release()
+
+    def drop_step(self) -> None:
+        """Give up a step whose forget gradient is there already, and count it."""
+        self._core.dropped_steps += self.has_forget_gradient
+        self.release_forget()
 
     def unscale_forget_(self, scaler: torch.amp.GradScaler) -> None:
         """Divide the forget gradient by the loss scale, as `scaler.unscale_(optimizer)` does with the retain gradient.
 
         A non-finite forget gradient counts as an overflow: the scaler backs off at its next `update()`, and the
-        combined step leaves itself out.
+        combined step leaves itself out. (Not with `FineTune`, which does not use it.) After an overflow of the retain
+        gradient the scaler does not call `step()`; the next `retain()` or `forget()` drops both gradients.
+
+        Raises:
+            HAMUStateError: If there is no forget gradient, or it is unscaled already.
         """
+        core = self._core
+        if not scaler.is_enabled():
+            return
+        self._notice_overflow()
+        if core.unscaling is not None:
+            raise HAMUStateError(
+                "Expected one `unscale_forget_` per step, but the forget gradient is unscaled already. "
+                "Call `scaler.step(optimizer)` and `scaler.update()` first."
+            )
+        if not self.has_forget_gradient:
+            raise HAMUStateError(
+                "Expected a forget gradient to unscale, but there is none. Call `unscale_forget_` after "
+                "`with optimizer.forget(): scaler.scale(loss).backward()` and before `scaler.step(optimizer)`."
+            )
+        retain = [p.grad for p in self._parameters()]
         with self.forget():
-            # The scaler unscales an optimizer once per step; this one stands for the slot.
-            shadow = SGD([p for p in self._parameters() if p.grad is not None], lr=0.0)
-            scaler.unscale_(shadow)
-        self._core.shadow = shadow  # the scaler knows it by its id until `update()`
+            filled = [p for p in self._parameters() if p.grad is not None]
+            core.unscaling = Unscaling(scaler, filled, retain, tells=not core.rule.is_plain)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -251,17 +308,12 @@ class HAMUOptimizer(Optimizer):
 
     def hamu_state_dict(self) -> dict[str, Any]:
         """Return our own state: the counters."""
-        core = self._core
-        return {
-            "steps": core.steps,
-            "zero_lr_steps": core.zero_lr_steps,
-            "not_finite_steps": int(core.not_finite_steps),
-        }
+        return {name: int(getattr(self._core, name)) for name in COUNTERS}
 
     def load_hamu_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `hamu_state_dict` returned."""
-        for name in ("steps", "zero_lr_steps", "not_finite_steps"):
-            setattr(self._core, name, state_dict[name])
+        for name in COUNTERS:
+            setattr(self._core, name, state_dict.get(name, 0))
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -302,17 +354,32 @@ class HAMUOptimizer(Optimizer):
             core.layout = make_layout(self.param_groups, core.names, core.rule.blocks)
         return core.layout
 
+    def _notice_overflow(self) -> None:
+        """Drop the gradients of a step that the scaler has ended without calling `step()`."""
+        core = self._core
+        if core.unscaling is None or not core.unscaling.is_over:
+            return
+        if self.has_forget_gradient:
+            core.spent.remember(p for p in self._parameters() if core.unscaling.is_stale(p.grad))
+            self.drop_step()
+        core.unscaling = None
+
     @torch.no_grad()
     def _apply(self) -> None:
         core, plan = self._core, self._core.plan
         core.plan = "combine"
-        if plan == "retain_only" or (plan == "combine" and self._is_initialisation()):
-            self._applier().step()
+        core.base._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn when a step is left out
+        is_initialisation = plan == "combine" and self._is_initialisation()
+        core.calls += not is_initialisation
+        if is_initialisation or plan == "retain_only":
+            self._applier(takes_d=False).step()
         elif plan == "combine":
             self._combine_and_step()
+        else:
+            self.drop_step()
         core.forget_slot.release()
         core.spent.remember(self._parameters())
-        core.window_share = 1.0
+        core.window_shares = 1.0, 1.0
 
     def _is_initialisation(self) -> bool:
         """Whether this step only makes the base's state: torch's `get_optimizer_state_dict` takes one at lr 0."""
@@ -329,11 +396,13 @@ class HAMUOptimizer(Optimizer):
             return
         core.last_step = self._ask_rule(retain, forget, layout)
         if core.approve is not None and not core.approve(core.last_step):
+            core.rejected_steps += 1
             return
         before = [p.detach().clone() for p in layout.parameters] if core.track_actual else None
         # The combination is written over the forget gradients; they are needed again to measure.
         spare = [None if g is None else g.clone() for g in forget] if core.track_actual else forget
-        with pointed_gradients(layout.parameters, self._combine(retain, spare, core.last_step, layout)):
+        combined, core.last_step = self._combine(retain, spare, core.last_step, layout)
+        with pointed_gradients(layout.parameters, combined):
             self._step_base(core.last_step.coefficients)
         if before is not None:
             core.last_step = self._measure(core.last_step, retain, forget, before)
@@ -343,25 +412,33 @@ class HAMUOptimizer(Optimizer):
     ) -> StepReport:
         """Add what the weights' actual change does to both losses, to first order."""
         change = [p.detach() - old for p, old in zip(self._update_layout().parameters, before, strict=True)]
-        products = compute_gramian(retain, forget, change).sum(dim=0) / self._core.window_share
-        return replace(report, actual_improvements=torch.stack((-products[0, 2], products[1, 2])))
+        products = compute_gramian(retain, forget, change).sum(dim=0)[:2, 2] / self._window_shares(report.gramian)
+        return replace(report, actual_improvements=products * products.new_tensor((-1.0, 1.0)))
 
-    def _applier(self) -> Optimizer:
-        """What moves the weights: the base, or plain SGD at its learning rates (`exact`)."""
+    def _window_shares(self, like: Tensor) -> Tensor:
+        """What share of the mean gradients the slots hold, `[2]`."""
+        return like.new_tensor(self._core.window_shares)
+
+    def _applier(self, *, takes_d: bool) -> Optimizer:
+        """What moves the weights: the base, or (`exact`) plain SGD, at rate 1 where its gradient is `-d` itself."""
         core = self._core
         if not core.exact:
             return core.base
         if core.plain is None or sum(len(g["params"]) for g in core.plain.param_groups) != len(self._parameters()):
             core.plain = SGD([{"params": list(group["params"])} for group in self.param_groups], lr=0.0)
         for plain, group in zip(core.plain.param_groups, self.param_groups, strict=True):
-            plain["lr"] = group["lr"]
-        core.base._opt_called = True  # type: ignore[attr-defined]  # schedulers on the base warn without a step
+            plain["lr"] = 1.0 if takes_d else group["lr"]
         return core.plain
 
     def _ask_rule(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> StepReport:
         """Compute the Gramians of the mean gradients, and ask the rule for the coefficients."""
-        rule, blocks = self._core.rule, layout.blocks
-        gramian = compute_gramian(retain, forget, blocks=blocks) / self._core.window_share**2
+        core, rule = self._core, self._core.rule
+        gramian = compute_gramian(retain, forget, blocks=layout.blocks)
+        shares = self._window_shares(gramian)
+        gramian = gramian / (shares.unsqueeze(1) * shares)
+        if core.unscaling is not None and core.unscaling.found_inf is not None:
+            # Clipping by value would hide an overflow from the rule, although the scaler backs off.
+            gramian = gramian.masked_fill(core.unscaling.found_inf.to(gramian.device), torch.nan)
         weights: dict[str, Tensor] = {}
         if rule.radius.needs_weights:
             weights = {"weight_norms": layout.weight_norms(), "sizes": layout.vector(layout.sizes)}
@@ -370,19 +447,22 @@ class HAMUOptimizer(Optimizer):
 
     def _combine(
         self, retain: list[Tensor | None], forget: list[Tensor | None], report: StepReport, layout: Layout
-    ) -> list[Tensor | None]:
-        """The gradients that make the base apply the coefficients: `-c/lr` times the two."""
-        if self._core.rule.is_plain:
-            return retain
+    ) -> tuple[list[Tensor | None], StepReport]:
+        """The gradients that make the base apply the coefficients: `-c/lr` times the two (`exact`: `-c` times)."""
+        step, core = report.coefficients, self._core
+        if core.rule.is_plain:
+            return retain, report
         lr = report.lr.unsqueeze(1)
-        # The rule saw mean gradients; the slots hold `window_share` of them.
-        factors = torch.where(lr == 0, 0, -report.coefficients.values / lr) / self._core.window_share
+        # The rule saw mean gradients; the slots hold shares of them.
+        factors = -step.values / self._window_shares(step.values)
+        factors = torch.where(lr == 0, 0, factors if core.exact else factors / lr)
         factors = factors[torch.tensor(layout.blocks, device=factors.device)]
-        return combine_(retain, forget, factors, report.coefficients.is_finite)
+        combined, is_finite = combine_(retain, forget, factors, step.is_finite)
+        return combined, report.left_out_unless(is_finite)
 
     def _step_base(self, coefficients: Coefficients) -> None:
         """Let the base apply the gradients, unless they are not finite; plain SGD then gets zeros and does not move."""
-        core, applier = self._core, self._applier()
+        core, applier = self._core, self._applier(takes_d=not self._core.rule.is_plain)
         if not core.rule.is_plain:
             core.not_finite_steps = core.not_finite_steps + (~coefficients.is_finite).long()
             # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.

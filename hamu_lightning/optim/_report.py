@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ class StepReport:
     def share(self, *branches: Branch) -> Tensor:
         """0-d, the share of blocks whose step took one of these branches."""
         return torch.stack([self.coefficients.branch == int(b) for b in branches]).any(dim=0).double().mean()
+
+    def left_out_unless(self, is_finite: Tensor) -> StepReport:
+        """This report where `is_finite` (0-d, bool) is True, and elsewhere that of a step that was left out."""
+        step = self.coefficients
+        values = torch.where(is_finite, step.values, 0)
+        branch = torch.where(is_finite, step.branch, int(Branch.NOT_FINITE))
+        return replace(self, coefficients=replace(step, values=values, branch=branch))
 
     def summary(self) -> dict[str, Tensor]:
         """The 0-d numbers that the callback logs, by name. Units: loss units per step, and shares of blocks."""

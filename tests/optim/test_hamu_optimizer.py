@@ -217,7 +217,7 @@ def test_short_window_scales_to_the_mean(wrap: Wrap) -> None:
         (retain * 2 / 3).backward(retain_graph=True)
     with optimizer.forget():
         (forget * 2 / 3).backward()
-    optimizer.plan_step(window_share=2 / 3)
+    optimizer.plan_step(window_shares=(2 / 3, 2 / 3))
     optimizer.step()
     take_step(wrap(reference), reference)
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
@@ -496,7 +496,8 @@ def test_exact_steps_take_only_the_learning_rate_from_the_base(wrap: Wrap, base:
         take_step(reference, plain, seed)
         scheduler.step()
         other.step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # float32: d is not divided by lr and multiplied again
     assert not optimizer.base.state
 
 
