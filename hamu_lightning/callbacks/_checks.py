@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from hamu_lightning.callbacks import _compat
 from hamu_lightning.errors import HAMUError, HAMUValueError
 from hamu_lightning.optim import HAMUOptimizer
 
@@ -15,6 +18,19 @@ if TYPE_CHECKING:
 
 class HAMUMisconfigurationError(HAMUError, MisconfigurationException):
     """A setting of the Trainer, the module or the callback does not go together with unlearning."""
+
+
+@contextmanager
+def refusing(trainer: Trainer) -> Iterator[None]:
+    """Let a refusal also be the MisconfigurationException of the trainer's own package, for who catches that one."""
+    try:
+        yield
+    except HAMUMisconfigurationError as error:
+        own = _compat.misconfiguration_exception(trainer)
+        if isinstance(error, own):
+            raise
+        kind = type("HAMUMisconfigurationError", (HAMUMisconfigurationError, own), {"__module__": __name__})
+        raise kind(str(error)).with_traceback(error.__traceback__) from error.__cause__
 
 
 MANUAL_RECIPE = """\

@@ -7,6 +7,7 @@ trees, and all objects are reached from the trainer at hand.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -190,3 +191,12 @@ def clips_gradients(trainer: Trainer) -> bool:
     method = trainer.lightning_module.configure_gradient_clipping
     is_own = getattr(method, "__module__", "").partition(".")[0] not in ("lightning", "pytorch_lightning")
     return bool(trainer.gradient_clip_val) or is_own
+
+
+def misconfiguration_exception(trainer: Trainer) -> type[Exception]:
+    """The `MisconfigurationException` of the package that the trainer is from, in whose module it is imported."""
+    for base in type(trainer).__mro__:
+        found = getattr(sys.modules.get(base.__module__), "MisconfigurationException", None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    return MisconfigurationException

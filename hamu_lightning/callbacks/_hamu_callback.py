@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from hamu_lightning.callbacks._checks import check_setup, check_strategy
+from hamu_lightning.callbacks._checks import check_setup, check_strategy, refusing
 from hamu_lightning.callbacks._fit import Fit, FitSettings
 from hamu_lightning.callbacks._stopping import StopOn
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
@@ -142,16 +142,19 @@ class HAMUCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            check_strategy(trainer.strategy)
+            with refusing(trainer):
+                check_strategy(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_setup(trainer, pl_module, self)
-        self._fit = Fit(trainer, self.settings, self._state)
+        with refusing(trainer):
+            check_setup(trainer, pl_module, self)
+            self._fit = Fit(trainer, self.settings, self._state)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._running.start()
+        with refusing(trainer):
+            self._running.start()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
