@@ -128,6 +128,11 @@ def is_accumulating(trainer: Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether the batches are only to update BatchNorm, as in the last epoch of StochasticWeightAveraging."""
+    return trainer.fit_loop._skip_backward
+
+
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether the loggers will be written at the end of the present batch."""
     return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]

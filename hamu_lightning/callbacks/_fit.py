@@ -200,16 +200,21 @@ class Fit:
     def _around_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forget pass, then the retain pass as it is."""
         trainer, settings = self._trainer, self._settings
-        if settings.freezes_batchnorm:
-            self._freeze()
-        if self._window == 0:
-            self._combines = trainer.global_step % settings.every_n_steps == 0
-        self._window += 1
         forget = None
         if self._stream is None:
             retain, forget = split_pair(args[0])
             _compat.set_foreground_batch(trainer, retain)
             args = (retain, *args[1:])
+        if _compat.skips_backward(trainer):
+            self.unfreeze()
+            self._combines = False
+            self.optimizer.plan_step("retain_only")
+            return step(*args, **kwargs)
+        if settings.freezes_batchnorm:
+            self._freeze()
+        if self._window == 0:
+            self._combines = trainer.global_step % settings.every_n_steps == 0
+        self._window += 1
         if self._combines:
             self._journal.add_forget(self._forget_pass.run(step, args, kwargs, forget))
             self._forget_passes += 1

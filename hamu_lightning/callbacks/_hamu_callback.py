@@ -38,6 +38,11 @@ class HAMUCallback(Callback):
       step); what the module logs in its forget pass appears as `forget/<its name>`.
     - Validation and test are not touched. `teardown` takes everything back: a second `fit` is a plain one without the
       callback.
+    - An epoch without backward passes (StochasticWeightAveraging ends with one, for BatchNorm) is left to Lightning.
+    - `Tuner.lr_find`, `Tuner.scale_batch_size` and their callbacks put all other callbacks aside: they tune plain
+      training on the retain data.
+    - Where processes are spawned (`strategy="ddp_spawn"`, "ddp_notebook"), this object works in copies. Of what they
+      count, `trainer.callback_metrics` brings back `hamu/forget_passes`, `hamu/combined_steps` and `hamu/has_stopped`.
     - Checkpoints hold the position and the random state of the forget stream and the counters, in the callback's
       state; the module's and the optimizer's states are those of a plain run.
 

@@ -321,9 +321,13 @@ class HAMUOptimizer(Optimizer):
         self._core.base.add_param_group(param_group)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups: the very list, also after it was replaced by `load_state_dict`."""
         return self._core.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._core.base.param_groups = groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]
