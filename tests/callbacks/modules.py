@@ -6,16 +6,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-OPTIMIZERS: dict[str, Any] = {
+OPTIMIZERS: dict[str, Any] = {  # Adam's usual epsilon, 1e-8, is 0 in float16
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-4),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, eps=1e-4),
+    "adamw, foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-4, foreach=True),
+    "adamw, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-4, fused=True),
+    "sgd, fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
 }
 
 
@@ -78,7 +84,7 @@ class WithDropout(Base):
         import numpy as np
 
         x, y = batch
-        noise = torch.randn(x.shape, generator=self.generator) * (np.random.rand() + random.random())
+        noise = torch.randn(x.shape, generator=self.generator).to(x) * (np.random.rand() + random.random())
         loss = cross_entropy(self(x + 0.1 * noise), y)
         self.log("train_loss", loss)
         return loss
@@ -155,7 +161,9 @@ class Recorder(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         names = {n: v for n, v in trainer.callback_metrics.items() if not n.startswith(("hamu/", "forget/", "retain/"))}
-        self.values.append({name: float(value) for name, value in names.items()})
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = {} if scaler is None else {"scale": scaler.get_scale()}
+        self.values.append({name: float(value) for name, value in names.items()} | scale)
 
 
 def make_data(n: int = 96, seed: int = 0) -> TensorDataset:
@@ -166,6 +174,10 @@ def make_data(n: int = 96, seed: int = 0) -> TensorDataset:
 
 def fit(module: LightningModule, *callbacks: Callback, seed: int = 1, **settings: Any) -> tuple[Trainer, Recorder]:
     """Fit for two epochs on shuffled data; `workers` goes to the loader, `ckpt_path` to `Trainer.fit`."""
+    if settings.get("precision") == "16-mixed":
+        del settings["precision"]  # with it Lightning would take bfloat16 on the CPU
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
+        settings["plugins"] = [MixedPrecision("16-mixed", device="cpu", scaler=scaler)]
     seed_everything(seed, verbose=False)
     recorder, workers = Recorder(), settings.pop("workers", 0)
     loader, ckpt_path = settings.pop("loader", None), settings.pop("ckpt_path", None)

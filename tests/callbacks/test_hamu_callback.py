@@ -226,8 +226,7 @@ def test_training_step_returns_none() -> None:
     module.skips = "retain"
     callback = HAMUCallback(DataLoader(forget_data(), batch_size=8), RULE)
     fit(module, callback)
-    assert callback.combined_steps == 6
-    assert callback.forget_passes == 12
+    assert (callback.combined_steps, callback.left_out_steps, callback.forget_passes) == (6, 6, 12)
     module = build(ReturnsNone)
     module.skips = "forget"
     with pytest.raises(HAMUStateError, match="returned None for a full pass"):
