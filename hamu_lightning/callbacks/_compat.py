@@ -149,8 +149,38 @@ def train_loader_parts(trainer: Trainer) -> Any:
     return getattr(loader, "iterables", loader)
 
 
+class CombinedBatches:
+    """The batches of a `CombinedLoader`, which itself yields `(batch, batch_idx, dataloader_idx)`.
+
+    Args:
+        combined: The loader.
+
+    Attributes:
+        loaders: The loaders that are combined.
+    """
+
+    def __init__(self, combined: Any) -> None:
+        self._combined, self.loaders = combined, combined.flattened
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, *_ in self._combined)
+
+    def prepare(self, trainer: Trainer) -> CombinedBatches:
+        """Prepare each of the loaders."""
+        self._combined.flattened = [prepare_loader(trainer, loader) for loader in self.loaders]
+        return CombinedBatches(self._combined)
+
+
+def without_indices(loader: Any) -> Any:
+    """The loader, or its batches alone where it is a `CombinedLoader` (of either package)."""
+    is_combined = any(base.__name__ == "CombinedLoader" for base in type(loader).__mro__)
+    return CombinedBatches(loader) if is_combined else loader
+
+
 def prepare_loader(trainer: Trainer, loader: Any) -> Any:
     """Let the trainer and the strategy treat the forget loader like a training loader (distributed sampler)."""
+    if isinstance(loader, CombinedBatches):
+        return loader.prepare(trainer)
     is_shuffled = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler)
     before = getattr(loader, "sampler", None)
     modes = type(trainer.state.stage) if trainer.state.stage is not None else None

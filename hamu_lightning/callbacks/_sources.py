@@ -28,7 +28,7 @@ def find_forget_loader(trainer: Trainer, forget: Any, batch_size: int | None) ->
         HAMUMisconfigurationError: If nothing was found, or it is empty.
     """
     train = _compat.train_loader_parts(trainer)
-    source = forget if forget is not None else _call_hook(trainer)
+    source = _compat.without_indices(forget if forget is not None else _call_hook(trainer))
     if source is None:
         if isinstance(train, Mapping) and {"retain", "forget"} <= set(train):
             return None
@@ -43,9 +43,11 @@ def find_forget_loader(trainer: Trainer, forget: Any, batch_size: int | None) ->
             f"Expected `batch_size` to go with a Dataset, but `forget` is a {type(source).__name__}, which has its own "
             "batch size. Set it there."
         )
-    if not isinstance(source, Iterable) and not is_dataset:
+    is_collection = isinstance(source, list | tuple) and any(isinstance(part, DataLoader) for part in source)
+    if is_collection or isinstance(source, Mapping) or not (isinstance(source, Iterable) or is_dataset):
         raise HAMUMisconfigurationError(
-            f"Expected `forget` to be a DataLoader, a Dataset or None, but got {type(source).__name__}."
+            f"Expected `forget` to be a DataLoader, a Dataset or None, but got {type(source).__name__}. "
+            "Several loaders become one by CombinedLoader(loaders, 'max_size_cycle')."
         )
     check_not_empty(source)
     loader = _build_loader(source, train, batch_size) if is_dataset else source

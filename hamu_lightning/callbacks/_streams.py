@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -91,10 +91,11 @@ class ForgetStream:
         self._random = random
         self._iterator: Iterator[Any] | None = None
         self._pass, self._taken = 0, 0
+        self._loaders: Sequence[object] = getattr(loader, "loaders", (loader,))
         # A loader that collates makes new objects for each batch. Others may hand out the same one again, and modules
         # edit batches in place.
-        self._hands_out_new = isinstance(loader, DataLoader) and loader.batch_sampler is not None
-        random.generators = _own_generators(loader)
+        self._hands_out_new = all(isinstance(p, DataLoader) and p.batch_sampler is not None for p in self._loaders)
+        random.generators = [generator for part in self._loaders for generator in _own_generators(part)]
 
     @property
     def length(self) -> int | None:
@@ -146,9 +147,10 @@ class ForgetStream:
     def _begin_pass(self) -> None:
         # The end of the last pass may have drawn; a resumed run does not see it.
         self._random.reseed()
-        set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(self._pass)
+        for part in self._loaders:
+            set_epoch = getattr(getattr(part, "sampler", None), "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(self._pass)
         self._iterator = iter(self.loader)
         self._pass, self._taken = self._pass + 1, 0
 
