@@ -209,17 +209,24 @@ def test_gradients_accumulate_in_both_slots(wrap: Wrap) -> None:
 
 
 def test_short_window_scales_to_the_mean(wrap: Wrap) -> None:
-    """Two of three micro-batches came, and losses were divided by three: the step is that of the mean."""
+    """Two retain and one forget loss of three came, and losses were divided by three: the step is that of the means."""
     model, reference = make_model(torch.float64), make_model(torch.float64)
-    optimizer = wrap(model)
+    optimizer, other = wrap(model, track_actual=True), wrap(reference)
     retain, forget = make_losses(model)
     with optimizer.retain():
         (retain * 2 / 3).backward(retain_graph=True)
     with optimizer.forget():
-        (forget * 2 / 3).backward()
-    optimizer.plan_step(window_shares=(2 / 3, 2 / 3))
+        (forget / 3).backward()
+    optimizer.plan_step(window_shares=(2 / 3, 1 / 3))
     optimizer.step()
-    take_step(wrap(reference), reference)
+    step = optimizer.last_step
+    assert step is not None and step.actual_improvements is not None
+    predicted = torch.stack((step.coefficients.retain_improvement, step.coefficients.forget_improvement))
+    torch.testing.assert_close(step.actual_improvements, predicted)
+    take_step(other, reference)
+    for seed in (1, 2):  # windows are full again
+        take_step(optimizer, model, seed)
+        take_step(other, reference, seed)
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
