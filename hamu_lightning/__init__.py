@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hamu_lightning.callbacks import HAMUCallback, split_forget
+    from hamu_lightning.callbacks import HAMUCallback, preflight, split_forget
     from hamu_lightning.gramian import compute_gramian
     from hamu_lightning.optim import HAMUOptimizer
     from hamu_lightning.rules import HAMUQ, HAMUU
 
 __version__ = "0.1.0"
-__all__ = ["HAMUQ", "HAMUU", "HAMUCallback", "HAMUOptimizer", "compute_gramian", "split_forget"]
+__all__ = ["HAMUQ", "HAMUU", "HAMUCallback", "HAMUOptimizer", "compute_gramian", "preflight", "split_forget"]
 
 # Resolved on first use (PEP 562): `import hamu_lightning.rules` must load neither Lightning nor a solver.
 _HOMES = {
@@ -21,6 +21,7 @@ _HOMES = {
     "HAMUCallback": "callbacks",
     "HAMUOptimizer": "optim",
     "compute_gramian": "gramian",
+    "preflight": "callbacks",
     "split_forget": "callbacks",
 }
 

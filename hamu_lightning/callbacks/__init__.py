@@ -2,6 +2,8 @@
 
 from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
 from hamu_lightning.callbacks._hamu_callback import HAMUCallback
+from hamu_lightning.callbacks._preflight import preflight
+from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._streams import split_forget
 
-__all__ = ["HAMUCallback", "HAMUMisconfigurationError", "split_forget"]
+__all__ = ["HAMUCallback", "HAMUMisconfigurationError", "PreflightReport", "preflight", "split_forget"]

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import _extract_batch_size
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
@@ -34,7 +36,7 @@ class StepPatch:
     ) -> None:
         self._strategy = strategy
         self._before = strategy.__dict__.get("training_step")
-        original = strategy.training_step
+        self.original = original = strategy.training_step
         strategy.training_step = lambda *args, **kwargs: around(original, args, kwargs)
 
     def remove(self) -> None:
@@ -112,6 +114,20 @@ def transfer_batch(trainer: Trainer, batch: Any) -> Any:
         return strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def transfer_batch_alone(module: Any, batch: Any, device: torch.device) -> Any:
+    """Send a batch to a device by the module's own hooks where it has them, without a trainer."""
+    if not hasattr(module, "transfer_batch_to_device"):
+        return move_data_to_device(batch, device)
+    batch = module.on_before_batch_transfer(batch, 0)
+    return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, device, 0), 0)
+
+
+def step_arguments(module: Any, batch: Any, index: int) -> tuple[Any, ...]:
+    """What `training_step` is called with: its `batch_idx` is optional (training_epoch_loop.py `_build_kwargs`)."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    return (batch, index) if takes_index else (batch,)
+
+
 def split_step_output(output: Any) -> Tensor | None:
     """The loss in what `training_step` returned, in any of the forms that Lightning takes; None for no loss."""
     return output.get("loss") if isinstance(output, Mapping) else output
@@ -170,11 +186,22 @@ class CombinedBatches:
         self._combined.flattened = [prepare_loader(trainer, loader) for loader in self.loaders]
         return CombinedBatches(self._combined)
 
+    def twin(self, twin: Callable[[Any], Any]) -> CombinedBatches:
+        """The same batches from loaders that `twin` makes of these ones."""
+        combined = type(self._combined)(self._combined.iterables, self._combined._mode)
+        combined.flattened = [twin(loader) for loader in self.loaders]
+        return CombinedBatches(combined)
+
 
 def without_indices(loader: Any) -> Any:
     """The loader, or its batches alone where it is a `CombinedLoader` (of either package)."""
     is_combined = any(base.__name__ == "CombinedLoader" for base in type(loader).__mro__)
     return CombinedBatches(loader) if is_combined else loader
+
+
+def train_batches(trainer: Trainer) -> CombinedBatches:
+    """The training batches, as the trainer combines them."""
+    return CombinedBatches(trainer.fit_loop._combined_loader)
 
 
 def prepare_loader(trainer: Trainer, loader: Any) -> Any:

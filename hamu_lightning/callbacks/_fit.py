@@ -15,6 +15,8 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._checks import wrap_optimizer
 from hamu_lightning.callbacks._forget_pass import ForgetPass, detached_loss, split_pair
 from hamu_lightning.callbacks._journal import Journal
+from hamu_lightning.callbacks._preflight import preflight_fit
+from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._sources import find_forget_loader
 from hamu_lightning.callbacks._stopping import StopOn, find_stop_reason
@@ -42,6 +44,7 @@ class FitSettings:
     progress_bar: bool
     exact: bool
     track_actual: bool
+    preflight: bool
 
 
 class Fit:
@@ -99,6 +102,20 @@ class Fit:
                 self._stream.load_state_dict(self._state["stream"])
         self._forget_pass.stream = self._stream
         self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
+
+    def preflight(self) -> PreflightReport:
+        """Predict what the run will do, and say so; leaves no trace."""
+        loader = None if self._stream is None else self._stream.loader
+        report = preflight_fit(
+            self._trainer,
+            self.optimizer,
+            self._patch.original,
+            loader,
+            freezes=self._settings.freezes_batchnorm,
+            seed=self._settings.seed,
+        )
+        rank_zero_info(str(report))
+        return report
 
     def start_epoch(self) -> None:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""

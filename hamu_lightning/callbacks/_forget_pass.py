@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from hamu_lightning.callbacks._streams import EMPTY_STREAM, EmptyStreamError, Fo
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
+from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._slots import hidden_gradients
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class ForgetPass:
         trainer: The trainer, in a fit.
         optimizer: Where the gradient goes.
         random: The random stream of the pass.
+        slot: The context in which the gradient is accumulated; default: the optimizer's forget slot.
 
     Attributes:
         stream: Where batches come from; None if each training batch brings its own.
@@ -36,8 +38,15 @@ class ForgetPass:
         logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
     """
 
-    def __init__(self, trainer: Trainer, optimizer: HAMUOptimizer, random: RandomStream) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        optimizer: HAMUOptimizer,
+        random: RandomStream,
+        slot: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
         self._trainer, self._optimizer, self._random = trainer, optimizer, random
+        self._slot = slot or optimizer.forget
         self.stream: ForgetStream | None = None
         self.guard = ModuleGuard(trainer.lightning_module)
         self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
@@ -68,10 +77,25 @@ class ForgetPass:
             "HAMU needs the gradient of the forget loss; check what the module skips."
         )
 
+    def fetch(self) -> Any:
+        """Return the next batch of the stream, transferred."""
+        self._random.draw += 1
+        with self._isolated(None):
+            return self._next_batch(None)
+
+    def unscale(self) -> None:
+        """Divide the gradient by the loss scale, where there is one, unseen by the scaler."""
+        scaler = _compat.grad_scaler(self._trainer)
+        if scaler is not None:
+            with self._slot():
+                Unscaling(
+                    scaler, [p for group in self._optimizer.param_groups for p in group["params"]], [], tells=False
+                )
+
     def clip(self) -> None:
         """Clip the forget gradient as the trainer and the module clip the retain gradient, on its own."""
         trainer, module = self._trainer, self._trainer.lightning_module
-        with self._isolated(None), self._optimizer.forget(), _compat.hook_name(module, "configure_gradient_clipping"):
+        with self._isolated(None), self._slot(), _compat.hook_name(module, "configure_gradient_clipping"):
             module.configure_gradient_clipping(
                 trainer.optimizers[0],
                 gradient_clip_val=trainer.gradient_clip_val,
@@ -147,7 +171,7 @@ class ForgetPass:
 
     def _backward(self, loss: Tensor) -> None:
         trainer = self._trainer
-        with self._optimizer.forget(), _compat.hook_name(trainer.lightning_module, "backward"):
+        with self._slot(), _compat.hook_name(trainer.lightning_module, "backward"):
             # Lightning divides the loss of each micro-batch by the full window; so do we.
             trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from hamu_lightning.callbacks._checks import check_setup, check_strategy, refusing
 from hamu_lightning.callbacks._fit import Fit, FitSettings
+from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._stopping import StopOn
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import StepReport
@@ -62,6 +63,10 @@ class HAMUCallback(Callback):
         exact: For an optimizer that is not plain SGD: apply the rule's step itself, as `HAMUOptimizer(exact=True)`.
         track_actual: Log `hamu/actual_retain_improvement` and `hamu/actual_forget_improvement`, what the weights'
             actual change did to first order, as `HAMUOptimizer(track_actual=True)`.
+        preflight: Before the first batch, predict from up to 16 batch pairs what the run can reach and what it costs,
+            print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
+            bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.
+            One process only.
 
     Raises:
         HAMUValueError: If an argument is out of its range.
@@ -85,6 +90,7 @@ class HAMUCallback(Callback):
         progress_bar: bool = False,
         exact: bool = False,
         track_actual: bool = False,
+        preflight: bool = False,
     ) -> None:
         super().__init__()
         if rule is not None and not isinstance(rule, Rule):
@@ -109,7 +115,9 @@ class HAMUCallback(Callback):
             progress_bar,
             exact,
             track_actual,
+            preflight,
         )
+        self.preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
         self._state: dict[str, Any] = {}
         self._last_step: StepReport | None = None
@@ -160,6 +168,8 @@ class HAMUCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with refusing(trainer):
             self._running.start()
+            if self.settings.preflight:
+                self.preflight_report = self._running.preflight()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
