@@ -77,7 +77,7 @@ def preflight(
         >>> round(report.estimates["cosine"].mean, 3), report.pairs
         (1.0, 4)
     """
-    check_arguments(module, rule, batches)
+    check_arguments(module, rule, batches, batchnorm)
     guard = ModuleGuard(module)
     optimizer = Probe(module, _find_groups(module, lr, guard, seed), rule)
     forget = BarePass(module, forget_loader, "forget", guard, RandomStream(seed), optimizer.forget)
@@ -117,8 +117,8 @@ def preflight_fit(
             "process before the fit, with the joint batch size."
         )
     module = trainer.lightning_module
-    probe = Probe(module, optimizer.param_groups, optimizer.rule, trainer.accumulate_grad_batches)
     try:
+        probe = Probe(module, optimizer.param_groups, optimizer.rule, trainer.accumulate_grad_batches)
         runner = _FitRunner(trainer, probe, step, forget_loader, seed)
     except HAMUValueError as error:
         raise HAMUMisconfigurationError(str(error)) from error
@@ -146,7 +146,7 @@ class Probe:
             {"params": list(g["params"]), "lr": float(g["lr"]) or float(g.get("initial_lr", 0.0))} for g in param_groups
         ]
         if not any(group["lr"] for group in groups):
-            raise HAMUMisconfigurationError(
+            raise HAMUValueError(
                 "Expected a learning rate above 0 for the preflight, but all are 0. Start the schedule above 0, or "
                 "call `hamu_lightning.preflight(..., lr=...)`."
             )
@@ -394,7 +394,7 @@ def _log_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def check_arguments(module: Any, rule: Any, batches: int) -> None:
+def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> None:
     """Raise unless the preflight can run."""
     if not callable(getattr(module, "training_step", None)):
         raise HAMUValueError(
@@ -410,6 +410,8 @@ def check_arguments(module: Any, rule: Any, batches: int) -> None:
         raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
     if batches < 1:
         raise HAMUValueError(f"Expected `batches` to be at least 1, but got {batches}.")
+    if batchnorm not in ("freeze", "retain"):
+        raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
 
 
 def _find_groups(module: Any, lr: float | None, guard: ModuleGuard, seed: int) -> Sequence[Mapping[str, Any]]:
