@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL_INTEGRATION := $(VENV)-integration/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c constraints-integration.txt
 
-.PHONY: quickstart test bench clean
+.PHONY: quickstart test test-integration bench clean
 
 quickstart: $(VENV)/.examples
 	$(BIN)/python examples/quickstart.py
@@ -16,11 +18,15 @@ test: $(VENV)/.dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+# Other projects with their own dependencies, so in an environment of their own.
+test-integration: $(VENV)-integration/.ready
+	OMP_NUM_THREADS=1 $(VENV)-integration/bin/python -m pytest -q -n 2 --dist worksteal -o filterwarnings=default integration
+
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-integration
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -37,3 +43,11 @@ $(VENV)/.examples: $(VENV)/.torch setup.cfg
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.examples
+
+# pytorch-tabular comes without its dependencies: it asks for torchmetrics<1.9, where we need 1.9, and works with it.
+$(VENV)-integration/.ready: constraints.txt constraints-integration.txt setup.cfg
+	$(PYTHON) -m venv $(VENV)-integration
+	$(INSTALL_INTEGRATION) $$(grep '^torch==' constraints.txt)
+	$(INSTALL_INTEGRATION) -e '.[integration]'
+	$(INSTALL_INTEGRATION) --no-deps pytorch-tabular
+	touch $@

@@ -85,9 +85,13 @@ def withdraw_logged(trainer: Trainer, prefix: str) -> None:
 
 @contextmanager
 def without_callbacks(trainer: Trainer) -> Iterator[None]:
-    """Hide the callbacks: their hooks run for the retain pass only."""
+    """Hide the callbacks: their hooks run for the retain pass only.
+
+    The progress bar stays, since a thread of its own may ask the trainer for it at any time
+    (lightning/pytorch/callbacks/progress/rich_progress.py `render`).
+    """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    trainer.callbacks = []  # type: ignore[attr-defined]
+    trainer.callbacks = [c for c in callbacks if c is trainer.progress_bar_callback]  # type: ignore[attr-defined]
     try:
         yield
     finally:

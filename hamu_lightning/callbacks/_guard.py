@@ -123,6 +123,8 @@ class _Snapshot:
         return [((id(container), key), value) for key, value in items if key not in skipped]
 
     def _save_tensor(self, place: _Place, tensor: Tensor) -> None:
+        if tensor.is_inference():
+            return  # left by an earlier validation; torch lets nobody change it in place while training
         is_small = tensor.numel() <= _SMALL and not isinstance(tensor, nn.Parameter)
         copy = None
         if is_small or place in self._changing:
