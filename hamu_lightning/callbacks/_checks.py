@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.errors import HAMUError, HAMUValueError
@@ -75,6 +76,23 @@ def check_setup(trainer: Trainer, module: LightningModule, callback: Any) -> Non
     if sum(isinstance(other, type(callback)) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
         raise HAMUMisconfigurationError(
             "Expected one HAMUCallback, but the Trainer has several. Give all samples to forget to one of them."
+        )
+
+
+def best_checkpoints(trainer: Trainer) -> dict[str, str]:
+    """The path of the best checkpoint so far, for each value that a checkpoint callback monitors."""
+    found = {getattr(c, "monitor", None): getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks}
+    # Who monitors what unlearning does has chosen for unlearning.
+    return {name: path for name, path in found.items() if name and path and not name.startswith(("forget/", "hamu/"))}
+
+
+def warn_about_stale_best(before: dict[str, str], after: dict[str, str]) -> None:
+    """Warn where the best checkpoint is from before the last step: whoever loads it takes unlearning back."""
+    for monitor in sorted(name for name, path in after.items() if before.get(name) == path):
+        rank_zero_warn(
+            f"The best checkpoint by {monitor!r} is from before the end of this fit. Whoever loads it, as some "
+            "projects do at the end of training, takes unlearning back. Keep the module as it is now, or save it: "
+            "ModelCheckpoint(save_last=True) or trainer.save_checkpoint(path)."
         )
 
 

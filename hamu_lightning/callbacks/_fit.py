@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._checks import wrap_optimizer
+from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_stale_best, wrap_optimizer
 from hamu_lightning.callbacks._forget_pass import ForgetPass, detached_loss, split_pair
 from hamu_lightning.callbacks._journal import Journal
 from hamu_lightning.callbacks._preflight import preflight_fit
@@ -73,6 +73,7 @@ class Fit:
         self._journal = Journal(trainer, settings.progress_bar)
         self._watchdog: Watchdog | None = None
         self._frozen: dict[_BatchNorm, bool] = {}
+        self._best: dict[str, str] = {}
         self.load_state_dict(state)
         # The accumulation window: micro-batches so far, retain losses among them, whether the last one gave a loss, and
         # whether the window will be combined.
@@ -151,6 +152,7 @@ class Fit:
             self._trainer.should_stop = True
         self._window = self._losses = 0
         self._forget_pass.guard.end_window()
+        self._best = best_checkpoints(self._trainer)
 
     def unfreeze(self) -> None:
         """Put the BatchNorm layers back into the modes in which they were found."""
@@ -171,6 +173,11 @@ class Fit:
             "Check that the module's `training_step` runs through the Trainer, `every_n_steps` against the number of "
             "steps, the learning rates and the precision."
         )
+
+    def warn_about_stale_best(self) -> None:
+        """Warn, after the fit, about a best checkpoint from before the last step."""
+        if not self.optimizer.rule.is_plain:
+            warn_about_stale_best(self._best, best_checkpoints(self._trainer))
 
     def totals(self) -> dict[str, Tensor]:
         """What was done, in numbers for `trainer.callback_metrics`."""

@@ -196,10 +196,15 @@ class HAMUCallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._finish()
+        # The program that called `fit` may go on as if nothing had happened.
+        rank_zero_info(f"HAMU: {type(exception).__name__} ended the fit after {self.combined_steps} combined steps.")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        fit = self._fit
         self._finish()
+        if fit is not None:
+            fit.warn_about_stale_best()
 
     @override
     def state_dict(self) -> dict[str, Any]:
