@@ -36,7 +36,7 @@ class StepPatch:
     ) -> None:
         self._strategy = strategy
         self._before = strategy.__dict__.get("training_step")
-        self.original = original = strategy.training_step
+        original = strategy.training_step
         strategy.training_step = lambda *args, **kwargs: around(original, args, kwargs)
 
     def remove(self) -> None:

@@ -15,7 +15,7 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_stale_best, wrap_optimizer
 from hamu_lightning.callbacks._forget_pass import ForgetPass, detached_loss, split_pair
 from hamu_lightning.callbacks._journal import Journal
-from hamu_lightning.callbacks._preflight import preflight_fit
+from hamu_lightning.callbacks._preflight import FitPreflight
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._sources import find_forget_loader
@@ -74,6 +74,8 @@ class Fit:
         self._watchdog: Watchdog | None = None
         self._frozen: dict[_BatchNorm, bool] = {}
         self._best: dict[str, str] = {}
+        self._preflight: FitPreflight | None = None
+        self.preflight_report: PreflightReport | None = None
         self.load_state_dict(state)
         # The accumulation window: micro-batches so far, retain losses among them, whether the last one gave a loss, and
         # whether the window will be combined.
@@ -102,21 +104,15 @@ class Fit:
             if "stream" in self._state:
                 self._stream.load_state_dict(self._state["stream"])
         self._forget_pass.stream = self._stream
+        if settings.preflight:
+            self._preflight = FitPreflight(self._trainer, self.optimizer, loader, settings.seed)
         self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
 
-    def preflight(self) -> PreflightReport:
+    def _run_preflight(self, preflight: FitPreflight, step: Callable[..., Any]) -> None:
         """Predict what the run will do, and say so; leaves no trace."""
-        loader = None if self._stream is None else self._stream.loader
-        report = preflight_fit(
-            self._trainer,
-            self.optimizer,
-            self._patch.original,
-            loader,
-            freezes=self._settings.freezes_batchnorm,
-            seed=self._settings.seed,
-        )
-        rank_zero_info(str(report))
-        return report
+        self._preflight = None
+        self.preflight_report = preflight.run(step, self._settings.freezes_batchnorm)
+        rank_zero_info(str(self.preflight_report))
 
     def start_epoch(self) -> None:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
@@ -224,6 +220,8 @@ class Fit:
     def _around_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forget pass, then the retain pass as it is."""
         trainer, settings = self._trainer, self._settings
+        if self._preflight is not None:
+            self._run_preflight(self._preflight, step)
         forget = None
         if self._stream is None:
             retain, forget = split_pair(args[0])

@@ -117,7 +117,7 @@ class HAMUCallback(Callback):
             track_actual,
             preflight,
         )
-        self.preflight_report: PreflightReport | None = None
+        self._preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
         self._state: dict[str, Any] = {}
         self._last_step: StepReport | None = None
@@ -152,6 +152,11 @@ class HAMUCallback(Callback):
         """What the last combined step did."""
         return self._fit.optimizer.last_step if self._fit else self._last_step
 
+    @property
+    def preflight_report(self) -> PreflightReport | None:
+        """What `preflight=True` found; None before the first batch."""
+        return (self._fit and self._fit.preflight_report) or self._preflight_report
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -168,8 +173,6 @@ class HAMUCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with refusing(trainer):
             self._running.start()
-            if self.settings.preflight:
-                self.preflight_report = self._running.preflight()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,7 +221,13 @@ class HAMUCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the settings and the state, but nothing of a running fit (iterators, patches)."""
-        return {**self.__dict__, "_fit": None, "_state": self.state_dict(), "_last_step": None}
+        return {
+            **self.__dict__,
+            "_fit": None,
+            "_state": self.state_dict(),
+            "_last_step": None,
+            "_preflight_report": self.preflight_report,
+        }
 
     @property
     def _running(self) -> Fit:
@@ -232,5 +241,6 @@ class HAMUCallback(Callback):
         """Take back everything that was changed; what was counted stays readable."""
         if self._fit is not None:
             fit, self._state, self._last_step = self._fit, self._fit.state_dict(), self._fit.optimizer.last_step
+            self._preflight_report = fit.preflight_report or self._preflight_report
             self._fit = None
             fit.close()

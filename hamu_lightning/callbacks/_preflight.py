@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -84,48 +85,6 @@ def preflight(
     retain = BarePass(module, retain_loader, "retain", guard, RandomStream(seed, rank=1), optimizer.retain)
     with batchnorm_frozen(module, batchnorm == "freeze"):
         return optimizer.measure(forget.run, retain.run, min(batches, retain.stream.length or batches), target)
-
-
-def preflight_fit(
-    trainer: Trainer,
-    optimizer: HAMUOptimizer,
-    step: Callable[..., Any],
-    forget_loader: Any,
-    *,
-    freezes: bool,
-    seed: int,
-    target: float | None = None,
-) -> PreflightReport:
-    """The same at the start of a fit, through the trainer's strategy, precision, transfer and clipping.
-
-    Args:
-        trainer: The trainer, with its loaders set up.
-        optimizer: The optimizer of the fit; it is only asked for its rule and its learning rates.
-        step: The strategy's `training_step`.
-        forget_loader: The loader of forget batches; None where the training loader brings them.
-        freezes: Whether BatchNorm layers are frozen in the run.
-        seed: Of the random numbers.
-        target: The forget loss to be reached, or None.
-
-    Raises:
-        HAMUMisconfigurationError: With several processes, or where a loader can be iterated only once.
-    """
-    if trainer.world_size > 1:
-        raise HAMUMisconfigurationError(
-            f"Expected one process with `preflight=True`, but the Trainer has {trainer.world_size}: the batches of one "
-            "are not those of all. Call `hamu_lightning.preflight(module, retain_loader, forget_loader, rule)` in one "
-            "process before the fit, with the joint batch size."
-        )
-    module = trainer.lightning_module
-    try:
-        probe = Probe(module, optimizer.param_groups, optimizer.rule, trainer.accumulate_grad_batches)
-        runner = _FitRunner(trainer, probe, step, forget_loader, seed)
-    except HAMUValueError as error:
-        raise HAMUMisconfigurationError(str(error)) from error
-    with batchnorm_frozen(module, freezes), _compat.hook_name(module, "training_step"):
-        return probe.measure(
-            runner.run_forget, runner.run_retain, int(min(BATCHES, trainer.num_training_batches)), target
-        )
 
 
 class Probe:
@@ -280,43 +239,70 @@ class BarePass:
         )
 
 
-class _FitRunner:
-    """Runs batch pairs inside a fit, as `ForgetPass` runs forget batches: isolated from all that the fit owns.
+class FitPreflight:
+    """The same in a fit, through the trainer's strategy, precision, transfer and clipping.
 
     Args:
         trainer: The trainer, with its loaders set up.
-        probe: Where the gradients go.
-        step: The strategy's `training_step`.
+        optimizer: The optimizer of the fit; it is only asked for its rule and its learning rates.
         forget_loader: The loader of forget batches; None where the training loader brings them.
         seed: Of the random numbers.
+
+    Raises:
+        HAMUMisconfigurationError: With several processes, or where a loader can be iterated only once.
     """
 
-    def __init__(self, trainer: Trainer, probe: Probe, step: Callable[..., Any], forget_loader: Any, seed: int) -> None:
-        self._trainer, self._probe, self._step = trainer, probe, step
+    def __init__(self, trainer: Trainer, optimizer: HAMUOptimizer, forget_loader: Any, seed: int) -> None:
+        if trainer.world_size > 1:
+            raise HAMUMisconfigurationError(
+                f"Expected one process with `preflight=True`, but the Trainer has {trainer.world_size}: the batches of "
+                "one are not those of all. Call `hamu_lightning.preflight(module, retain_loader, forget_loader, rule)` "
+                "in one process before the fit, with the joint batch size."
+            )
+        self._trainer = trainer
         randoms = RandomStream(seed), RandomStream(seed, rank=1)
-        self._forget = ForgetPass(trainer, probe.optimizer, randoms[0])
-        self._retain = ForgetPass(trainer, probe.optimizer, randoms[1], slot=probe.retain)
+        try:
+            self._probe = Probe(
+                trainer.lightning_module, optimizer.param_groups, optimizer.rule, trainer.accumulate_grad_batches
+            )
+            streams = [twin_loader(loader) for loader in (forget_loader, _compat.train_batches(trainer))]
+        except HAMUValueError as error:
+            raise HAMUMisconfigurationError(str(error)) from error
+        self._forget = ForgetPass(trainer, self._probe.optimizer, randoms[0])
+        self._retain = ForgetPass(trainer, self._probe.optimizer, randoms[1], slot=self._probe.retain)
         if forget_loader is not None:
-            self._forget.stream = ForgetStream(twin_loader(forget_loader), randoms[0])
-        self._retain.stream = ForgetStream(twin_loader(_compat.train_batches(trainer)), randoms[1])
+            self._forget.stream = ForgetStream(streams[0], randoms[0])
+        self._retain.stream = ForgetStream(streams[1], randoms[1])
         self._batch: Any = None
-        self._index = 0
+        self._index = -1
 
-    def run_forget(self) -> Tensor:
-        """Run the next forget batch, and return its loss."""
+    def run(
+        self, step: Callable[..., Any], freezes_batchnorm: bool, target: float | None = None
+    ) -> PreflightReport:
+        """Measure, at the entry of the strategy's `training_step`: all hooks that prepare the module have run.
+
+        Args:
+            step: The strategy's `training_step`.
+            freezes_batchnorm: Whether BatchNorm layers are frozen in the run.
+            target: The forget loss to be reached, or None.
+        """
+        pairs = int(min(BATCHES, self._trainer.num_training_batches))
+        with batchnorm_frozen(self._trainer.lightning_module, freezes_batchnorm):
+            return self._probe.measure(partial(self._run_forget, step), partial(self._run_retain, step), pairs, target)
+
+    def _run_forget(self, step: Callable[..., Any]) -> Tensor:
+        self._index += 1
         forget = None
         if self._forget.stream is None:
             self._batch, forget = split_pair(self._retain.fetch())
-        return self._run(self._forget, forget)
+        return self._run(step, self._forget, forget)
 
-    def run_retain(self) -> Tensor:
-        """Run the next retain batch, that of the same pair where the training loader brings pairs."""
-        self._index += 1
-        return self._run(self._retain, self._batch)
+    def _run_retain(self, step: Callable[..., Any]) -> Tensor:
+        return self._run(step, self._retain, self._batch)
 
-    def _run(self, one: ForgetPass, batch: Any) -> Tensor:
+    def _run(self, step: Callable[..., Any], one: ForgetPass, batch: Any) -> Tensor:
         arguments = _compat.step_arguments(self._trainer.lightning_module, batch, self._index)
-        loss = one.run(self._step, arguments, {}, batch)
+        loss = one.run(step, arguments, {}, batch)
         one.unscale()
         if _compat.clips_gradients(self._trainer):
             one.clip()

@@ -446,7 +446,23 @@ def test_what_cannot_work_is_said(kind: Any, arguments: dict[str, Any], error: A
         preflight(module, **options)
 
 
-@pytest.mark.parametrize("kind", [AsksForTrainer, ConfiguresWithTrainer])
+class PreparesInHooks(Base):
+    """Callbacks' hooks run before its own ones."""
+
+    @override
+    def on_train_start(self) -> None:
+        self.scale = 2.0
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.names = tuple(self.__dict__)
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * self.scale * len(self.names)
+
+
+@pytest.mark.parametrize("kind", [AsksForTrainer, ConfiguresWithTrainer, PreparesInHooks])
 def test_what_needs_a_trainer_works_in_a_fit(kind: type[Base]) -> None:
     _, callback = run(True, kind, forget=forget_loader())
     assert callback.preflight_report.pairs == 6
