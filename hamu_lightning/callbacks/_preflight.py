@@ -276,9 +276,7 @@ class FitPreflight:
         self._batch: Any = None
         self._index = -1
 
-    def run(
-        self, step: Callable[..., Any], freezes_batchnorm: bool, target: float | None = None
-    ) -> PreflightReport:
+    def run(self, step: Callable[..., Any], freezes_batchnorm: bool, target: float | None = None) -> PreflightReport:
         """Measure, at the entry of the strategy's `training_step`: all hooks that prepare the module have run.
 
         Args:
