@@ -6,20 +6,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hamu_lightning.callbacks import HAMUCallback, preflight, split_forget
+    from hamu_lightning.callbacks import Chance, HAMUCallback, Holdout, preflight, split_forget
     from hamu_lightning.gramian import compute_gramian
     from hamu_lightning.optim import HAMUOptimizer
     from hamu_lightning.rules import HAMUQ, HAMUU
 
 __version__ = "0.1.0"
-__all__ = ["HAMUQ", "HAMUU", "HAMUCallback", "HAMUOptimizer", "compute_gramian", "preflight", "split_forget"]
+__all__ = [
+    "HAMUQ",
+    "HAMUU",
+    "Chance",
+    "HAMUCallback",
+    "HAMUOptimizer",
+    "Holdout",
+    "compute_gramian",
+    "preflight",
+    "split_forget",
+]
 
 # Resolved on first use (PEP 562): `import hamu_lightning.rules` must load neither Lightning nor a solver.
 _HOMES = {
     "HAMUQ": "rules",
     "HAMUU": "rules",
+    "Chance": "callbacks",
     "HAMUCallback": "callbacks",
     "HAMUOptimizer": "optim",
+    "Holdout": "callbacks",
     "compute_gramian": "gramian",
     "preflight": "callbacks",
     "split_forget": "callbacks",

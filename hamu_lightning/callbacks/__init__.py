@@ -5,5 +5,15 @@ from hamu_lightning.callbacks._hamu_callback import HAMUCallback
 from hamu_lightning.callbacks._preflight import preflight
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._streams import split_forget
+from hamu_lightning.callbacks._targets import Chance, Holdout, Target
 
-__all__ = ["HAMUCallback", "HAMUMisconfigurationError", "PreflightReport", "preflight", "split_forget"]
+__all__ = [
+    "Chance",
+    "HAMUCallback",
+    "HAMUMisconfigurationError",
+    "Holdout",
+    "PreflightReport",
+    "Target",
+    "preflight",
+    "split_forget",
+]

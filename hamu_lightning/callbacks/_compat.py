@@ -266,3 +266,8 @@ def misconfiguration_exception(trainer: Trainer) -> type[Exception]:
         if found is not None:
             return found  # type: ignore[no-any-return]
     return MisconfigurationException
+
+
+def count_steps_left(trainer: Trainer) -> float:
+    """How many optimizer steps the fit still has; infinite where nothing says when it ends."""
+    return float(trainer.estimated_stepping_batches) - trainer.global_step

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._approach import Approach
 from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_stale_best, wrap_optimizer
 from hamu_lightning.callbacks._forget_pass import ForgetPass, detached_loss, split_pair
 from hamu_lightning.callbacks._journal import Journal
@@ -65,11 +66,13 @@ class Fit:
         if self._has_wrapped:
             # Schedulers hold the base optimizer, whose groups the wrapper shares.
             trainer.strategy.optimizers = [self.optimizer]
-        self.optimizer.approve = self._approve if settings.stop_on else None
+        is_deciding = settings.stop_on or self.optimizer.rule.target_quota is not None
+        self.optimizer.approve = self._approve if is_deciding else None
         self._patch = _compat.StepPatch(trainer.strategy, self._around_step)
         self._random = RandomStream(settings.seed, _compat.data_rank(trainer))
         self._stream: ForgetStream | None = None
         self._forget_pass = ForgetPass(trainer, self.optimizer, self._random)
+        self._approach: Approach | None = None
         self._journal = Journal(trainer, settings.progress_bar)
         self._watchdog: Watchdog | None = None
         self._frozen: dict[_BatchNorm, bool] = {}
@@ -100,12 +103,14 @@ class Fit:
         settings = self._settings
         loader = find_forget_loader(self._trainer, settings.forget, settings.batch_size)
         if loader is not None:
-            self._stream = ForgetStream(loader, self._random)
+            self._stream = ForgetStream(_compat.prepare_loader(self._trainer, loader), self._random)
             if "stream" in self._state:
                 self._stream.load_state_dict(self._state["stream"])
         self._forget_pass.stream = self._stream
         if settings.preflight:
             self._preflight = FitPreflight(self._trainer, self.optimizer, loader, settings.seed)
+        if self.optimizer.rule.target_quota is not None:
+            self._approach = Approach(self._trainer, self.optimizer, self._forget_pass, loader, settings.every_n_steps)
         self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
 
     def _run_preflight(self, preflight: FitPreflight, step: Callable[..., Any]) -> None:
@@ -141,7 +146,9 @@ class Fit:
         if self._watchdog is not None and not self._watchdog.check(self.optimizer.calls):
             self._watchdog = None
         report = self.optimizer.last_step
-        self._journal.log_step(None if report is self._reported else report)
+        self._journal.log_step(
+            None if report is self._reported else report, {} if self._approach is None else self._approach.levels()
+        )
         self._reported = report
         if self._stop_reason is not None and not self._trainer.should_stop:
             rank_zero_info(f"HAMU stops at step {self._trainer.global_step}: {self._stop_reason}")
@@ -174,6 +181,14 @@ class Fit:
         """Warn, after the fit, about a best checkpoint from before the last step."""
         if not self.optimizer.rule.is_plain:
             warn_about_stale_best(self._best, best_checkpoints(self._trainer))
+
+    def warn_if_short(self) -> None:
+        """Say so if there is a target and the fit has ended before it."""
+        if self._approach is not None and self._stop_reason is None:
+            rank_zero_warn(
+                f"The fit has ended before the target: {self._approach.describe()}. "
+                "Give it more steps, or a larger radius where `hamu/quota` was below what was asked for."
+            )
 
     def totals(self) -> dict[str, Tensor]:
         """What was done, in numbers for `trainer.callback_metrics`."""
@@ -238,7 +253,12 @@ class Fit:
             self._combines = trainer.global_step % settings.every_n_steps == 0
         self._window += 1
         if self._combines:
-            self._journal.add_forget(self._forget_pass.run(step, args, kwargs, forget))
+            if self._approach is not None and self._window == 1:
+                self._approach.look(step, args, kwargs)
+            loss = self._forget_pass.run(step, args, kwargs, forget)
+            self._journal.add_forget(loss)
+            if self._approach is not None:
+                self._approach.observe(loss)
             self._forget_passes += 1
         output = step(*args, **kwargs)
         self._note_retain(detached_loss(output))
@@ -256,7 +276,10 @@ class Fit:
 
     def _approve(self, report: StepReport) -> bool:
         if self._stop_reason is None:
-            self._stop_reason = find_stop_reason(report, self._settings.stop_on)
+            if self._approach is not None and self._approach.is_there:
+                self._stop_reason = f"target reached: {self._approach.describe()}."
+            else:
+                self._stop_reason = find_stop_reason(report, self._settings.stop_on)
         # All processes leave the step out, or none does.
         stops = self._trainer.strategy.reduce_boolean_decision(self._stop_reason is not None, all=False)
         if stops and self._stop_reason is None:

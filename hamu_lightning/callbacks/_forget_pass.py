@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._guard import ModuleGuard
 from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream, copied
+from hamu_lightning.callbacks._targets import Target
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
@@ -91,6 +92,43 @@ class ForgetPass:
                 Unscaling(
                     scaler, [p for group in self._optimizer.param_groups for p in group["params"]], [], tells=False
                 )
+
+    def measure(
+        self, target: Target, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Measure a target at the present weights, without a trace.
+
+        Every process takes all of its data: with shares of unequal length the forward passes could not be joint ones.
+
+        Args:
+            target: The target.
+            step: As in `run`.
+            args: The arguments of the retain batch.
+            kwargs: Likewise.
+
+        Raises:
+            HAMUStateError: If the level is not a finite number.
+        """
+
+        def mean_loss(loader: Iterable[Any]) -> Tensor:
+            losses, sizes = [], []
+            for batch in loader:
+                self._results.batch = batch = _compat.transfer_batch(self._trainer, copied(batch))
+                loss = detached_loss(step(batch, *args[1:], **kwargs))
+                if loss is not None:
+                    losses.append(loss)
+                    sizes.append(_compat.count_samples(batch))
+            if not losses:
+                raise HAMUStateError("Expected a loss on the held-out data of the target, but it has no batch.")
+            weights = torch.tensor(sizes).nan_to_num(1.0).to(losses[0])
+            return torch.stack(losses) @ weights / weights.sum()
+
+        with self._isolated(args[0]), torch.no_grad():
+            level = torch.as_tensor(target.measure(self._trainer.lightning_module, mean_loss, copied(args[0])))
+        device = self._trainer.strategy.root_device
+        if level.numel() != 1 or not bool(level.isfinite()):
+            raise HAMUStateError(f"Expected {target} to be one finite number, but got {level}.")
+        return level.detach().reshape(()).to(device, widest_float(device))
 
     def clip(self) -> None:
         """Clip the forget gradient as the trainer and the module clip the retain gradient, on its own."""

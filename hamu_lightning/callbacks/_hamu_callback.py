@@ -14,10 +14,13 @@ from hamu_lightning.callbacks._checks import check_setup, check_strategy, refusi
 from hamu_lightning.callbacks._fit import Fit, FitSettings
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._stopping import StopOn
+from hamu_lightning.callbacks._targets import as_target
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import StepReport
-from hamu_lightning.rules import Rule
+from hamu_lightning.rules import HAMUQ, RelativeRadius, Rule, TargetQuota
 
+# Chosen in docs/targets.md.
+_TARGET_RADIUS = 1e-3
 BatchNormMode: TypeAlias = Literal["freeze", "retain"]
 
 
@@ -52,6 +55,9 @@ class HAMUCallback(Callback):
             data, shuffled), or None when the module or datamodule has `forget_dataloader()` or the training loader
             yields `{"retain": ..., "forget": ...}`. The shorter stream cycles; each pass shuffles anew.
         rule: How the two gradients are combined, such as `HAMUQ(quota=1e-3)`.
+        target: Instead of a rule: where the forget loss should end, and the fit with it. A loss, `Holdout(loader)` (the
+            model's loss on held-out data: for samples), `Chance()` (the loss of a guess: for a whole class), or a
+            function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(1e-3))`.
         batchnorm: "freeze" keeps all BatchNorm layers in evaluation mode in both passes, as in the paper; "retain"
             updates their statistics from the retain stream only.
         batch_size: Batch size of the forget stream where `forget` is a Dataset; default: that of the training loader.
@@ -82,6 +88,7 @@ class HAMUCallback(Callback):
         forget: Iterable[Any] | Dataset[Any] | None = None,
         rule: Rule | None = None,
         *,
+        target: Any = None,
         batchnorm: BatchNormMode = "freeze",
         batch_size: int | None = None,
         every_n_steps: int = 1,
@@ -93,6 +100,13 @@ class HAMUCallback(Callback):
         preflight: bool = False,
     ) -> None:
         super().__init__()
+        if target is not None:
+            if rule is not None:
+                raise HAMUValueError(
+                    "Expected `target` or `rule`, but got both. With a rule of your own: "
+                    "HAMUQ(quota=TargetQuota(target), radius=...)."
+                )
+            rule = HAMUQ(TargetQuota(as_target(target)), radius=RelativeRadius(_TARGET_RADIUS))
         if rule is not None and not isinstance(rule, Rule):
             raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
         if batchnorm not in get_args(BatchNormMode):
@@ -192,6 +206,7 @@ class HAMUCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._running.unfreeze()
         self._running.check_it_happened()
+        self._running.warn_if_short()
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(self._running.totals())
         rank_zero_info(self._running.summary())

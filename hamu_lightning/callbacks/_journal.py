@@ -43,8 +43,8 @@ class Journal:
             if name != "loss":  # `forget/loss` is ours, and the same number
                 self._trainer.lightning_module.log(f"forget/{name}", value, **arguments)
 
-    def log_step(self, report: StepReport | None) -> None:
-        """Log the step and both objectives (means since the last logging step), with one read of the host.
+    def log_step(self, report: StepReport | None, more: dict[str, Tensor]) -> None:
+        """Log the step, both objectives (means since the last logging step) and more, with one read of the host.
 
         None stands for a step without a report (left out, or plain). Lightning would log the last one's numbers again.
         """
@@ -53,7 +53,7 @@ class Journal:
         if report is None:
             _compat.withdraw_logged(self._trainer, "hamu/")
             return
-        numbers = {f"hamu/{name}": value for name, value in report.summary().items()}
+        numbers = {f"hamu/{name}": value for name, value in (report.summary() | more).items()}
         numbers |= {"retain/loss": self._retain.close_window(), "forget/loss": self._forget.close_window()}
         device = self._trainer.strategy.root_device
         values = torch.stack([value.to(device, torch.float32) for value in numbers.values()]).tolist()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def find_forget_loader(trainer: Trainer, forget: Any, batch_size: int | None) -> Iterable[Any] | None:
-    """Return the loader of forget batches, or None where the training loader brings them.
+    """Return the loader of forget batches, as one process would read it, or None where the training loader brings them.
 
     Args:
         trainer: The trainer, with its training loader set up.
@@ -53,7 +53,7 @@ def find_forget_loader(trainer: Trainer, forget: Any, batch_size: int | None) ->
     loader = _build_loader(source, train, batch_size) if is_dataset else source
     check_not_empty(loader)
     warn_about_shared_samples(train, loader)
-    return _compat.prepare_loader(trainer, loader)  # type: ignore[no-any-return]
+    return loader
 
 
 def check_not_empty(source: Any) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import compute_gramian
+from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._checks import check_base, check_both_present, is_at_rest, is_plain_sgd, warn_about_base
 from hamu_lightning.optim._combine import combine_
 from hamu_lightning.optim._layout import Layout, collect_names, make_layout
@@ -38,6 +39,7 @@ class _Core:
     plain: Optimizer | None = None
     forget_slot: GradientSlot = field(default_factory=GradientSlot)
     spent: SpentGradients = field(default_factory=SpentGradients)
+    aim: Aim = field(default_factory=Aim)
     layout: Layout | None = None
     last_step: StepReport | None = None
     plan: Plan = "combine"
@@ -254,6 +256,11 @@ class HAMUOptimizer(Optimizer):
         self._core.approve = approve
 
     @property
+    def aim(self) -> Aim:
+        """Where the forget loss is and where it should go, for a rule with a `TargetQuota`."""
+        return self._core.aim
+
+    @property
     def has_forget_gradient(self) -> bool:
         """Whether the forget slot holds a gradient."""
         return self._core.forget_slot.is_filled
@@ -307,13 +314,15 @@ class HAMUOptimizer(Optimizer):
         self._core.base.load_state_dict(state_dict)
 
     def hamu_state_dict(self) -> dict[str, Any]:
-        """Return our own state: the counters."""
-        return {name: int(getattr(self._core, name)) for name in COUNTERS}
+        """Return our own state: the counters, and the forget loss that a target needs."""
+        return {**{name: int(getattr(self._core, name)) for name in COUNTERS}, "aim": self._core.aim.state_dict()}
 
     def load_hamu_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `hamu_state_dict` returned."""
         for name in COUNTERS:
             setattr(self._core, name, state_dict.get(name, 0))
+        if "aim" in state_dict:
+            self._core.aim.load_state_dict(state_dict["aim"])
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -408,6 +417,8 @@ class HAMUOptimizer(Optimizer):
         combined, core.last_step = self._combine(retain, spare, core.last_step, layout)
         with pointed_gradients(layout.parameters, combined):
             self._step_base(core.last_step.coefficients)
+        if core.rule.target_quota is not None:
+            core.aim.advance(core.last_step.coefficients.forget_improvement)
         if before is not None:
             core.last_step = self._measure(core.last_step, retain, forget, before)
 
@@ -443,11 +454,13 @@ class HAMUOptimizer(Optimizer):
         if core.unscaling is not None and core.unscaling.found_inf is not None:
             # Clipping by value would hide an overflow from the rule, although the scaler backs off.
             gramian = gramian.masked_fill(core.unscaling.found_inf.to(gramian.device), torch.nan)
-        weights: dict[str, Tensor] = {}
+        known: dict[str, Tensor] = {}
         if rule.radius.needs_weights:
-            weights = {"weight_norms": layout.weight_norms(), "sizes": layout.vector(layout.sizes)}
+            known = {"weight_norms": layout.weight_norms(), "sizes": layout.vector(layout.sizes)}
+        if rule.target_quota is not None:
+            known["quota"] = core.aim.resolve(rule.target_quota)
         lr = layout.learning_rates(self.param_groups)
-        return StepReport(gramian, rule.coefficients(gramian, lr=lr, **weights), lr, layout.labels)
+        return StepReport(gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels)
 
     def _combine(
         self, retain: list[Tensor | None], forget: list[Tensor | None], report: StepReport, layout: Layout

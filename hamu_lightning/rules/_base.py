@@ -13,6 +13,7 @@ from torch import Tensor
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks
 from hamu_lightning.rules._certificate import compute_feasible_improvement
+from hamu_lightning.rules._quota import TargetQuota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius
 
 RETAIN, FORGET = 0, 1
@@ -118,6 +119,11 @@ class Rule(ABC):
     gradient over as it was accumulated, at any learning rate, finite or not."""
     radius: Radius = LearningRateRadius()
     blocks: Blocks
+
+    @property
+    def target_quota(self) -> TargetQuota | None:
+        """The rule's quota if it is one that `HAMUOptimizer` resolves at each step."""
+        return None
 
     @abstractmethod
     def coefficients(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
@@ -21,6 +20,7 @@ from hamu_lightning.rules._closed_form import (
     make_block_problem,
     solve_blocks,
 )
+from hamu_lightning.rules._quota import AbsoluteQuota, Quota, TargetQuota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius
 
 OnInfeasible = Literal["best_effort", "skip"]
@@ -35,7 +35,8 @@ class HAMUQ(Rule):
         minimise g_r·d   subject to   g_f·d >= Q,   |d| <= R
 
     Args:
-        quota: Q, the total rise of the forget loss per step, loss units, not negative.
+        quota: Q, the total rise of the forget loss per step, loss units, not negative; or one of `AbsoluteQuota`,
+            `RelativeQuota`, `TargetQuota`.
         radius: R of each block, L2 length in weight space per step. Default: `LearningRateRadius()`, the paper's.
         allocation: How the blocks share the quota (DESIGN 1.3): "proportional" to what each can give, "uniform",
             "softmax" of the negative hardness, or "optimal" for the total retain change.
@@ -54,7 +55,7 @@ class HAMUQ(Rule):
         tensor(0.1000, dtype=torch.float64)
     """
 
-    quota: float
+    quota: float | Quota
     _: KW_ONLY
     radius: Radius = LearningRateRadius()
     allocation: Allocation = "proportional"
@@ -63,10 +64,7 @@ class HAMUQ(Rule):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not (math.isfinite(self.quota) and self.quota >= 0):
-            raise HAMUValueError(
-                f"Expected `quota` to be a finite number, not negative, in loss units per step, but got {self.quota}."
-            )
+        as_quota(self.quota)
         if not isinstance(self.radius, Radius):
             raise HAMUValueError(
                 f"Expected `radius` to be a radius such as FixedRadius({self.radius}), but got {self.radius!r}."
@@ -74,6 +72,11 @@ class HAMUQ(Rule):
         check_choice("allocation", self.allocation, get_args(Allocation))
         check_choice("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
         assign_blocks(["layer.weight"], [0], self.blocks)
+
+    @property
+    def target_quota(self) -> TargetQuota | None:
+        """The quota if it is a `TargetQuota`."""
+        return self.quota if isinstance(self.quota, TargetQuota) else None
 
     def coefficients(
         self,
@@ -93,15 +96,16 @@ class HAMUQ(Rule):
     ) -> Coefficients:
         """Solve with checked arguments. The free objective comes first in the Gramian, the constrained one second."""
         rounding = compute_rounding(gramian.dtype)
-        total = _as_wide(self.quota if quota is None else quota, gramian)
         # One non-finite number makes every comparison false: such Gramians are replaced before the first one.
-        is_finite = gramian.isfinite().all() & ~total.isnan()
-        total = torch.where(is_finite, total, 0)
-        gramian = torch.where(is_finite, gramian, 0).to(total.dtype)
+        is_finite = gramian.isfinite().all()
+        gramian = torch.where(is_finite, gramian, 0).to(lr.dtype)
         radius = self.radius.compute(gramian[:, 0, 0].clamp(min=0).sqrt(), lr, weight_norms, sizes)
         is_finite = is_finite & radius.isfinite().all()
         radius = torch.where(is_finite & (lr != 0), radius, 0)  # a block whose lr is 0 cannot move
         problem = make_block_problem(gramian, radius, rounding)
+        given = None if quota is None else _as_wide(quota, gramian)
+        total = as_quota(self.quota).compute(problem.capacity.sum(), given)
+        is_finite, total = is_finite & ~total.isnan(), torch.where(is_finite & ~total.isnan(), total, 0)
         values, branch, shares = self._share_and_solve(problem, total)
         return Coefficients(
             values=torch.where(is_finite, values, 0),
@@ -134,7 +138,7 @@ class HAMUU(HAMUQ):
     certificate is the largest retain improvement that does not lower the forget loss, and so on; see `Branch`.
 
     Args:
-        quota: U, the total fall of the retain loss per step, loss units, not negative.
+        quota: U, the total fall of the retain loss per step, loss units, not negative; or a `RelativeQuota`.
         radius: As for `HAMUQ`; `LearningRateRadius` is `lr |g_f,b|` here.
         allocation: As for `HAMUQ`.
         blocks: As for `HAMUQ`.
@@ -150,6 +154,15 @@ class HAMUU(HAMUQ):
         >>> step.retain_improvement
         tensor(0.1000, dtype=torch.float64)
     """
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        super().__post_init__()
+        if isinstance(self.quota, TargetQuota):
+            raise HAMUValueError(
+                "Expected HAMUU's `quota` to say how far the retain loss falls per step, but got a TargetQuota, which "
+                "is about the forget loss. Use HAMUQ."
+            )
 
     def _solve(
         self, gramian: Tensor, lr: Tensor, weight_norms: Tensor | None, sizes: Tensor | None, quota: Tensor | None
@@ -209,6 +222,11 @@ class FineTune(Rule):
             gramian=gramian,
             constrained=FORGET,
         )
+
+
+def as_quota(quota: float | Quota) -> Quota:
+    """A number means the same quota at each step."""
+    return quota if isinstance(quota, Quota) else AbsoluteQuota(quota)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

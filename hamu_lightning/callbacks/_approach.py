@@ -1,0 +1,182 @@
+"""The way of the forget loss to its target: planned, measured, and ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
+from hamu_lightning.callbacks._forget_pass import ForgetPass
+from hamu_lightning.callbacks._streams import count_shared_samples
+from hamu_lightning.callbacks._targets import Holdout, Target, as_target
+from hamu_lightning.optim import HAMUOptimizer
+from hamu_lightning.rules import TargetQuota
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+# A target is approached over this share of the steps; the rest is left to settle.
+_APPROACH = 2 / 3
+# From this share of the target on, the forget loss is measured before each step, not only every so many.
+_NEAR = 0.7
+_MEASURE_EVERY = 10
+# Here the target counts as reached: what is left is less than one batch can tell.
+_CLOSE = 0.95
+# Of a large forget set so many batches are measured.
+_MOST_BATCHES = 32
+
+
+class Approach:
+    """Measures the target, follows the forget loss, and tells when the one has reached the other.
+
+    The optimizer's `Aim` follows the loss from batch to batch. Batches are noisy, and what a step promises holds for
+    its own batch; so the loss is also measured on the forget set itself: every 10 steps, and before each step from 0.7
+    of the target on. Of the two steps next to the target the nearer one is kept.
+
+    Args:
+        trainer: The trainer, with its loaders set up.
+        optimizer: The optimizer, with a rule that has a `TargetQuota`.
+        forget_pass: What runs batches through the module without a trace.
+        forget: The forget loader as the user gave it: every process reads all of it.
+        every_n_steps: Every how many steps of the trainer one is a combined one.
+
+    Attributes:
+        is_there: Whether the forget loss has reached the target.
+
+    Raises:
+        HAMUMisconfigurationError: If nothing says in how many steps.
+    """
+
+    def __init__(
+        self, trainer: Trainer, optimizer: HAMUOptimizer, forget_pass: ForgetPass, forget: Any, every_n_steps: int
+    ) -> None:
+        assert optimizer.rule.target_quota is not None
+        self._trainer, self._optimizer, self._aim, self._forget_pass = trainer, optimizer, optimizer.aim, forget_pass
+        self._target = as_target(optimizer.rule.target_quota.target)
+        self._forget = Holdout(Excerpt(forget)) if can_be_read_again(forget) else None
+        self._aim.steps = plan_steps(trainer, optimizer.rule.target_quota, self._aim.taken, every_n_steps)
+        self._before: tuple[Tensor, list[Tensor]] | None = None
+        self.is_there = False
+        if isinstance(self._target, Holdout):
+            warn_about_shared_samples(self._target.loader, forget)
+
+    def look(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure what has to be measured before the forget pass of a step; reads the host.
+
+        Args:
+            step: The strategy's `training_step`.
+            args: The arguments of the retain batch.
+            kwargs: Likewise.
+        """
+        aim, target = self._aim, self._look_at_target(step, args, kwargs)
+        is_near = aim.level is not None and bool(aim.level >= _NEAR * target)
+        if self._forget is not None and (is_near or aim.taken % _MEASURE_EVERY == 0):
+            aim.level = self._measure(self._forget, step, args, kwargs)
+        if aim.level is None:
+            return
+        self.is_there = bool(aim.level >= _CLOSE * target)
+        if self.is_there and aim.taken == 0:
+            rank_zero_warn(
+                f"The forget loss is {float(aim.level):.4g} before the first step, and the target only "
+                f"{float(target):.4g}: there is nothing to forget. Check the forget set, or choose a higher target."
+            )
+        if self.is_there:
+            self._keep_the_nearer(target)
+        elif is_near and self._forget is not None:
+            self._before = aim.level, [p.detach().clone() for p in self._parameters()]
+
+    def observe(self, loss: Tensor) -> None:
+        """Take the loss of a forget batch in: that of this process, weighted by its share of the samples."""
+        self._aim.observe(self._trainer.strategy.reduce(loss, reduce_op="mean"))
+
+    def levels(self) -> dict[str, Tensor]:
+        """The forget loss as it is followed, and the target, for the log."""
+        levels = {"forget_level": self._aim.level, "target": self._aim.target}
+        return {name: level for name, level in levels.items() if level is not None}
+
+    def describe(self) -> str:
+        """How far the forget loss came, in words; reads the host."""
+        aim = self._aim
+        if aim.level is None or aim.target is None:
+            return "no step towards the target"
+        return f"forget loss {float(aim.level):.4g} for a target of {float(aim.target):.4g}"
+
+    def _look_at_target(self, *step: Any) -> Tensor:
+        aim, target = self._aim, self._target
+        if isinstance(target, float):
+            aim.target = torch.tensor(target)
+        elif aim.target is None or (target.every and aim.taken % target.every == 0):
+            aim.target = self._measure(target, *step)
+        return aim.target
+
+    def _measure(self, target: Target, *step: Any) -> Tensor:
+        # Processes may have summed in different orders; they have to decide alike.
+        return self._trainer.strategy.reduce(self._forget_pass.measure(target, *step), reduce_op="mean")
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def _keep_the_nearer(self, target: Tensor) -> None:
+        """Take the last step back if the target lies nearer to where it began."""
+        level, before = self._aim.level, self._before
+        self._before = None
+        if level is None or before is None or level - target <= target - before[0]:
+            return
+        self._aim.level = before[0]
+        for parameter, old in zip(self._parameters(), before[1], strict=True):
+            parameter.copy_(old)
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The first batches of a loader, anew at each `iter()`."""
+
+    loader: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, _MOST_BATCHES)
+
+
+def can_be_read_again(loader: Any) -> bool:
+    """Whether a second pass over a loader leaves the one that is under way alone."""
+    if isinstance(loader, DataLoader):
+        return not (loader.persistent_workers or isinstance(loader.dataset, IterableDataset))
+    return isinstance(loader, list | tuple)
+
+
+def plan_steps(trainer: Trainer, quota: TargetQuota, taken: int, every_n_steps: int) -> int:
+    """In how many combined steps the target should be reached."""
+    left = _compat.count_steps_left(trainer) / every_n_steps
+    if quota.steps is not None:
+        if quota.steps > taken + left:
+            rank_zero_warn(
+                f"The target should be reached in {quota.steps} combined steps, but the fit has only "
+                f"{taken + math.floor(left)}: it will end too early. Set TargetQuota(steps=...) or the Trainer's steps."
+            )
+        return quota.steps
+    if math.isinf(left):
+        raise HAMUMisconfigurationError(
+            "Expected to know how many steps the fit has, to divide the way to the target among them, but the Trainer "
+            "has neither `max_steps` nor `max_epochs`. Set one of them, or TargetQuota(target, steps=...)."
+        )
+    return math.ceil((taken + left) * _APPROACH)
+
+
+def warn_about_shared_samples(holdout: Any, forget: Any) -> None:
+    """Warn where held-out data is to be forgotten as well, as far as it can be seen."""
+    shared = count_shared_samples(holdout, forget)
+    if shared:
+        rank_zero_warn(
+            f"The held-out data of the target and the forget set share {shared} samples of one Dataset: the target "
+            "will run away as the model forgets. Hold other samples out."
+        )

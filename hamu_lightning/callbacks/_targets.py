@@ -1,0 +1,175 @@
+"""Where the forget loss should end: measured at the model itself, in the unit of the forget loss."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
+
+
+class Target(ABC):
+    """A level for the forget loss that is measured rather than known.
+
+    Attributes:
+        every: Measured again after so many combined steps; None: once, at the start.
+    """
+
+    every: int | None = None
+
+    @abstractmethod
+    def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
+        """Measure the level.
+
+        Args:
+            module: The module, in the mode that it trains in.
+            mean_loss: Gives the module's own training loss on the batches of a loader, mean over samples, without
+                leaving a trace.
+            batch: A batch of the retain stream, on the device.
+
+        Returns:
+            0-d, in the unit of the loss.
+        """
+
+
+@dataclass(frozen=True)
+class Holdout(Target):
+    """The model's own loss on data that it was never trained on.
+
+    The right target for *samples*: forgotten samples should look like samples that the model never saw, no better and
+    no worse. Then a test of membership by the loss finds nothing. The level is measured again as the model changes.
+    Each measurement takes one forward pass over the loader in each process, so a few hundred samples are best.
+
+    The data should be of the distribution of the forget set: for a mixture of classes the same mixture. For a class
+    that is forgotten as a whole see `Chance`.
+
+    Args:
+        data: A DataLoader, another iterable of batches, or a Dataset (in batches of 256).
+        every: Measured again after so many combined steps.
+
+    Raises:
+        HAMUValueError: If the data is empty, or `every` less than 1.
+
+    Example:
+        >>> Holdout([("a batch",)], every=20).every
+        20
+    """
+
+    data: Iterable[Any] | Dataset[Any] = field(repr=False)
+    every: int | None = 10
+
+    def __post_init__(self) -> None:
+        """Check the data."""
+        if self.every is not None and self.every < 1:
+            raise HAMUValueError(f"Expected `every` to be at least 1 step, but got {self.every}.")
+        if isinstance(self.data, Sized) and len(self.data) == 0:
+            raise HAMUValueError(
+                f"Expected held-out data to measure the target on, but the {type(self.data).__name__} is empty."
+            )
+
+    @property
+    def loader(self) -> Iterable[Any]:
+        """The batches."""
+        return DataLoader(self.data, batch_size=256) if isinstance(self.data, Dataset) else self.data
+
+    def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor:
+        """Return the mean loss on the held-out data."""
+        return mean_loss(self.loader)
+
+
+@dataclass(frozen=True)
+class Chance(Target):
+    """The loss of a guess: the log of the number of classes, in nats.
+
+    The right target for *a whole class* (or any set that the retrained model would know nothing of): the loss of a
+    retrained model on it has no bound, since that model is confidently wrong (31.8 on the digits), and to be as wrong
+    is not the aim; a model that guesses has forgotten.
+
+    Args:
+        num_classes: None to count them in the module's own output on a batch: of `module(inputs)` for a batch
+            `(inputs, labels)`, of `module(**batch).logits` for a dict.
+
+    Raises:
+        HAMUValueError: If `num_classes` is less than 2.
+
+    Example:
+        >>> round(Chance(10).measure(None, None, None), 3)
+        2.303
+    """
+
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if self.num_classes is not None and self.num_classes < 2:
+            raise HAMUValueError(f"Expected `num_classes` to be at least 2, but got {self.num_classes}.")
+
+    def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> float:
+        """Return the log of the number of classes."""
+        return math.log(self.num_classes or count_classes(module, batch))
+
+
+@dataclass(frozen=True)
+class Measured(Target):
+    """What a function of the module returns, measured once, at the start.
+
+    Args:
+        function: Takes the module, returns a number or a 0-d tensor in the unit of the loss.
+    """
+
+    function: Callable[[nn.Module], Tensor | float] = field(repr=False)
+
+    def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
+        """Return what the function returns."""
+        return self.function(module)
+
+
+def as_target(target: Any) -> Target | float:
+    """Return a number or a `Target` for what the user gave.
+
+    Raises:
+        HAMUValueError: If it is none of the things that can be a target.
+    """
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, float | int) and not isinstance(target, bool):
+        return float(target)
+    if callable(target) and not isinstance(target, type):
+        return Measured(target)
+    raise HAMUValueError(
+        f"Expected `target` to be a loss, Holdout(loader), Chance(), or a function of the module, but got {target!r}."
+    )
+
+
+def count_classes(module: nn.Module, batch: Any) -> int:
+    """The number of classes that the module tells apart, from its output on a batch.
+
+    Raises:
+        HAMUStateError: If that cannot be told.
+    """
+    try:
+        output = module(**batch) if isinstance(batch, Mapping) else module(_inputs(batch))
+    except Exception as error:
+        raise HAMUStateError(f"{UNKNOWN_CLASSES} The module raised {error!r}.") from error
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
+        raise HAMUStateError(f"{UNKNOWN_CLASSES} The output was {type(output).__name__}.")
+    if logits is output:
+        return max(int(logits.shape[1]), 2)  # [N, C, ...], as for cross-entropy; one logit tells two classes apart
+    return max(int(logits.shape[-1]), 2)
+
+
+UNKNOWN_CLASSES = (
+    "Expected to count classes in the output of `module(inputs)`, logits `[N, C, ...]`, but could not. "
+    "Pass Chance(num_classes=...)."
+)
+
+
+def _inputs(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, Sequence) else batch

@@ -1,0 +1,163 @@
+"""Quotas: how much each step is asked for."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.errors import HAMUValueError
+
+# A quota at the very capacity leaves no room to spare the other objective.
+_USABLE = 0.9
+# The last of a gap is closed over this many steps: one batch's loss says too little to close it in a single step.
+_SETTLING_STEPS = 4
+
+
+class Quota(ABC):
+    """The total that a step is asked for, loss units per step."""
+
+    @abstractmethod
+    def compute(self, capacity: Tensor, given: Tensor | None) -> Tensor:
+        """Compute the quota of one step.
+
+        Args:
+            capacity: 0-d, the most that a step inside the trust region can give: `sum_b R_b |g_b|`.
+            given: 0-d, what was resolved outside the rule and overrides it; None where nothing was.
+
+        Returns:
+            0-d, loss units per step.
+        """
+
+
+@dataclass(frozen=True)
+class AbsoluteQuota(Quota):
+    """The same quota at each step. A float as `quota` means this.
+
+    Args:
+        quota: Loss units per step, finite, not negative.
+
+    Raises:
+        HAMUValueError: If it is out of its range.
+
+    Example:
+        >>> AbsoluteQuota(1e-3).compute(torch.tensor(0.5), None)
+        tensor(0.0010)
+    """
+
+    quota: float
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        check_quota("quota", self.quota)
+
+    def compute(self, capacity: Tensor, given: Tensor | None) -> Tensor:
+        """Return the quota, or what overrides it."""
+        return torch.full_like(capacity, self.quota) if given is None else given
+
+
+@dataclass(frozen=True)
+class RelativeQuota(Quota):
+    """A share of what the trust region allows: never infeasible, whatever the scale of loss and gradients.
+
+    Under the learning-rate radius the capacity grows with the gradients, and these grow as the model forgets: then the
+    loss grows faster and faster, and nothing stops it.
+
+    Args:
+        fraction: Share of the capacity `sum_b R_b |g_b|`, in [0, 1].
+
+    Raises:
+        HAMUValueError: If it is out of its range.
+
+    Example:
+        >>> RelativeQuota(0.1).compute(torch.tensor(0.5), None)
+        tensor(0.0500)
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        check_quota("fraction", self.fraction)
+        if self.fraction > 1:
+            raise HAMUValueError(
+                f"Expected `fraction` to be a share of the capacity, at most 1, but got {self.fraction}. "
+                "No step inside the trust region can give more; a larger radius can."
+            )
+
+    def compute(self, capacity: Tensor, given: Tensor | None) -> Tensor:
+        """Return the share, or what overrides it."""
+        return self.fraction * capacity if given is None else given
+
+
+@dataclass(frozen=True)
+class TargetQuota(Quota):
+    """What is left to the target, divided by the steps that are left.
+
+    Nobody knows their quota; they know where the forget loss should end. Each step asks for `(target - level) /
+    max(steps left, 4)`, never for more than 0.9 of the capacity. Past the target this is negative: the loss may fall
+    back, and well past it the step is plain descent on the retain data. `level` is the forget loss, smoothed over
+    batches; `HAMUOptimizer` keeps it, and needs the loss of each forget batch for it (`optimizer.aim.observe`).
+
+    Args:
+        target: Where the forget loss should end, in its own unit: a number, or what `HAMUCallback` measures at the
+            model, such as `Holdout(loader)`.
+        steps: In how many steps; None for two thirds of the fit's, so that the rest is left to settle.
+
+    Raises:
+        HAMUValueError: If a number is out of its range.
+
+    Example:
+        >>> quota = TargetQuota(2.3, steps=100)
+        >>> quota.resolve(torch.tensor(0.3), torch.tensor(2.3), step=0, steps=100)
+        tensor(0.0200)
+    """
+
+    target: Any
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if isinstance(self.target, float | int) and not math.isfinite(self.target):
+            raise HAMUValueError(f"Expected `target` to be a finite loss, but got {self.target}.")
+        if self.steps is not None and self.steps < 1:
+            raise HAMUValueError(f"Expected `steps` to be at least 1, but got {self.steps}.")
+
+    def resolve(self, level: Tensor, target: Tensor, *, step: int, steps: int) -> Tensor:
+        """Compute what a step asks for before it is capped; pure.
+
+        Args:
+            level: 0-d, the present forget loss.
+            target: 0-d, where it should end.
+            step: How many steps were taken.
+            steps: How many it should take in all.
+
+        Returns:
+            0-d, loss units per step; negative past the target.
+        """
+        return (target - level) / max(steps - step, _SETTLING_STEPS)
+
+    def compute(self, capacity: Tensor, given: Tensor | None) -> Tensor:
+        """Return what was resolved, capped.
+
+        Raises:
+            HAMUValueError: If nothing was.
+        """
+        if given is None:
+            raise HAMUValueError(
+                "Expected `quota`, from `TargetQuota.resolve`, but got None: a target needs the forget loss. "
+                "HAMUOptimizer gives it by itself; in a direct call of a rule pass `quota=`."
+            )
+        return torch.minimum(given, _USABLE * capacity)
+
+
+def check_quota(name: str, value: float) -> None:
+    """Raise unless the number can be a quota."""
+    if not (math.isfinite(value) and value >= 0):
+        raise HAMUValueError(
+            f"Expected `{name}` to be a finite number, not negative, in loss units per step, but got {value}."
+        )
