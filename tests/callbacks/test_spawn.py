@@ -1,4 +1,4 @@
-"""Processes that the Trainer starts itself, as in notebooks: the callback works in copies, and reports what they did."""
+"""Processes that the Trainer starts, as in notebooks: the callback works in copies, and reports what they did."""
 
 from __future__ import annotations
 
