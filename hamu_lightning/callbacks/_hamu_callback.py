@@ -85,7 +85,7 @@ class HAMUCallback(Callback):
 
     def __init__(
         self,
-        forget: Iterable[Any] | Dataset[Any] | None = None,
+        forget: Iterable[Any] | Dataset | None = None,  # type: ignore[type-arg]  # LightningCLI makes no Dataset[Any]
         rule: Rule | None = None,
         *,
         target: Any = None,

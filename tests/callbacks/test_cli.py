@@ -1,0 +1,110 @@
+"""LightningCLI: the callback, its rule, radius and quota come from YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from hamu_lightning import HAMUQ, HAMUU, HAMUCallback
+from hamu_lightning.rules import FineTune, FixedRadius, LearningRateRadius, RelativeRadius, Rule
+from tests.callbacks.modules import Base, make_data
+
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+
+
+class Data(LightningDataModule):
+    @override
+    def train_dataloader(self) -> Any:
+        return DataLoader(make_data(), batch_size=16)
+
+    def forget_dataloader(self) -> Any:
+        return DataLoader(make_data(40, seed=9), batch_size=16)
+
+
+class Samples(Dataset[Any]):
+    """A forget set that YAML can name."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Any:
+        return make_data(self.n, seed=9)[index]
+
+
+RULES: dict[str, tuple[str, Rule]] = {
+    "radius": (
+        """
+        class_path: hamu_lightning.HAMUQ
+        init_args:
+          quota: 1e-2
+          radius: {class_path: hamu_lightning.rules.RelativeRadius, init_args: {fraction: 0.05}}
+          allocation: optimal
+          blocks: layer
+          on_infeasible: skip
+        """,
+        HAMUQ(0.01, radius=RelativeRadius(0.05), allocation="optimal", blocks="layer", on_infeasible="skip"),
+    ),
+    "fixed": (
+        """
+        class_path: hamu_lightning.rules.HAMUU
+        init_args:
+          quota: 1.0e-4
+          radius: {class_path: hamu_lightning.rules.FixedRadius, init_args: {radius: 0.05}}
+        """,
+        HAMUU(1e-4, radius=FixedRadius(0.05)),
+    ),
+    "default": (
+        """
+        class_path: hamu_lightning.HAMUQ
+        init_args:
+          quota: 0.001
+          radius: {class_path: hamu_lightning.rules.LearningRateRadius}
+        """,
+        HAMUQ(1e-3, radius=LearningRateRadius()),
+    ),
+    "fine-tuning": ("class_path: hamu_lightning.rules.FineTune", FineTune()),
+}
+
+CONFIG = """
+seed_everything: 1
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    class_path: hamu_lightning.HAMUCallback
+    init_args: {batchnorm: retain, every_n_steps: 2, stop_on: [infeasible], seed: 3}
+"""
+
+
+@pytest.mark.parametrize(("name", "forget"), [*((name, "hook") for name in RULES), ("radius", "dataset")])
+def test_from_yaml(name: str, forget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, rule = RULES[name]
+    config = yaml.safe_load(CONFIG)
+    arguments = config["trainer"]["callbacks"]["init_args"]
+    arguments["rule"] = yaml.safe_load(text)
+    if forget == "dataset":
+        arguments["forget"] = {"class_path": f"{__name__}.Samples", "init_args": {"n": 40}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
+    monkeypatch.setattr("sys.argv", ["main.py", "fit", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(Base, Data, save_config_callback=None)
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, HAMUCallback))  # type: ignore[attr-defined]
+    assert callback.settings.rule == rule
+    assert callback.settings.stop_on == ("infeasible",)
+    assert (callback.settings.every_n_steps, callback.settings.seed) == (2, 3)
+    assert isinstance(callback.settings.forget, Samples) == (forget == "dataset")
+    assert callback.forget_passes > 0
