@@ -365,8 +365,17 @@ def test_strategies_that_hide_gradients_are_refused(name: str) -> None:
 
 
 def test_two_callbacks_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="HAMUCallback"):
-        fit(build(Base), HAMUCallback(forget_data(), RULE), HAMUCallback(forget_data(), RULE))
+    """By Lightning, as both have one place in a checkpoint; by us where one comes later."""
+    first, second = HAMUCallback(forget_data(), RULE), HAMUCallback(forget_data(), RULE)
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `HAMUCallback`"):
+        fit(build(Base), first, second)
+
+    class Adds(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            trainer.callbacks.append(second)
+
+    with pytest.raises(MisconfigurationException, match="Trainer has several. Give all samples to forget to one"):
+        fit(build(Base), Adds(), first)
 
 
 def test_an_empty_stream_is_noticed_at_its_first_batch() -> None:
