@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,11 @@ def check_setup(trainer: Trainer, module: LightningModule, callback: Any) -> Non
     """Raise unless the callback can work in this fit."""
     if not module.automatic_optimization:
         raise HAMUMisconfigurationError(MANUAL_RECIPE)
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise HAMUMisconfigurationError(
+            "Expected `training_step` to take a batch, but it takes `dataloader_iter` and fetches its own batches: no "
+            "forget batch can take their place. Let it take `batch`, or use manual optimization with HAMUOptimizer."
+        )
     if len(trainer.optimizers) != 1:
         raise HAMUMisconfigurationError(
             f"Expected one optimizer, but `configure_optimizers` returned {len(trainer.optimizers)}. "

@@ -221,7 +221,7 @@ class GrowingData(LightningDataModule):
 
     def __init__(self, is_paired: bool) -> None:
         super().__init__()
-        self.is_paired, self.calls = is_paired, 0
+        self.is_paired, self.calls, self.forget_calls = is_paired, 0, 0
 
     @override
     def train_dataloader(self) -> Any:
@@ -229,12 +229,15 @@ class GrowingData(LightningDataModule):
         n = 32 + 16 * self.trainer.current_epoch  # type: ignore[union-attr]
         return loaders("max_size_cycle", n, 16) if self.is_paired else DataLoader(make_data(n), batch_size=16)
 
+    def forget_dataloader(self) -> Any:
+        self.forget_calls += 1
+        return None if self.is_paired else DataLoader(make_data(40, seed=9), batch_size=16, shuffle=True)
+
 
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_reload_dataloaders_every_n_epochs(is_paired: bool) -> None:
     data = [GrowingData(is_paired), GrowingData(is_paired)]
     makes = iter(data)
-    forget = None if is_paired else DataLoader(make_data(40, seed=9), batch_size=16, shuffle=True)
-    callback = assert_no_trace(lambda: next(makes), forget, reload_dataloaders_every_n_epochs=1, max_epochs=3)
+    callback = assert_no_trace(lambda: next(makes), None, reload_dataloaders_every_n_epochs=1, max_epochs=3)
     assert callback.combined_steps == 2 + 3 + 4
-    assert [d.calls for d in data] == [3, 3]
+    assert [(d.calls, d.forget_calls) for d in data] == [(3, 0), (3, 1)]

@@ -327,16 +327,24 @@ class UsesLBFGS(Base):
         return torch.optim.LBFGS(self.parameters())
 
 
+class FetchesItself(Base):
+    @override
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        return super().training_step(*next(dataloader_iter)[:2])
+
+
 class Empty(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(())
 
 
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
         (Manual, {}, "Expected automatic optimization.*with optimizer.retain"),
         (UsesLBFGS, {}, "but got LBFGS"),
+        (FetchesItself, {}, "but it takes `dataloader_iter`"),
         (Base, {"rule": None}, "Expected `rule`, such as"),
         (Base, {"forget": None}, "Expected to find the data to forget"),
         (Base, {"forget": []}, "but the list is empty"),

@@ -59,6 +59,17 @@ def test_i1_and_counts(name: str) -> None:
     assert assert_no_trace(Validates, "momentum", **settings).combined_steps == steps
 
 
+class LeavesEpochsEarly(Validates):
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 3 else None
+
+
+def test_the_rest_of_an_epoch_is_skipped() -> None:
+    """In the middle of a window: the next epoch opens a new one."""
+    assert assert_no_trace(LeavesEpochsEarly, "momentum", accumulate_grad_batches=2).combined_steps == 2
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)` but `Trainer\\(barebones=True\\)` is configured")
 def test_barebones() -> None:
     only = {"logger": None, "log_every_n_steps": None, "enable_checkpointing": None, "enable_progress_bar": None}
