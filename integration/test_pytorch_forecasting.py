@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from pytorch_forecasting import (
     TimeSeriesDataSet,
 )
 from pytorch_forecasting.data.examples import generate_ar_data
-from pytorch_forecasting.metrics import MAE
+from pytorch_forecasting.metrics import MAE, MultivariateNormalDistributionLoss
 
 from integration.checks import check_no_trace, check_self_cancellation
 
@@ -48,16 +50,24 @@ def make_data(kind: Any, first: int, last: int) -> TimeSeriesDataSet:
     return TimeSeriesDataSet.from_dataset(everything, data[data.series.between(first, last)])
 
 
-def run(kind: Any, callbacks: list[Any], clipping: float | None = None) -> Any:
+def run(
+    kind: Any,
+    callbacks: list[Any],
+    *,
+    clipping: float | None = None,
+    loss: Any = None,
+    batches: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     seed_everything(0, verbose=False)
     retain = make_data(kind, 2, 5)
-    # The default loss of some is one object for all models of the process, which copies its state into the next one.
-    loss = {"loss": MAE()} if kind is TiDEModel else {}
-    options = {"optimizer": "adamw", "learning_rate": 1e-2, "log_interval": -1, **loss, **MODELS[kind]}
+    if kind is TiDEModel:  # its default is one object for all models of the process, which copies its state to the next
+        loss = MAE()
+    options = {"optimizer": "adamw", "learning_rate": 1e-2, "log_interval": -1, **MODELS[kind]}
+    options |= {} if loss is None else {"loss": loss}
     model = kind.from_dataset(retain, **options)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_steps=5, accelerator="cpu", gradient_clip_val=clipping, callbacks=callbacks, **quiet)
-    trainer.fit(model, retain.to_dataloader(batch_size=16))
+    trainer.fit(model, retain.to_dataloader(batch_size=16, **batches))
     return model
 
 
@@ -65,6 +75,16 @@ def run(kind: Any, callbacks: list[Any], clipping: float | None = None) -> Any:
 def test_no_trace(kind: Any) -> None:
     forget = make_data(kind, 0, 1).to_dataloader(batch_size=16)
     check_no_trace(lambda callbacks: run(kind, callbacks, clipping=0.1), forget)
+
+
+def test_no_trace_with_batches_of_all_series() -> None:
+    """A multivariate loss over the series of one time; the forget batches hold another number of them."""
+
+    def run_all(callbacks: list[Any]) -> Any:
+        loss = MultivariateNormalDistributionLoss(rank=2)
+        return run(DeepAR, callbacks, loss=loss, batches={"batch_sampler": "synchronized"})
+
+    check_no_trace(run_all, make_data(DeepAR, 0, 1).to_dataloader(batch_size=16, batch_sampler="synchronized"))
 
 
 @pytest.mark.parametrize("kind", MODELS)

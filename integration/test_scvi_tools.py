@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 import scvi
 from scvi.dataloaders import AnnDataLoader
+from scvi.train import LowLevelPyroTrainingPlan
 
 from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks import HAMUMisconfigurationError
 from hamu_lightning.rules import FineTune
 from integration.checks import check_no_trace, check_self_cancellation
+
+
+class LowLevelLDA(scvi.model.AmortizedLDA):
+    """A Pyro model under the plan that leaves the step to Lightning."""
+
+    _training_plan_cls = LowLevelPyroTrainingPlan
+
 
 MODELS: dict[Any, dict[str, Any]] = {
     scvi.model.SCVI: {"batch_key": "batch"},
@@ -21,6 +29,7 @@ MODELS: dict[Any, dict[str, Any]] = {
     scvi.model.SCANVI: {"batch_key": "batch", "labels_key": "labels", "unlabeled_category": "label_0"},
     scvi.model.PEAKVI: {"batch_key": "batch"},
     scvi.model.AUTOZI: {"batch_key": "batch"},
+    LowLevelLDA: {},
 }
 
 
