@@ -116,7 +116,7 @@ class Fit:
     def _run_preflight(self, preflight: FitPreflight, step: Callable[..., Any]) -> None:
         """Predict what the run will do, and say so; leaves no trace."""
         self._preflight = None
-        self.preflight_report = preflight.run(step, self._settings.freezes_batchnorm)
+        self.preflight_report = preflight.run(step, self._settings.freezes_batchnorm, self.optimizer.aim)
         rank_zero_info(str(self.preflight_report))
 
     def start_epoch(self) -> None:
@@ -235,8 +235,6 @@ class Fit:
     def _around_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forget pass, then the retain pass as it is."""
         trainer, settings = self._trainer, self._settings
-        if self._preflight is not None:
-            self._run_preflight(self._preflight, step)
         forget = None
         if self._stream is None:
             retain, forget = split_pair(args[0])
@@ -255,6 +253,8 @@ class Fit:
         if self._combines:
             if self._approach is not None and self._window == 1:
                 self._approach.look(step, args, kwargs)
+            if self._preflight is not None:
+                self._run_preflight(self._preflight, step)
             loss = self._forget_pass.run(step, args, kwargs, forget)
             self._journal.add_forget(loss)
             if self._approach is not None:

@@ -23,6 +23,7 @@ from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._streams import ForgetStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import HAMUOptimizer, StepReport
+from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._slots import hidden_gradients
 from hamu_lightning.rules import Rule
 
@@ -144,6 +145,7 @@ class Probe:
         with hidden_gradients(self._parameters.values()):
             try:
                 losses = {"forget_loss": forget(), "retain_loss": retain()}  # as in a fit: the forget pass first
+                self.optimizer.aim.observe(losses["forget_loss"])
                 self.optimizer.plan_step("combine", window_shares=(self._share, self._share))
                 self.optimizer.step()
             finally:
@@ -276,14 +278,16 @@ class FitPreflight:
         self._batch: Any = None
         self._index = -1
 
-    def run(self, step: Callable[..., Any], freezes_batchnorm: bool, target: float | None = None) -> PreflightReport:
+    def run(self, step: Callable[..., Any], freezes_batchnorm: bool, aim: Aim) -> PreflightReport:
         """Measure, at the entry of the strategy's `training_step`: all hooks that prepare the module have run.
 
         Args:
             step: The strategy's `training_step`.
             freezes_batchnorm: Whether BatchNorm layers are frozen in the run.
-            target: The forget loss to be reached, or None.
+            aim: Where the forget loss should go, if the rule has a `TargetQuota`.
         """
+        target = None if aim.target is None else float(aim.target)
+        self._probe.optimizer.aim.target, self._probe.optimizer.aim.steps = aim.target, aim.steps
         pairs = int(min(BATCHES, self._trainer.num_training_batches))
         with batchnorm_frozen(self._trainer.lightning_module, freezes_batchnorm):
             return self._probe.measure(partial(self._run_forget, step), partial(self._run_retain, step), pairs, target)

@@ -41,8 +41,9 @@ def trained(kind: type[Base] = Base) -> Base:
     return module
 
 
-def reach(module: Base, target: Any, **options: Any) -> HAMUCallback:
-    hamu = HAMUCallback(DataLoader(FORGET, batch_size=20, shuffle=True), HAMUQ(TargetQuota(target), radius=RADIUS))
+def reach(module: Base, target: Any, preflight: bool = False, **options: Any) -> HAMUCallback:
+    loader, rule = DataLoader(FORGET, batch_size=20, shuffle=True), HAMUQ(TargetQuota(target), radius=RADIUS)
+    hamu = HAMUCallback(loader, rule, preflight=preflight)
     fit(module, hamu, **{"max_epochs": 20, **options})
     return hamu
 
@@ -178,6 +179,15 @@ def test_warnings_name_numbers(target: TargetQuota, message: str) -> None:
         warnings.simplefilter("always")
         fit(trained(), hamu)
     assert any(message in str(warning.message) for warning in caught)
+
+
+def test_preflight_knows_the_target() -> None:
+    hamu = reach(trained(), Chance(), preflight=True)
+    report = hamu.preflight_report
+    assert report is not None and report.target == pytest.approx(math.log(3))
+    estimates = {name: estimate.mean for name, estimate in report.estimates.items()}
+    steps = (report.target - estimates["forget_loss"]) / estimates["forget_improvement"]
+    assert estimates["steps_to_target"] == pytest.approx(steps, rel=0.05)  # a mean of ratios, a ratio of means
 
 
 def reach_on_ranks(rank: int) -> tuple[float, str | None, int]:
