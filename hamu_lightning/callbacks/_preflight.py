@@ -328,8 +328,6 @@ def twin_loader(loader: Any) -> Any:
         return loader
     twin = copy.copy(loader)
     memo: dict[int, Any] = {id(loader.dataset): loader.dataset}
-    if loader.generator is not None:
-        memo[id(loader.generator)] = loader.generator.clone_state()
     names = ("sampler", "batch_sampler", "generator")
     # Not by assignment, which DataLoader forbids. Persistent workers belong to the first one's iterator.
     twin.__dict__.update({name: _deep_copied(getattr(loader, name), memo) for name in names}, _iterator=None)
@@ -358,10 +356,11 @@ def batchnorm_frozen(module: nn.Module, is_frozen: bool) -> Iterator[None]:
 
 @contextmanager
 def without_trainer(module: Any) -> Iterator[None]:
-    """Let `self.log` do nothing, and say what to do where `training_step` needs its Trainer."""
-    names = [name for name in ("log", "log_dict") if hasattr(module, name)]
-    before = {name: vars(module)[name] for name in names if name in vars(module)}
-    vars(module).update(dict.fromkeys(names, _log_nothing))
+    """Let `self.log` do nothing, and say what to do where `training_step` needs its Trainer.
+
+    To be used inside `ModuleGuard.guarding()`, which puts the attributes back.
+    """
+    vars(module).update({name: _log_nothing for name in ("log", "log_dict") if hasattr(module, name)})
     try:
         yield
     except RuntimeError as error:
@@ -372,10 +371,6 @@ def without_trainer(module: Any) -> Iterator[None]:
             "Expected the module to work without a Trainer, but it asks for one. Use HAMUCallback(preflight=True), "
             "which measures the same at the start of the fit; or, where only `configure_optimizers` asks, pass `lr`."
         ) from error
-    finally:
-        for name in names:
-            del vars(module)[name]
-        vars(module).update(before)
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

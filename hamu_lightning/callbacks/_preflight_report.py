@@ -77,7 +77,9 @@ class PreflightReport:
       `free_quota`: the most that a step can give without harm to the other objective (DESIGN 1.4);
       `infeasible`: the share of pairs in which the quota exceeds the largest one.
     - `forget_improvement`, `retain_cost`: what the rule's own step does to both losses; a negative cost is a gain.
-    - `steps_to_target`, `retain_cost_to_target`: only with a target. Infinite where the forget loss does not rise.
+    - `steps_to_target`, `retain_cost_to_target`: only with a target, at the `forget_improvement` of the rule's step.
+      Infinite where the forget loss does not rise. The gradient of cross-entropy grows as a model forgets: where the
+      quota cannot be had yet, the steps are fewer.
 
     Args:
         estimates: The estimates by name.
@@ -221,17 +223,16 @@ def _no_signal(bound: str) -> str:
 
 
 def _on_conflict(mean: Mapping[str, float], bound: str) -> list[str]:
-    share, free, largest = mean["conflicting_blocks"], mean["free_quota"], mean["largest_quota"]
-    blocks = f"{_percent(share)} of the blocks (cosine {mean['cosine']:.2g} over all)"
-    if free >= _HARMONY * largest:
+    free, share, cosine = mean["free_quota"], _percent(mean["conflicting_blocks"]), mean["cosine"]
+    if free >= _HARMONY * mean["largest_quota"]:
         return [
-            f"The two sets hardly conflict, in {blocks}: any quota up to {free:.2g} per step, all that the trust "
-            "region allows, is free of damage with allocation='optimal'."
+            f"The two sets hardly conflict (cosine {cosine:.2g}, positive in {share} of the blocks): any quota up to "
+            f"{free:.2g} per step, all that the trust region allows, is free of damage with allocation='optimal'."
         ]
     harm = "cost retain quality" if bound == "forget" else "undo forgetting"
     return [
-        f"The two sets conflict in {blocks}: a quota above {free:.2g} per step must {harm}; up to that, "
-        "allocation='optimal' does no damage."
+        f"The two sets conflict in {share} of the blocks (cosine {cosine:.2g} over all): a quota above {free:.2g} per "
+        f"step must {harm}; up to that, allocation='optimal' does no damage."
     ]
 
 
@@ -243,8 +244,9 @@ def _on_quota(mean: Mapping[str, float], largest: Estimate, bound: str) -> list[
     quota = mean["quota"]
     if quota > mean["largest_quota"]:
         return [
-            f"The quota of {quota:.3g} cannot be had: the trust region allows {largest.mean:.2g} at most. "
-            "Lower the quota or enlarge the radius (RelativeRadius(1e-3) follows the weights)."
+            f"The quota of {quota:.3g} cannot be had: the trust region allows {largest.mean:.2g} at most. Lower the "
+            f"quota, or make the radius {quota / largest.mean:.2g} times as large. (Gradients often grow as the model "
+            "forgets, and with them what the region allows.)"
         ]
     advice = []
     if mean["infeasible"]:
@@ -275,6 +277,6 @@ def _on_target(mean: Mapping[str, float], steps: Estimate, target: float) -> str
     cost = mean["retain_cost_to_target"]
     verb = "raise" if cost > 0 else "lower"
     return (
-        f"The target of {target:.3g} is about {math.ceil(steps.mean)} steps away{interval}: {now}. To first order they "
-        f"{verb} the retain loss by {abs(cost):.2g} in all."
+        f"The target of {target:.3g} is about {math.ceil(steps.mean)} steps away{interval}: {now}. If gradients stayed "
+        f"as they are, these steps would {verb} the retain loss by {abs(cost):.2g} in all."
     )
