@@ -108,7 +108,8 @@ class Fit:
                 self._stream.load_state_dict(self._state["stream"])
         self._forget_pass.stream = self._stream
         if settings.preflight:
-            self._preflight = FitPreflight(self._trainer, self.optimizer, loader, settings.seed)
+            own = None if self._stream is None else self._stream.loader
+            self._preflight = FitPreflight(self._trainer, self.optimizer, own, settings.seed)
         if self.optimizer.rule.target_quota is not None:
             self._approach = Approach(self._trainer, self.optimizer, self._forget_pass, loader, settings.every_n_steps)
         self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
@@ -116,7 +117,7 @@ class Fit:
     def _run_preflight(self, preflight: FitPreflight, step: Callable[..., Any]) -> None:
         """Predict what the run will do, and say so; leaves no trace."""
         self._preflight = None
-        self.preflight_report = preflight.run(step, self._settings.freezes_batchnorm, self.optimizer.aim)
+        self.preflight_report = preflight.run(step)
         rank_zero_info(str(self.preflight_report))
 
     def start_epoch(self) -> None:

@@ -60,9 +60,9 @@ def preflight(
         module: A LightningModule, or another module with `training_step(batch)` or `training_step(batch, batch_idx)`.
         retain_loader: Batches to retain; one pass at most.
         forget_loader: Batches to forget; cycles when it is shorter.
-        rule: The rule of the run that is planned.
+        rule: The rule of the run that is planned. A `TargetQuota` needs a number as its target, and its steps.
         batches: The largest number of batch pairs.
-        target: The forget loss to be reached.
+        target: The forget loss to be reached. Default: that of a `TargetQuota`.
         lr: Learning rate of all trainable weights. Default: the learning rates of `configure_optimizers()`.
         batchnorm: As for `HAMUCallback`: "freeze" takes BatchNorm layers in evaluation mode, "retain" as they are.
         seed: Seed of the random numbers that shuffling, dropout and the like draw.
@@ -81,11 +81,11 @@ def preflight(
     """
     check_arguments(module, rule, batches, batchnorm)
     guard = ModuleGuard(module)
-    optimizer = Probe(module, _find_groups(module, lr, guard, seed), rule)
-    forget = BarePass(module, forget_loader, "forget", guard, RandomStream(seed), optimizer.forget)
-    retain = BarePass(module, retain_loader, "retain", guard, RandomStream(seed, rank=1), optimizer.retain)
+    probe = Probe(module, _find_groups(module, lr, guard, seed), rule)
+    forget = BarePass(module, forget_loader, "forget", guard, RandomStream(seed), probe.forget)
+    retain = BarePass(module, retain_loader, "retain", guard, RandomStream(seed, rank=1), probe.retain)
     with batchnorm_frozen(module, batchnorm == "freeze"):
-        return optimizer.measure(forget.run, retain.run, min(batches, retain.stream.length or batches), target)
+        return probe.measure(forget.run, retain.run, min(batches, retain.stream.length or batches), target)
 
 
 class Probe:
@@ -116,9 +116,14 @@ class Probe:
         self.forget, self.retain = self.optimizer.forget, self.optimizer.retain
         self._parameters = {id(p): p for group in groups for p in [*group["params"], *module.parameters()]}
         self._share = 1 / divisor
+        self._quota = rule.target_quota
+
+    def take_aim(self, aim: Aim) -> None:
+        """Ask for the same target, in the same number of steps, as the optimizer of the run."""
+        self.optimizer.aim.target, self.optimizer.aim.steps, self.optimizer.aim.taken = aim.target, aim.steps, aim.taken
 
     def measure(
-        self, forget: Callable[[], Tensor], retain: Callable[[], Tensor], pairs: int, target: float | None
+        self, forget: Callable[[], Tensor], retain: Callable[[], Tensor], pairs: int, target: float | None = None
     ) -> PreflightReport:
         """Measure so many batch pairs, and summarise them.
 
@@ -126,7 +131,7 @@ class Probe:
             forget: Runs the next forget batch inside `self.forget()`, and returns its loss.
             retain: Likewise, inside `self.retain()`.
             pairs: How many.
-            target: The forget loss to be reached, or None.
+            target: The forget loss to be reached; default: that of a `TargetQuota`.
         """
         rows: list[dict[str, float]] = []
         for _ in range(pairs):
@@ -136,6 +141,8 @@ class Probe:
             values = torch.stack([number.to(report.lr) for number in numbers.values()]).tolist()
             rows.append(dict(zip(numbers, values, strict=True)))
         bound = "forget" if step.constrained == 1 else "retain"
+        if target is None and self._quota is not None:
+            target = float(self._quota.target if self.optimizer.aim.target is None else self.optimizer.aim.target)
         finite = [row for row in rows if row.pop("is_finite")]
         return make_report(finite, left_out=pairs - len(finite), blocks=len(report.labels), target=target, bound=bound)
 
@@ -145,7 +152,8 @@ class Probe:
         with hidden_gradients(self._parameters.values()):
             try:
                 losses = {"forget_loss": forget(), "retain_loss": retain()}  # as in a fit: the forget pass first
-                self.optimizer.aim.observe(losses["forget_loss"])
+                if self._quota is not None:
+                    self.optimizer.aim.level = losses["forget_loss"].double()
                 self.optimizer.plan_step("combine", window_shares=(self._share, self._share))
                 self.optimizer.step()
             finally:
@@ -261,7 +269,7 @@ class FitPreflight:
                 "one are not those of all. Call `hamu_lightning.preflight(module, retain_loader, forget_loader, rule)` "
                 "in one process before the fit, with the joint batch size."
             )
-        self._trainer = trainer
+        self._trainer, self._aim = trainer, optimizer.aim
         randoms = RandomStream(seed), RandomStream(seed, rank=1)
         try:
             self._probe = Probe(
@@ -278,19 +286,15 @@ class FitPreflight:
         self._batch: Any = None
         self._index = -1
 
-    def run(self, step: Callable[..., Any], freezes_batchnorm: bool, aim: Aim) -> PreflightReport:
-        """Measure, at the entry of the strategy's `training_step`: all hooks that prepare the module have run.
+    def run(self, step: Callable[..., Any]) -> PreflightReport:
+        """Measure, before the first forget pass: all hooks that prepare the module have run, BatchNorm is frozen.
 
         Args:
             step: The strategy's `training_step`.
-            freezes_batchnorm: Whether BatchNorm layers are frozen in the run.
-            aim: Where the forget loss should go, if the rule has a `TargetQuota`.
         """
-        target = None if aim.target is None else float(aim.target)
-        self._probe.optimizer.aim.target, self._probe.optimizer.aim.steps = aim.target, aim.steps
         pairs = int(min(BATCHES, self._trainer.num_training_batches))
-        with batchnorm_frozen(self._trainer.lightning_module, freezes_batchnorm):
-            return self._probe.measure(partial(self._run_forget, step), partial(self._run_retain, step), pairs, target)
+        self._probe.take_aim(self._aim)
+        return self._probe.measure(partial(self._run_forget, step), partial(self._run_retain, step), pairs)
 
     def _run_forget(self, step: Callable[..., Any]) -> Tensor:
         self._index += 1
@@ -391,6 +395,12 @@ def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> Non
         )
     if not isinstance(rule, Rule):
         raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
+    quota = rule.target_quota
+    if quota is not None and (quota.steps is None or not isinstance(quota.target, float | int)):
+        raise HAMUValueError(
+            f"Expected a number as target and a number of steps, but got {quota}. Give both, TargetQuota(2.3, "
+            "steps=100), or let HAMUCallback(..., preflight=True) measure the target and count the steps of the fit."
+        )
     if batches < 1:
         raise HAMUValueError(f"Expected `batches` to be at least 1, but got {batches}.")
     if batchnorm not in ("freeze", "retain"):

@@ -21,11 +21,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUU, HAMUCallback, preflight
+from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, preflight
 from hamu_lightning.callbacks import PreflightReport
 from hamu_lightning.callbacks._preflight_report import bootstrap, make_report
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
-from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius
+from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius, TargetQuota
 from tests.callbacks.modules import MODULES, Base, EditsItsBatch, WithBatchNorm, WithDropout, build, fit, make_data
 from tests.callbacks.test_invariants import attributes, forget_loader
 from tests.distributed import run_ranks
@@ -33,6 +33,7 @@ from tests.oracles import JointProblem, inner, share_proportionally, solve_certi
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 RULE = HAMUQ(0.02, radius=RelativeRadius(0.05))
+TARGET = HAMUQ(TargetQuota(Chance()), radius=RelativeRadius(0.05))
 
 
 def retain_loader(**options: Any) -> DataLoader[Any]:
@@ -117,6 +118,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "paired": {"kind": WithDropout, "loader": paired, "forget": lambda: None},
     "a generator of the loader": {"kind": WithDropout, "loader": own_generator},
     "the same batches, edited in place": {"loader": lambda: Batches(), "kind": EditsItsBatch},
+    "a target": {"kind": WithBatchNorm, "rule": TARGET},
     "workers that stay": {"loader": lambda: retain_loader(num_workers=2, persistent_workers=True)},
 }
 
@@ -156,6 +158,20 @@ def test_clipping_and_the_loss_scale_are_taken_into_account() -> None:
         _, clipped = run(True, forget=forget_loader(), gradient_clip_val=0.05, precision=precision)
         for key in ("retain_norm", "forget_norm"):
             assert clipped.preflight_report.estimates[key].mean == pytest.approx(0.05, rel=1e-3), key
+
+
+def test_a_target_is_measured_and_divided_among_the_steps() -> None:
+    """In the fit: log 3 in two thirds of 12 steps. Without a Trainer: both given."""
+    given = HAMUQ(TargetQuota(math.log(3), steps=8), radius=RelativeRadius(0.05))
+    reports = [preflight(build(Base), retain_loader(), forget_loader(), given)]
+    reports.append(run(True, forget=forget_loader(), rule=TARGET)[1].preflight_report)
+    for report in reports:
+        assert report.target == pytest.approx(math.log(3))
+        for quota, loss, largest in zip(
+            *(report.estimates[name].values for name in ("quota", "forget_loss", "largest_quota")), strict=True
+        ):
+            assert quota == pytest.approx(min((math.log(3) - loss) / 8, 0.9 * largest), abs=1e-6)  # float32 losses
+    assert reports[0].as_dict()["steps_to_target"] is not None
 
 
 def test_limited_batches() -> None:
@@ -438,6 +454,7 @@ def one_shot() -> Iterator[Any]:
         (TwoOptimizers, {}, HAMUValueError, "to return one optimizer, but got 2"),
         (GivesNone, {}, HAMUStateError, "returned None for all forget data"),
         (Base, {"rule": 0.1}, HAMUValueError, "Expected `rule` to be a rule"),
+        (Base, {"rule": TARGET}, HAMUValueError, "Expected a number as target and a number of steps"),
         (Base, {"batches": 0}, HAMUValueError, "Expected `batches` to be at least 1"),
         (Base, {"lr": 0.0}, HAMUValueError, "Expected a learning rate above 0"),
         (Base, {"batchnorm": "eval"}, HAMUValueError, "Expected `batchnorm` to be 'freeze' or 'retain'"),
