@@ -137,6 +137,23 @@ def test_a_fit_with_every_step_left_out_is_an_error() -> None:
     assert (callback.combined_steps, callback.left_out_steps) == (0, 0)
 
 
+def test_counters_go_through_a_checkpoint(tmp_path: Any) -> None:
+    """Six steps, two of them left out; then six more, in which the same two of twelve are not met again."""
+    module = build(Explodes)
+    module.bad = {8: (1,), 16: (4,)}
+    first, _, _ = unlearn(module, max_epochs=1)
+    assert (first.combined_steps, first.left_out_steps, first.forget_passes) == (4, 2, 6)
+    module.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    second, _, _ = unlearn(build(Explodes), ckpt_path=tmp_path / "a.ckpt")
+    assert (second.combined_steps, second.left_out_steps, second.forget_passes) == (10, 2, 12)
+    assert second.state_dict()["optimizer"]["steps"] == 11  # one was dropped before `step()`
+    # Steps of an earlier fit do not count for this one.
+    module = build(Explodes)
+    module.bad = {16: tuple(range(99))}
+    with pytest.raises(HAMUStateError, match=r"0 combined steps \(6 were left out"):
+        unlearn(module, ckpt_path=tmp_path / "a.ckpt")
+
+
 class LastIsNone(Base):
     """The last micro-batch of each window of 3 gives no loss."""
 

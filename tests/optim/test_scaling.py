@@ -16,7 +16,15 @@ from torch.optim import SGD, AdamW, Optimizer
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.rules import Branch, FineTune, Rule
-from tests.optim.test_hamu_optimizer import RULE, expected_step, make_losses, make_model, take_step, weights
+from tests.optim.test_hamu_optimizer import (
+    RULE,
+    CountHostReads,
+    expected_step,
+    make_losses,
+    make_model,
+    take_step,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The base optimizer")
 BASES: dict[str, Callable[[Any], Optimizer]] = {
@@ -70,6 +78,37 @@ def test_own_loop_with_overflows(base: str, order: list[str], clears: bool) -> N
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # float32: sums of numbers 1024 times as large
     assert scaler.get_scale() == 128.0
     assert (optimizer.applied_steps, optimizer.left_out_steps) == (3, 3)
+
+
+def test_no_host_reads_under_a_scaler() -> None:
+    """Of ours: `scaler.step` reads its own flag."""
+    model, optimizer, scaler = make()
+    run_backward(["forget", "retain"], optimizer, model, scaler, step=3)
+    scaler.unscale_(optimizer)
+    with CountHostReads() as counter:
+        optimizer.unscale_forget_(scaler)
+        optimizer.step()
+    assert counter.reads == 0
+    assert optimizer.not_finite_steps == 1
+
+
+def test_counters_go_through_the_state() -> None:
+    model, optimizer, scaler = make()
+    for step in range(len(FACTORS)):
+        run_backward(["forget", "retain"], optimizer, model, scaler, step, clears=True)
+        optimizer.unscale_forget_(scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.approve = lambda report: False
+    take_step(optimizer, model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    take_step(optimizer, model)
+    _, other, _ = make()
+    other.load_hamu_state_dict(optimizer.hamu_state_dict())
+    for counted in (optimizer, other):
+        counts = counted.steps, counted.zero_lr_steps, counted.not_finite_steps, counted.dropped_steps
+        assert counts == (6, 1, 1, 2)
+        assert (counted.applied_steps, counted.left_out_steps) == (3, 4)
 
 
 def test_fine_tuning_tells_the_scaler_nothing() -> None:
