@@ -292,6 +292,9 @@ class Manual(Base):
         self.automatic_optimization = False
         self.forget = next(iter(DataLoader(forget_data(), batch_size=40)))
 
+    def before_step(self, optimizer: Any) -> None:
+        pass
+
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         optimizer: Any = self.optimizers()
@@ -299,6 +302,7 @@ class Manual(Base):
             self.manual_backward(super().training_step(batch, batch_idx))
         with optimizer.forget():
             self.manual_backward(super().training_step(self.forget, batch_idx))
+        self.before_step(optimizer)
         optimizer.step()
         assert optimizer.last_step is not None
 

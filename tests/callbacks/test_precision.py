@@ -16,7 +16,7 @@ from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.rules import FixedRadius, RelativeRadius
 from tests.callbacks.modules import MODULES, OPTIMIZERS, Base, Recorder, StatefulLSTM, build, fit, make_data
-from tests.callbacks.test_hamu_callback import loss_on
+from tests.callbacks.test_hamu_callback import Manual, loss_on
 from tests.callbacks.test_invariants import assert_no_trace, assert_self_cancellation
 
 pytestmark = [
@@ -64,6 +64,21 @@ def test_the_step_keeps_its_promise(precision: str) -> None:
     fit(module, HAMUCallback(DataLoader(make_data(40, 9), batch_size=40), RULE), precision=precision, max_steps=3)
     rise = loss_on(module.float(), make_data(40, 9)) - before
     assert rise == pytest.approx(0.06, rel=0.25)  # some blocks give more than they are asked for, and second order
+
+
+class ManualMixed(Manual):
+    """With the line that docs/projects.md adds in 16-bit mixed precision."""
+
+    @override
+    def before_step(self, optimizer: Any) -> None:
+        optimizer.unscale_forget_(self.trainer.precision_plugin.scaler)
+
+
+def test_manual_optimization_keeps_its_promise() -> None:
+    module = build(ManualMixed)
+    before = loss_on(module, make_data(40, 9))
+    fit(module, precision="16-mixed", max_steps=3)
+    assert loss_on(module, make_data(40, 9)) - before == pytest.approx(0.06, rel=0.25)
 
 
 class Explodes(Base):
