@@ -96,16 +96,13 @@ class Crashes(Callback):
 
 
 def test_a_facade_that_swallows_exceptions(caplog: pytest.LogCaptureFixture) -> None:
-    """The log says so, and nothing of ours is left behind: the next fit is a plain one."""
+    """The log says so, and the callback goes on in the next fit."""
     caplog.set_level(logging.INFO)
     callback, facade = HAMUCallback(forget_loader(), RULE), Facade(is_careless=True)
     facade.train([callback, Crashes()])
     assert "HAMU: ZeroDivisionError ended the fit after 3 combined steps." in caplog.text
-    assert callback.combined_steps == 3
-    other = Facade()
-    other.module.load_state_dict(facade.module.state_dict())
-    other.module.generator.set_state(facade.module.generator.get_state())
-    assert torch.equal(weights(other.train().module), weights(facade.train().module))
+    facade.train([callback])
+    assert callback.combined_steps == callback.forget_passes == 3 + 12
 
 
 def test_a_facade_whose_refused_fit_is_swallowed(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,16 +111,11 @@ def test_a_facade_whose_refused_fit_is_swallowed(caplog: pytest.LogCaptureFixtur
     assert "HAMU: HAMUMisconfigurationError ended the fit after 0 combined steps." in caplog.text
 
 
-def test_a_second_training_with_and_without_the_callback() -> None:
-    """Without it, training is plain; with it again, its forget stream and its counters go on."""
-    callback = HAMUCallback(forget_loader(), RULE)
-    facade, other = Facade().train([callback]), Facade()
-    other.module.load_state_dict(facade.module.state_dict())
-    other.module.generator.set_state(facade.module.generator.get_state())
-    assert torch.equal(weights(facade.train().module), weights(other.train().module))
-    assert callback.combined_steps == 12
-    facade.train([callback])
-    assert callback.combined_steps == callback.forget_passes == 24
+def test_a_second_training_without_and_with_the_callback() -> None:
+    callback, facade = HAMUCallback(forget_loader(), RULE), Facade()
+    for callbacks, steps in (([callback], 12), ([], 12), ([callback], 24)):
+        facade.train(callbacks)
+        assert callback.combined_steps == callback.forget_passes == steps
 
 
 @pytest.mark.parametrize(

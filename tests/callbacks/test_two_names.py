@@ -90,9 +90,12 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1}], ids=str)
 def test_both_packages_give_the_same_run(settings: dict[str, Any]) -> None:
-    (ours, logged), (theirs, logged_there) = (run(name, make_callback(), **settings) for name in PACKAGES)
+    callbacks = {name: make_callback(preflight=True) for name in PACKAGES}
+    (ours, logged), (theirs, logged_there) = (run(name, callbacks[name], **settings) for name in PACKAGES)
     assert_equal(ours, theirs)
     assert logged == logged_there and "accuracy_step" in logged[0]
+    reports = [str(callback.preflight_report) for callback in callbacks.values()]
+    assert reports[0] == reports[1] != "None"
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1}], ids=str)
