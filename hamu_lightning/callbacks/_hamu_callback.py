@@ -45,6 +45,7 @@ class HAMUCallback(Callback):
     - An epoch without backward passes (StochasticWeightAveraging ends with one, for BatchNorm) is left to Lightning.
     - `Tuner.lr_find`, `Tuner.scale_batch_size` and their callbacks put all other callbacks aside: they tune plain
       training on the retain data.
+    - LearningRateMonitor lists the wrapper under its own name, `lr-HAMUOptimizer`.
     - Where processes are spawned (`strategy="ddp_spawn"`, "ddp_notebook"), this object works in copies. Of what they
       count, `trainer.callback_metrics` brings back `hamu/forget_passes`, `hamu/combined_steps` and `hamu/has_stopped`.
     - Checkpoints hold the position and the random state of the forget stream and the counters, in the callback's

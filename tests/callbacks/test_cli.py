@@ -1,4 +1,4 @@
-"""LightningCLI: the callback, its rule, radius and quota come from YAML."""
+"""LightningCLI: the callback, its rule, radius, quota and target come from YAML."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUU, HAMUCallback
-from hamu_lightning.rules import FineTune, FixedRadius, LearningRateRadius, RelativeRadius, Rule
+from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback
+from hamu_lightning.rules import (
+    FineTune,
+    FixedRadius,
+    LearningRateRadius,
+    RelativeQuota,
+    RelativeRadius,
+    Rule,
+    TargetQuota,
+)
 from tests.callbacks.modules import Base, make_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:The fit has ended before the target"),
+]
 
 
 class Data(LightningDataModule):
@@ -44,35 +55,41 @@ class Samples(Dataset[Any]):
 RULES: dict[str, tuple[str, Rule]] = {
     "radius": (
         """
-        class_path: hamu_lightning.HAMUQ
-        init_args:
-          quota: 1e-2
-          radius: {class_path: hamu_lightning.rules.RelativeRadius, init_args: {fraction: 0.05}}
-          allocation: optimal
-          blocks: layer
-          on_infeasible: skip
+        rule:
+          class_path: hamu_lightning.HAMUQ
+          init_args:
+            quota: 1e-2
+            radius: {class_path: hamu_lightning.rules.RelativeRadius, init_args: {fraction: 0.05}}
+            allocation: optimal
+            blocks: layer
+            on_infeasible: skip
         """,
         HAMUQ(0.01, radius=RelativeRadius(0.05), allocation="optimal", blocks="layer", on_infeasible="skip"),
     ),
-    "fixed": (
+    "relative quota": (
         """
-        class_path: hamu_lightning.rules.HAMUU
-        init_args:
-          quota: 1.0e-4
-          radius: {class_path: hamu_lightning.rules.FixedRadius, init_args: {radius: 0.05}}
+        rule:
+          class_path: hamu_lightning.rules.HAMUU
+          init_args:
+            quota: {class_path: hamu_lightning.rules.RelativeQuota, init_args: {fraction: 0.1}}
+            radius: {class_path: hamu_lightning.rules.FixedRadius, init_args: {radius: 0.05}}
         """,
-        HAMUU(1e-4, radius=FixedRadius(0.05)),
+        HAMUU(RelativeQuota(0.1), radius=FixedRadius(0.05)),
     ),
-    "default": (
+    "target quota": (
         """
-        class_path: hamu_lightning.HAMUQ
-        init_args:
-          quota: 0.001
-          radius: {class_path: hamu_lightning.rules.LearningRateRadius}
+        rule:
+          class_path: hamu_lightning.HAMUQ
+          init_args:
+            quota:
+              class_path: hamu_lightning.rules.TargetQuota
+              init_args: {target: {class_path: hamu_lightning.Chance, init_args: {num_classes: 10}}, steps: 3}
+            radius: {class_path: hamu_lightning.rules.LearningRateRadius}
         """,
-        HAMUQ(1e-3, radius=LearningRateRadius()),
+        HAMUQ(TargetQuota(Chance(10), steps=3), radius=LearningRateRadius()),
     ),
-    "fine-tuning": ("class_path: hamu_lightning.rules.FineTune", FineTune()),
+    "target": ("target: 2.5", HAMUQ(TargetQuota(2.5), radius=RelativeRadius(1e-3))),
+    "fine-tuning": ("rule: {class_path: hamu_lightning.rules.FineTune}", FineTune()),
 }
 
 CONFIG = """
@@ -95,7 +112,7 @@ def test_from_yaml(name: str, forget: str, tmp_path: Path, monkeypatch: pytest.M
     text, rule = RULES[name]
     config = yaml.safe_load(CONFIG)
     arguments = config["trainer"]["callbacks"]["init_args"]
-    arguments["rule"] = yaml.safe_load(text)
+    arguments.update(yaml.safe_load(text))
     if forget == "dataset":
         arguments["forget"] = {"class_path": f"{__name__}.Samples", "init_args": {"n": 40}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

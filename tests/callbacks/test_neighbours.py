@@ -17,11 +17,13 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -156,6 +158,12 @@ def test_finetuning_resumes(is_first: bool, tmp_path: Path) -> None:
     again, _, labels = run(4, seed=6, ckpt_path=tmp_path / "a.ckpt")
     assert sorted(labels) == ["net.0", "net.2"]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_learning_rate_monitor_names_the_wrapper(tmp_path: Path) -> None:
+    monitor = LearningRateMonitor()
+    fit_beside(build(Base), HAMUCallback(forget_loader(), RULE), monitor, logger=CSVLogger(tmp_path))
+    assert {name: set(values) for name, values in monitor.lrs.items()} == {"lr-HAMUOptimizer": {0.05}}
 
 
 class Tunable(WithDropout):
