@@ -427,12 +427,15 @@ class HAMUOptimizer(Optimizer):
     ) -> StepReport:
         """Add what the weights' actual change does to both losses, to first order."""
         change = [p.detach() - old for p, old in zip(self._update_layout().parameters, before, strict=True)]
-        products = compute_gramian(retain, forget, change).sum(dim=0)[:2, 2] / self._window_shares(report.gramian)
-        return replace(report, actual_improvements=products * products.new_tensor((-1.0, 1.0)))
+        products = self._as_means(compute_gramian(retain, forget, change).sum(dim=0)[:2, 2])
+        return replace(report, actual_improvements=torch.stack((-products[0], products[1])))
 
-    def _window_shares(self, like: Tensor) -> Tensor:
-        """What share of the mean gradients the slots hold, `[2]`."""
-        return like.new_tensor(self._core.window_shares)
+    def _as_means(self, numbers: Tensor) -> Tensor:
+        """Turn numbers `[..., 2]` about the gradients in the slots into those of the means over the window."""
+        shares = self._core.window_shares
+        if shares == (1.0, 1.0):  # a new tensor would be one more copy from the host in each step
+            return numbers
+        return numbers / numbers.new_tensor(shares)
 
     def _applier(self, *, takes_d: bool) -> Optimizer:
         """What moves the weights: the base, or (`exact`) plain SGD, at rate 1 where its gradient is `-d` itself."""
@@ -448,9 +451,8 @@ class HAMUOptimizer(Optimizer):
     def _ask_rule(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> StepReport:
         """Compute the Gramians of the mean gradients, and ask the rule for the coefficients."""
         core, rule = self._core, self._core.rule
-        gramian = compute_gramian(retain, forget, blocks=layout.blocks)
-        shares = self._window_shares(gramian)
-        gramian = gramian / (shares.unsqueeze(1) * shares)
+        gramian = self._as_means(compute_gramian(retain, forget, blocks=layout.blocks))
+        gramian = self._as_means(gramian.mT).mT
         if core.unscaling is not None and core.unscaling.found_inf is not None:
             # Clipping by value would hide an overflow from the rule, although the scaler backs off.
             gramian = gramian.masked_fill(core.unscaling.found_inf.to(gramian.device), torch.nan)
@@ -471,7 +473,7 @@ class HAMUOptimizer(Optimizer):
             return retain, report
         lr = report.lr.unsqueeze(1)
         # The rule saw mean gradients; the slots hold shares of them.
-        factors = -step.values / self._window_shares(step.values)
+        factors = self._as_means(-step.values)
         factors = torch.where(lr == 0, 0, factors if core.exact else factors / lr)
         factors = factors[torch.tensor(layout.blocks, device=factors.device)]
         combined, is_finite = combine_(retain, forget, factors, step.is_finite)
