@@ -251,6 +251,16 @@ def test_hamu_u_exchanges_the_objectives() -> None:
     assert "each step is predicted to lower the forget loss by 0.001" in report.advice[1]
 
 
+def test_hamu_u_is_hamu_q_of_the_other_loader() -> None:
+    one, other = (list(DataLoader(make_data(48, seed), batch_size=16)) for seed in (1, 2))
+    found = preflight(build(Base), one, other, HAMUU(0.01, radius=FixedRadius(0.1))).estimates
+    expected = preflight(build(Base), other, one, HAMUQ(0.01, radius=FixedRadius(0.1))).estimates
+    for name in ("kappa_1", "kappa_2", "largest_quota", "free_quota", "infeasible", "damaging_blocks"):
+        assert found[name].values == pytest.approx(expected[name].values, rel=1e-5), name  # float32 gradients
+    assert found["forget_improvement"].mean == pytest.approx(-expected["retain_cost"].mean, rel=1e-4)
+    assert found["retain_cost"].mean == pytest.approx(-expected["forget_improvement"].mean, rel=1e-4)
+
+
 @pytest.mark.parametrize("ratio", [False, True])
 def test_intervals_cover_the_truth(ratio: bool) -> None:
     """Of 400 samples of 16. A percentile interval of a mean of 16 covers 92 to 93 %; two standard errors are 2.6 %."""
