@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, preflight
@@ -105,6 +105,19 @@ class Batches:
         return iter(self.batches)
 
 
+class Shuffles(Sampler[int]):
+    """A sampler with random numbers of its own, another order in each pass."""
+
+    def __init__(self) -> None:
+        self.numbers = np.random.default_rng(3)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.numbers.permutation(96).tolist()
+
+    def __len__(self) -> int:
+        return 96
+
+
 RUNS: dict[str, dict[str, Any]] = {
     **{kind.__name__: {"kind": kind, "batchnorm": "retain"} for kind in MODULES},
     "frozen BatchNorm": {"kind": WithBatchNorm},
@@ -118,6 +131,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "paired": {"kind": WithDropout, "loader": paired, "forget": lambda: None},
     "a generator of the loader": {"kind": WithDropout, "loader": own_generator},
     "the same batches, edited in place": {"loader": lambda: Batches(), "kind": EditsItsBatch},
+    "a sampler with a state": {"loader": lambda: DataLoader(make_data(), 16, sampler=Shuffles())},
     "a target": {"kind": WithBatchNorm, "rule": TARGET},
     "workers that stay": {"loader": lambda: retain_loader(num_workers=2, persistent_workers=True)},
 }
