@@ -70,7 +70,7 @@ class HAMUCallback(Callback):
         exact: For an optimizer that is not plain SGD: apply the rule's step itself, as `HAMUOptimizer(exact=True)`.
         track_actual: Log `hamu/actual_retain_improvement` and `hamu/actual_forget_improvement`, what the weights'
             actual change did to first order, as `HAMUOptimizer(track_actual=True)`.
-        preflight: Before the first forget pass, predict from up to 16 batch pairs what can be reached and what it costs,
+        preflight: Before the first forget pass, predict from up to 16 batch pairs what can be had and what it costs,
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
             bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.
             One process only.
