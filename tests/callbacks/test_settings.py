@@ -7,12 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import timer
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from typing_extensions import override
 
-from tests.callbacks.modules import WithBatchNorm, make_data
+from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.rules import FixedRadius
+from tests.callbacks.modules import WithBatchNorm, build, fit, make_data
 from tests.callbacks.test_invariants import assert_no_trace
 
 pytestmark = [
@@ -66,8 +70,19 @@ class LeavesEpochsEarly(Validates):
 
 
 def test_the_rest_of_an_epoch_is_skipped() -> None:
-    """In the middle of a window: the next epoch opens a new one."""
+    """In the middle of a window: the next epoch opens a new one, and its means are over that one alone."""
     assert assert_no_trace(LeavesEpochsEarly, "momentum", accumulate_grad_batches=2).combined_steps == 2
+    retain, forget = (DataLoader(ConcatDataset([make_data(16, seed)] * 6), batch_size=16) for seed in (0, 9))
+    gramians = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            gramians.append(callback.last_step and callback.last_step.gramian)
+
+    # The batches are always the same, and the weights rest.
+    callback = HAMUCallback(forget, HAMUQ(0.0, radius=FixedRadius(1e-12)))
+    fit(build(LeavesEpochsEarly), callback, Look(), loader=retain, accumulate_grad_batches=2)
+    torch.testing.assert_close(gramians[-1], gramians[1])
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)` but `Trainer\\(barebones=True\\)` is configured")
