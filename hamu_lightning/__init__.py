@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hamu_lightning.callbacks import Chance, HAMUCallback, Holdout, preflight, split_forget
+    from hamu_lightning.callbacks import Chance, HAMUCallback, Holdout, VerifySteps, preflight, split_forget
     from hamu_lightning.gramian import compute_gramian
     from hamu_lightning.optim import HAMUOptimizer
     from hamu_lightning.rules import HAMUQ, HAMUU
@@ -19,6 +19,7 @@ __all__ = [
     "HAMUCallback",
     "HAMUOptimizer",
     "Holdout",
+    "VerifySteps",
     "compute_gramian",
     "preflight",
     "split_forget",
@@ -32,6 +33,7 @@ _HOMES = {
     "HAMUCallback": "callbacks",
     "HAMUOptimizer": "optim",
     "Holdout": "callbacks",
+    "VerifySteps": "callbacks",
     "compute_gramian": "gramian",
     "preflight": "callbacks",
     "split_forget": "callbacks",

@@ -6,6 +6,7 @@ from hamu_lightning.callbacks._preflight import preflight
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._streams import split_forget
 from hamu_lightning.callbacks._targets import Chance, Holdout, Target
+from hamu_lightning.callbacks._verification import VerifySteps
 
 __all__ = [
     "Chance",
@@ -14,6 +15,7 @@ __all__ = [
     "Holdout",
     "PreflightReport",
     "Target",
+    "VerifySteps",
     "preflight",
     "split_forget",
 ]

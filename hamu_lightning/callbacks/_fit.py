@@ -22,6 +22,7 @@ from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._sources import find_forget_loader
 from hamu_lightning.callbacks._stopping import StopOn, find_stop_reason
 from hamu_lightning.callbacks._streams import ForgetStream
+from hamu_lightning.callbacks._verification import Verifier, VerifySteps
 from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim import StepReport
@@ -46,6 +47,7 @@ class FitSettings:
     exact: bool
     track_actual: bool
     preflight: bool
+    verify: VerifySteps | None
 
 
 class Fit:
@@ -73,6 +75,7 @@ class Fit:
         self._stream: ForgetStream | None = None
         self._forget_pass = ForgetPass(trainer, self.optimizer, self._random)
         self._approach: Approach | None = None
+        self._verifier: Verifier | None = None
         self._journal = Journal(trainer, settings.progress_bar)
         self._watchdog: Watchdog | None = None
         self._frozen: dict[_BatchNorm, bool] = {}
@@ -112,6 +115,10 @@ class Fit:
             self._preflight = FitPreflight(self._trainer, self.optimizer, own, settings.seed)
         if self.optimizer.rule.target_quota is not None:
             self._approach = Approach(self._trainer, self.optimizer, self._forget_pass, loader, settings.every_n_steps)
+        if settings.verify is not None:
+            self._verifier = self.optimizer.referee = Verifier(self._trainer, self._forget_pass, settings.verify)
+            if "verifier" in self._state:
+                self._verifier.load_state_dict(self._state["verifier"])
         self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
 
     def _run_preflight(self, preflight: FitPreflight, step: Callable[..., Any]) -> None:
@@ -147,10 +154,15 @@ class Fit:
         if self._watchdog is not None and not self._watchdog.check(self.optimizer.calls):
             self._watchdog = None
         report = self.optimizer.last_step
-        self._journal.log_step(
-            None if report is self._reported else report, {} if self._approach is None else self._approach.levels()
-        )
+        more = {} if self._approach is None else self._approach.levels()
+        if self._verifier is not None:
+            more |= self._verifier.numbers()
+        self._journal.log_step(None if report is self._reported else report, more)
         self._reported = report
+        if self._verifier is not None and self._combines:
+            self._verifier.close_window()
+            if self._verifier.is_lost and self._stop_reason is None:
+                self._stop_reason = f"promises broken: {self._verifier.describe()}."
         if self._stop_reason is not None and not self._trainer.should_stop:
             rank_zero_info(f"HAMU stops at step {self._trainer.global_step}: {self._stop_reason}")
             self._trainer.should_stop = True
@@ -201,7 +213,7 @@ class Fit:
         counts = self._counts()
         return (
             f"HAMU: {counts['combined_steps']} combined steps ({counts['left_out_steps']} left out), "
-            f"{self._journal.summary()}."
+            f"{self._journal.summary()}." + ("" if self._verifier is None else f" {self._verifier.describe()}.")
         )
 
     def _counts(self) -> dict[str, int]:
@@ -222,6 +234,7 @@ class Fit:
             "stop_reason": self._stop_reason,
             "stopped_under": self._stopping_settings(),
             "journal": self._journal.state_dict(),
+            **({} if self._verifier is None else {"verifier": self._verifier.state_dict()}),
         }
 
     def close(self) -> None:
@@ -229,7 +242,7 @@ class Fit:
         self.unfreeze()
         self._patch.remove()
         self.optimizer.release_forget()
-        self.optimizer.approve = None
+        self.optimizer.approve = self.optimizer.referee = None
         if self._has_wrapped:
             self._trainer.strategy.optimizers = [self.optimizer.base]
 
@@ -252,18 +265,27 @@ class Fit:
             self._combines = trainer.global_step % settings.every_n_steps == 0
         self._window += 1
         if self._combines:
-            if self._approach is not None and self._window == 1:
-                self._approach.look(step, args, kwargs)
-            if self._preflight is not None:
-                self._run_preflight(self._preflight, step)
-            loss = self._forget_pass.run(step, args, kwargs, forget)
-            self._journal.add_forget(loss)
-            if self._approach is not None:
-                self._approach.observe(loss)
-            self._forget_passes += 1
-        output = step(*args, **kwargs)
+            self._run_forget(step, args, kwargs, forget)
+        if self._verifier is not None and self._combines and self._verifier.is_due:
+            output = self._verifier.run_retain(step, args, kwargs)
+        else:
+            output = step(*args, **kwargs)
         self._note_retain(detached_loss(output))
         return output
+
+    def _run_forget(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], forget: Any) -> None:
+        """Measure what is to be measured before the step, then run the forget pass."""
+        if self._approach is not None and self._window == 1:
+            self._approach.look(step, args, kwargs)
+        if self._preflight is not None:
+            self._run_preflight(self._preflight, step)
+        if self._verifier is not None and self._window == 1:
+            self._verifier.open_window(step)
+        loss = self._forget_pass.run(step, args, kwargs, forget)
+        self._forget_passes += 1
+        self._journal.add_forget(loss)
+        if self._approach is not None:
+            self._approach.observe(loss)
 
     def _note_retain(self, loss: Tensor | None) -> None:
         """Count the retain loss, and tell the optimizer what its next step is to do."""

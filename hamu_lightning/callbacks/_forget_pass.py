@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._guard import ModuleGuard
-from hamu_lightning.callbacks._random import RandomStream
+from hamu_lightning.callbacks._random import RandomStream, capture_random, restore_random
 from hamu_lightning.callbacks._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream, copied
 from hamu_lightning.callbacks._targets import Target
 from hamu_lightning.errors import HAMUStateError
@@ -22,6 +23,18 @@ from hamu_lightning.optim._slots import hidden_gradients
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A batch as it was before a pass, with the random numbers of the pass, and the loss that came out."""
+
+    batch: Any
+    random: tuple[Any, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    share: Tensor | None
+    loss: Tensor
 
 
 class ForgetPass:
@@ -35,6 +48,7 @@ class ForgetPass:
 
     Attributes:
         stream: Where batches come from; None if each training batch brings its own.
+        records: Called with each batch and its loss, where somebody wants to run it again.
         guard: Keeps the module as it was.
         logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
     """
@@ -49,6 +63,7 @@ class ForgetPass:
         self._trainer, self._optimizer, self._random = trainer, optimizer, random
         self._slot = slot or optimizer.forget
         self.stream: ForgetStream | None = None
+        self.records: Callable[[Recording], None] | None = None
         self.guard = ModuleGuard(trainer.lightning_module)
         self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
         self._group = _compat.data_parallel_group(trainer)
@@ -168,6 +183,7 @@ class ForgetPass:
                 batch = self._next_batch(args[0])
                 self._results.batch = batch
             share = self._share(batch)
+            kept = None if self.records is None else (copied(batch), capture_random(self.generators))
             loss = _compat.split_step_output(step(batch, *args[1:], **kwargs))
             if loss is None:
                 return None
@@ -175,7 +191,26 @@ class ForgetPass:
             check_loss(loss)
             loss = loss if share is None else loss * share.to(loss.dtype)
             self._backward(loss)
-            return loss.detach().float().mean().clone()
+            value = loss.detach().float().mean().clone()
+            if self.records is not None and kept is not None:
+                self.records(Recording(*kept, args[1:], kwargs, share, value))
+            return value
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The module's own random generators: a batch that is run again has to see the same numbers."""
+        values = (value for m in self._trainer.lightning_module.modules() for value in vars(m).values())
+        return [value for value in values if isinstance(value, torch.Generator)]
+
+    def replay(self, step: Callable[..., Any], recording: Recording) -> Tensor:
+        """Run a batch again at the present weights, without gradients and without a trace; return its loss."""
+        batch = copied(recording.batch)
+        with self._isolated(batch), torch.no_grad():
+            restore_random(recording.random, self.generators)
+            loss = detached_loss(step(batch, *recording.args, **recording.kwargs))
+        if loss is None:
+            return torch.full_like(recording.loss, torch.nan)
+        return loss if recording.share is None else loss * recording.share.to(loss.dtype)
 
     def _next_batch(self, retain: Any) -> Any:
         """The next forget batch. A process without one takes part with a copy of the retain batch that counts for 0."""

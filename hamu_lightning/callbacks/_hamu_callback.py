@@ -15,6 +15,7 @@ from hamu_lightning.callbacks._fit import Fit, FitSettings
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._stopping import StopOn
 from hamu_lightning.callbacks._targets import as_target
+from hamu_lightning.callbacks._verification import VerifySteps
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import StepReport
 from hamu_lightning.rules import HAMUQ, RelativeRadius, Rule, TargetQuota
@@ -74,6 +75,8 @@ class HAMUCallback(Callback):
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
             bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.
             One process only.
+        verify: `VerifySteps()`, or True, measures both losses again after each step, and takes back a step that breaks
+            its promise. Default: with `target`, and not else.
 
     Raises:
         HAMUValueError: If an argument is out of its range.
@@ -99,6 +102,7 @@ class HAMUCallback(Callback):
         exact: bool = False,
         track_actual: bool = False,
         preflight: bool = False,
+        verify: VerifySteps | bool | None = None,
     ) -> None:
         super().__init__()
         if target is not None:
@@ -131,6 +135,7 @@ class HAMUCallback(Callback):
             exact,
             track_actual,
             preflight,
+            _choose_verification(verify, has_target=target is not None),
         )
         self._preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
@@ -260,3 +265,11 @@ class HAMUCallback(Callback):
             self._preflight_report = fit.preflight_report or self._preflight_report
             self._fit = None
             fit.close()
+
+
+def _choose_verification(verify: VerifySteps | bool | None, *, has_target: bool) -> VerifySteps | None:
+    if verify is None:
+        verify = has_target
+    if not isinstance(verify, VerifySteps | bool):
+        raise HAMUValueError(f"Expected `verify` to be VerifySteps(...), True or False, but got {verify!r}.")
+    return VerifySteps() if verify is True else verify or None

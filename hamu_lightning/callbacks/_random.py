@@ -38,12 +38,12 @@ class RandomStream:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Swap the stream's random numbers in, and out again at the end."""
-        outside = _capture(self.generators)
+        outside = capture_random(self.generators)
         self.reseed()
         try:
             yield
         finally:
-            _restore(outside, self.generators)
+            restore_random(outside, self.generators)
 
     def reseed(self) -> None:
         """Begin the random numbers of the present draw; only while the stream is active."""
@@ -55,14 +55,15 @@ class RandomStream:
             generator.manual_seed(int(words[0] >> 1) ^ offset)
 
 
-def _capture(generators: Sequence[torch.Generator]) -> tuple[Any, ...]:
+def capture_random(generators: Sequence[torch.Generator] = ()) -> tuple[Any, ...]:
     """The states of all random generators that a training step may draw from."""
     cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else None
     own = [generator.get_state() for generator in generators]
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), own
 
 
-def _restore(state: tuple[Any, ...], generators: Sequence[torch.Generator]) -> None:
+def restore_random(state: tuple[Any, ...], generators: Sequence[torch.Generator] = ()) -> None:
+    """Put the states back that `capture_random` returned."""
     cpu, cuda, arrays, python, own = state
     torch.set_rng_state(cpu)
     if cuda is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,11 @@ from hamu_lightning.optim._layout import Layout, collect_names, make_layout
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._slots import GradientSlot, SpentGradients, own_gradients_, pointed_gradients
+from hamu_lightning.optim._trial import Referee, Snapshot
 from hamu_lightning.rules import Coefficients, Rule
 
 Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
-COUNTERS = ("steps", "zero_lr_steps", "not_finite_steps", "rejected_steps", "dropped_steps")
+COUNTERS = ("steps", "zero_lr_steps", "not_finite_steps", "rejected_steps", "dropped_steps", "undone_steps")
 
 
 @dataclass
@@ -45,6 +47,7 @@ class _Core:
     plan: Plan = "combine"
     window_shares: tuple[float, float] = (1.0, 1.0)
     approve: Callable[[StepReport], bool] | None = None
+    referee: Referee | None = None
     unscaling: Unscaling | None = None
     calls: int = 0
     steps: int = 0
@@ -52,6 +55,7 @@ class _Core:
     not_finite_steps: Tensor | int = 0
     rejected_steps: int = 0
     dropped_steps: int = 0
+    undone_steps: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not take part in the step that a loss scaler has begun."""
@@ -171,12 +175,14 @@ class HAMUOptimizer(Optimizer):
     @property
     def applied_steps(self) -> Tensor:
         """How many combined steps have moved the weights: 0-d, on the device."""
-        return self._core.steps - self._core.zero_lr_steps - self._core.rejected_steps - self.not_finite_steps
+        core = self._core
+        return core.steps - core.zero_lr_steps - core.rejected_steps - core.undone_steps - self.not_finite_steps
 
     @property
     def left_out_steps(self) -> Tensor:
-        """How many combined steps were left out: non-finite, at learning rate 0, or dropped. 0-d, on the device."""
-        return self._core.zero_lr_steps + self._core.dropped_steps + self.not_finite_steps
+        """How many combined steps came to nothing: not finite, learning rate 0, dropped, undone. 0-d, on the device."""
+        core = self._core
+        return core.zero_lr_steps + core.dropped_steps + core.undone_steps + self.not_finite_steps
 
     @property
     def zero_lr_steps(self) -> int:
@@ -192,6 +198,11 @@ class HAMUOptimizer(Optimizer):
     def dropped_steps(self) -> int:
         """How many combined steps came to nothing before the rule was asked: no retain loss, or a scaler's overflow."""
         return self._core.dropped_steps
+
+    @property
+    def undone_steps(self) -> int:
+        """How many combined steps the referee gave up."""
+        return self._core.undone_steps
 
     @contextmanager
     def retain(self) -> Iterator[None]:
@@ -254,6 +265,15 @@ class HAMUOptimizer(Optimizer):
     @approve.setter
     def approve(self, approve: Callable[[StepReport], bool] | None) -> None:
         self._core.approve = approve
+
+    @property
+    def referee(self) -> Referee | None:
+        """Judges steps after they were applied; one that it does not accept is taken back, and may be tried again."""
+        return self._core.referee
+
+    @referee.setter
+    def referee(self, referee: Referee | None) -> None:
+        self._core.referee = referee
 
     @property
     def aim(self) -> Aim:
@@ -411,6 +431,45 @@ class HAMUOptimizer(Optimizer):
         if core.approve is not None and not core.approve(core.last_step):
             core.rejected_steps += 1
             return
+        if core.referee is None or core.rule.is_plain or not core.referee.is_due:
+            self._take_step(retain, forget, layout)
+        else:
+            self._take_step_on_trial(retain, forget, layout, core.referee)
+
+    def _take_step_on_trial(
+        self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout, referee: Referee
+    ) -> None:
+        """Apply the step, and take it back as long as the referee does not accept it."""
+        core, before = self._core, Snapshot(self._applier(takes_d=True), layout.parameters)
+        counts, aim = {name: getattr(core, name) for name in COUNTERS}, copy.copy(core.aim)
+        while True:
+            # The combination is written over the forget gradients; they may be needed again.
+            self._take_step(retain, [None if g is None else g.clone() for g in forget], layout)
+            assert core.last_step is not None
+            if not self._moves_by_d:
+                before.shorten_step(referee.region)
+                core.last_step = self._measure(core.last_step, retain, forget, before.weights)
+            verdict = referee.judge(core.last_step)
+            if verdict == "accept":
+                return
+            before.restore()
+            core.aim.__dict__.update(aim.__dict__)
+            for name, count in counts.items():
+                setattr(core, name, count)
+            if verdict == "drop":
+                core.undone_steps += 1
+                return
+            core.last_step = self._ask_rule(retain, forget, layout)
+
+    @property
+    def _moves_by_d(self) -> bool:
+        """Whether the weights move by the rule's step, and so follow its radius; Adam's and momentum's do not."""
+        return self._core.exact or is_plain_sgd(self._core.base)
+
+    def _take_step(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> None:
+        """Let the base apply the last answer of the rule."""
+        core = self._core
+        assert core.last_step is not None
         before = [p.detach().clone() for p in layout.parameters] if core.track_actual else None
         # The combination is written over the forget gradients; they are needed again to measure.
         spare = [None if g is None else g.clone() for g in forget] if core.track_actual else forget
@@ -451,6 +510,8 @@ class HAMUOptimizer(Optimizer):
     def _ask_rule(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> StepReport:
         """Compute the Gramians of the mean gradients, and ask the rule for the coefficients."""
         core, rule = self._core, self._core.rule
+        if core.referee is not None and core.referee.region != 1 and self._moves_by_d:
+            rule = rule.in_region(core.referee.region)
         gramian = self._as_means(compute_gramian(retain, forget, blocks=layout.blocks))
         gramian = self._as_means(gramian.mT).mT
         if core.unscaling is not None and core.unscaling.found_inf is not None:

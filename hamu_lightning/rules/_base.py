@@ -125,6 +125,10 @@ class Rule(ABC):
         """The rule's quota if it is one that `HAMUOptimizer` resolves at each step."""
         return None
 
+    def in_region(self, scale: float) -> Rule:
+        """Return the rule with every radius multiplied by `scale`; a rule without a trust region returns itself."""
+        return self
+
     @abstractmethod
     def coefficients(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -21,7 +21,7 @@ from hamu_lightning.rules._closed_form import (
     solve_blocks,
 )
 from hamu_lightning.rules._quota import AbsoluteQuota, Quota, TargetQuota
-from hamu_lightning.rules._radius import LearningRateRadius, Radius
+from hamu_lightning.rules._radius import LearningRateRadius, Radius, ScaledRadius
 
 OnInfeasible = Literal["best_effort", "skip"]
 
@@ -77,6 +77,10 @@ class HAMUQ(Rule):
     def target_quota(self) -> TargetQuota | None:
         """The quota if it is a `TargetQuota`."""
         return self.quota if isinstance(self.quota, TargetQuota) else None
+
+    def in_region(self, scale: float) -> HAMUQ:
+        """Return the rule with every radius multiplied by `scale`."""
+        return replace(self, radius=ScaledRadius(self.radius, scale))
 
     def coefficients(
         self,

@@ -129,6 +129,30 @@ class RelativeRadius(Radius):
         return self.fraction * torch.maximum(norms, self.floor * (mean_square * sizes).sqrt())
 
 
+@dataclass(frozen=True)
+class ScaledRadius(Radius):
+    """A multiple of another radius.
+
+    Args:
+        radius: The other one.
+        scale: The factor.
+    """
+
+    radius: Radius
+    scale: float
+
+    @property
+    def needs_weights(self) -> bool:  # type: ignore[override]
+        """As for the other one."""
+        return self.radius.needs_weights
+
+    def compute(
+        self, free_norm: Tensor, lr: Tensor, weight_norms: Tensor | None = None, sizes: Tensor | None = None
+    ) -> Tensor:
+        """Return the multiple."""
+        return self.scale * self.radius.compute(free_norm, lr, weight_norms, sizes)
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise unless the number is positive and finite."""
     if not (math.isfinite(value) and value > 0):

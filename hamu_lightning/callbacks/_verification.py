@@ -1,0 +1,263 @@
+"""Verified steps: after each step both losses are measured again, and a step that breaks its promise is taken back."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.callbacks._forget_pass import ForgetPass, Recording, detached_loss
+from hamu_lightning.callbacks._random import capture_random
+from hamu_lightning.callbacks._streams import copied
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.gramian import widest_float
+from hamu_lightning.optim import StepReport
+from hamu_lightning.optim._trial import Verdict
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+# A loss is known to about this share of itself: a step that promises less cannot be judged.
+_ROUNDING = 1e-5
+# Below this region a step moves nothing, and still broke its promise.
+_SMALLEST_REGION = 1e-6
+
+
+@dataclass(frozen=True)
+class VerifySteps:
+    """Keep each step's promise: measure both losses again on the same batches, and undo a step that breaks it.
+
+    A step is accepted if, on the batches that it was computed from,
+
+    - the forget loss rose by at least `tolerance` times the promise, and by no more than 3 times the promise plus half
+      of its value;
+    - the retain loss rose by no more than 1.5 times the promised damage plus a tenth of its value.
+
+    Both sides are needed, and the losses themselves besides the promise: where the trust region is far too large the
+    promise is absurd itself. A broken step is taken back exactly (weights and the optimizer's state) and tried again
+    with a trust region `shrink` times as large; after `max_tries` it is left out. Each verified step whose first try is
+    accepted lets the region grow back by `grow`, up to the size that the rule gives it. So a learning rate or radius
+    that is far too large costs time, but not the model.
+
+    A base optimizer other than plain SGD makes steps of its own: their length is shortened instead of the region, and
+    of the forget loss no more is asked than what the weights' actual change should give, to first order.
+
+    "The same batches" means: as they were before the module edited them, with the same random numbers. What a module
+    carries from batch to batch (a hidden state) is what it is after the step.
+
+    Costs two forward passes per try, without gradients, and copies of the weights, of the optimizer's state, and of the
+    step's batches.
+
+    Args:
+        every: Verify every so many combined steps.
+        tolerance: Share of the promised rise of the forget loss that has to come true, in [0, 1].
+        shrink: Factor of the region after a broken promise, in (0, 1).
+        grow: Factor after a kept one, at least 1.
+        max_tries: How often a step is tried before it is left out.
+        ledger: A CSV file that gets a line for each try, as it goes; None for no file.
+
+    Raises:
+        HAMUValueError: If an argument is out of its range.
+
+    Example:
+        >>> VerifySteps(every=5).shrink
+        0.5
+    """
+
+    every: int = 1
+    tolerance: float = 0.5
+    shrink: float = 0.5
+    grow: float = 1.5
+    max_tries: int = 3
+    ledger: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for name, is_good, range_ in (
+            ("every", self.every >= 1, "at least 1"),
+            ("tolerance", 0 <= self.tolerance <= 1, "in [0, 1]"),
+            ("shrink", 0 < self.shrink < 1, "between 0 and 1"),
+            ("grow", self.grow >= 1, "at least 1"),
+            ("max_tries", self.max_tries >= 1, "at least 1"),
+        ):
+            if not is_good:
+                raise HAMUValueError(f"Expected `{name}` to be {range_}, but got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step promised and what it did, in loss units; losses from before the step.
+
+    `due_forget` is what the weights' actual change should do, to first order: the promise, with plain SGD.
+    """
+
+    retain_loss: float
+    forget_loss: float
+    promised_retain: float
+    promised_forget: float
+    due_forget: float
+    measured_retain: float
+    measured_forget: float
+
+    def is_kept(self, tolerance: float) -> bool:
+        """Whether the step kept its promise; see `VerifySteps`. Improvements count positive for both losses."""
+        slack = _ROUNDING * (abs(self.retain_loss) + abs(self.forget_loss))
+        due = min(self.promised_forget, self.due_forget)
+        # Past a target less than nothing is due: the loss may fall by that much.
+        least = due * (tolerance if due > 0 else 2 - tolerance) - slack
+        most = 3 * max(self.promised_forget, 0.0) + 0.5 * abs(self.forget_loss) + slack
+        damage = 1.5 * max(-self.promised_retain, 0.0) + 0.1 * abs(self.retain_loss) + slack
+        # Written so that NaN breaks the promise.
+        return least <= self.measured_forget <= most and -self.measured_retain <= damage
+
+
+class Verifier:
+    """Judges the steps of a fit; the optimizer's referee.
+
+    Args:
+        trainer: The trainer.
+        forget_pass: Runs batches again without a trace; it and the fit hand their batches over by `record`.
+        settings: What the user asked for.
+    """
+
+    def __init__(self, trainer: Trainer, forget_pass: ForgetPass, settings: VerifySteps) -> None:
+        self._trainer, self._forget_pass, self._settings = trainer, forget_pass, settings
+        self._recordings: dict[str, list[Recording]] = {"retain": [], "forget": []}
+        self._step: Callable[..., Any] | None = None
+        self.region = 1.0
+        self.outcome: Outcome | None = None
+        self.verified, self.kept, self.retried, self.dropped = 0, 0, 0, 0
+        self._windows, self._tries = 0, 0
+        if settings.ledger is not None and trainer.is_global_zero:
+            start_ledger(Path(settings.ledger))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step of the present window is to be judged."""
+        return self._windows % self._settings.every == 0
+
+    def open_window(self, step: Callable[..., Any]) -> None:
+        """Begin the window of a combined step; `step` is the strategy's `training_step`."""
+        self._step = step
+        self._let_go()
+        self._forget_pass.records = self.record_forget if self.is_due else None
+
+    def close_window(self) -> None:
+        """End it; the batches are let go."""
+        self._windows += 1
+        self._let_go()
+
+    def record_forget(self, recording: Recording) -> None:
+        """Keep a forget batch and its loss."""
+        self._recordings["forget"].append(recording)
+
+    def run_retain(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the retain pass as it is, and keep its batch and its loss."""
+        kept = copied(args[0]), capture_random(self._forget_pass.generators)
+        output = step(*args, **kwargs)
+        loss = detached_loss(output)
+        if loss is not None:
+            self._recordings["retain"].append(Recording(*kept, args[1:], kwargs, None, loss))
+        return output
+
+    def judge(self, report: StepReport) -> Verdict:
+        """Measure both losses again, and tell what is to become of the step. All processes judge alike."""
+        self._tries += 1
+        outcome = self.outcome = self._measure(report)
+        is_kept = outcome.is_kept(self._settings.tolerance)
+        is_last = self._tries >= self._settings.max_tries
+        verdict: Verdict = "accept" if is_kept else "drop" if is_last else "retry"
+        self._write(outcome, verdict)
+        if is_kept and self._tries == 1:
+            self.region = min(1.0, self.region * self._settings.grow)
+        elif not is_kept:
+            self.region *= self._settings.shrink
+        if verdict != "retry":
+            self.verified += 1
+            self.kept += is_kept
+            self.retried += is_kept and self._tries > 1
+            self.dropped += not is_kept
+            self._tries = 0
+        return verdict
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What is logged beside the step: promised and measured improvements, and the size of the region."""
+        if self.outcome is None:
+            return {}
+        names = ("promised_retain", "promised_forget", "measured_retain", "measured_forget")
+        numbers = {name: getattr(self.outcome, name) for name in names} | {"region": self.region}
+        return {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
+
+    def describe(self) -> str:
+        """What came of the steps, in words."""
+        return (
+            f"Of {self.verified} verified steps {self.kept} kept their promise ({self.retried} of them in a smaller "
+            f"trust region), {self.dropped} were left out; the region is {self.region:.3g} times the rule's"
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether promises are broken however small the region."""
+        return self.region < _SMALLEST_REGION
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the size of the region, and the counts."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what `state_dict` returned."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+
+    def _let_go(self) -> None:
+        for recordings in self._recordings.values():
+            recordings.clear()
+
+    def _measure(self, report: StepReport) -> Outcome:
+        assert self._step is not None
+        before = [mean_of([r.loss for r in self._recordings[name]]) for name in ("retain", "forget")]
+        after = [
+            mean_of([self._forget_pass.replay(self._step, r) for r in self._recordings[name]])
+            for name in ("retain", "forget")
+        ]
+        step, actual = report.coefficients, report.actual_improvements
+        due = step.forget_improvement if actual is None else actual[1]
+        promised = [n.to(before[0]) for n in (step.retain_improvement, step.forget_improvement, due)]
+        numbers = self._trainer.strategy.reduce(torch.stack([*before, *after, *promised]), reduce_op="mean")
+        retain, forget, new_retain, new_forget, promised_retain, promised_forget, due_forget = numbers.tolist()
+        return Outcome(
+            retain, forget, promised_retain, promised_forget, due_forget, retain - new_retain, new_forget - forget
+        )
+
+    def _write(self, outcome: Outcome, verdict: Verdict) -> None:
+        if self._settings.ledger is None or not self._trainer.is_global_zero:
+            return
+        with Path(self._settings.ledger).open("a", newline="") as file:
+            csv.writer(file).writerow(
+                [self._trainer.global_step, self._tries, self.region, *vars(outcome).values(), verdict]
+            )
+
+
+_STATE = ("region", "verified", "kept", "retried", "dropped", "_windows")
+LEDGER_COLUMNS = ["step", "try", "region", *Outcome.__dataclass_fields__, "verdict"]
+
+
+def start_ledger(path: Path) -> None:
+    """Write the head of the ledger, unless it is there: a resumed run goes on with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.stat().st_size == 0:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerow(LEDGER_COLUMNS)
+
+
+def mean_of(losses: list[Tensor]) -> Tensor:
+    """The mean in float64; NaN without losses, which breaks every promise."""
+    if not losses:
+        return torch.tensor(math.nan, dtype=torch.float64)
+    return torch.stack(losses).to(widest_float(losses[0].device)).mean()

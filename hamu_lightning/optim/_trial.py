@@ -1,0 +1,74 @@
+"""A step on trial: applied, judged by somebody, taken back exactly and tried again in a smaller trust region."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hamu_lightning.optim._report import StepReport
+
+Verdict: TypeAlias = Literal["accept", "retry", "drop"]
+
+
+class Referee(Protocol):
+    """Judges steps after they were applied.
+
+    Attributes:
+        region: What the radius of the rule is multiplied by; with a base other than plain SGD, its step.
+    """
+
+    region: float
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step is to be judged."""
+        ...
+
+    def judge(self, report: StepReport) -> Verdict:
+        """Judge a step that has moved the weights: keep it, try again (with a new `region`), or give it up."""
+        ...
+
+
+class Snapshot:
+    """Weights and the state of their optimizer.
+
+    Attributes:
+        weights: The weights as they were.
+
+    Args:
+        optimizer: The optimizer.
+        parameters: The weights.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self.weights = [p.detach().clone() for p in parameters]
+        self._state = _copied(optimizer.state)
+
+    @torch.no_grad()
+    def shorten_step(self, factor: float) -> None:
+        """Leave the weights at `factor` of their way since the snapshot."""
+        if factor != 1:
+            for parameter, weight in zip(self._parameters, self.weights, strict=True):
+                parameter.copy_(torch.lerp(weight, parameter, factor))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back, bit by bit."""
+        for parameter, weight in zip(self._parameters, self.weights, strict=True):
+            parameter.copy_(weight)
+        self._optimizer.state.clear()
+        self._optimizer.state.update(_copied(self._state))
+
+
+def _copied(state: Any) -> dict[Any, dict[str, Any]]:
+    return {
+        parameter: {name: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for name, v in values.items()}
+        for parameter, values in state.items()
+    }

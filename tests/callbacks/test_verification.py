@@ -1,0 +1,256 @@
+"""Verified steps: promises are measured, broken ones undone exactly, and the region follows."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps
+from hamu_lightning.callbacks._verification import LEDGER_COLUMNS, Outcome
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.rules import FixedRadius, RelativeQuota
+from tests.callbacks.modules import Base, EditsItsBatch, WithBatchNorm, WithDropout, build, fit, make_data
+from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:The base optimizer")
+FORGET = make_data(40, seed=9)
+GENTLE = HAMUQ(RelativeQuota(0.3), radius=FixedRadius(0.01))
+RECKLESS = HAMUQ(0.05, radius=FixedRadius(10.0))
+OK = {
+    "retain_loss": 1.0,
+    "forget_loss": 2.0,
+    "promised_retain": -0.1,
+    "promised_forget": 0.2,
+    "due_forget": 0.2,
+    "measured_retain": -0.1,
+    "measured_forget": 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_kept"),
+    [
+        ({}, True),
+        ({"measured_forget": 0.11}, True),
+        ({"measured_forget": 0.09}, False),  # less than half of the promise
+        ({"measured_forget": 1.59}, True),
+        ({"measured_forget": 1.61}, False),  # more than 3 promises and half of its value
+        ({"measured_retain": -0.24}, True),
+        ({"measured_retain": -0.26}, False),  # more than 1.5 times the damage and a tenth of its value
+        ({"promised_retain": 0.5, "measured_retain": -0.11}, False),  # no damage was promised
+        ({"due_forget": 0.1, "measured_forget": 0.06}, True),  # another optimizer makes less of it
+        ({"due_forget": 9.0, "measured_forget": 0.11}, True),  # or would make more
+        ({"promised_forget": -0.2, "measured_forget": -0.29}, True),  # past a target it may fall
+        ({"promised_forget": -0.2, "measured_forget": -0.31}, False),
+        ({"promised_forget": 1e-7, "measured_forget": -1e-6}, True),  # less than a loss is known to
+        ({"measured_forget": math.nan}, False),
+        ({"measured_retain": -math.inf}, False),
+    ],
+)
+def test_what_counts_as_kept(changes: dict[str, float], is_kept: bool) -> None:
+    assert Outcome(**{**OK, **changes}).is_kept(tolerance=0.5) is is_kept
+
+
+class Spy(Callback):
+    """Looks at each step, and at the region."""
+
+    def __init__(self, hamu: HAMUCallback) -> None:
+        self.hamu, self.regions, self.outcome = hamu, [], None  # type: ignore[var-annotated]
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        assert self.hamu._fit is not None and self.hamu._fit._verifier is not None
+        self.regions.append(self.hamu._fit._verifier.region)
+        self.outcome = self.hamu._fit._verifier.outcome
+
+
+def train(
+    rule: Any, verify: VerifySteps | None, kind: type[Base] = Base, optimizer: str = "sgd", **options: Any
+) -> tuple[Base, HAMUCallback, Any]:
+    module = build(kind, optimizer)
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=20, shuffle=True), rule, verify=verify)
+    callbacks = [hamu] if verify is None else [hamu, spy := Spy(hamu)]
+    _, recorder = fit(module, *callbacks, **options)
+    return module, hamu, recorder if verify is None else spy
+
+
+@pytest.mark.parametrize("kind", [Base, WithBatchNorm, WithDropout, EditsItsBatch])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_kept_steps_are_those_of_a_run_without_verification(kind: type[Base], optimizer: str) -> None:
+    """No trace: not in weights, buffers, logged values, random numbers, batches."""
+    plain, _, values = train(GENTLE, None, kind, optimizer)
+    module = build(kind, optimizer)
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=20, shuffle=True), GENTLE, verify=VerifySteps(tolerance=0.0))
+    _, recorder = fit(module, hamu)
+    verifier = hamu.state_dict()["verifier"]
+    assert (verifier["verified"], verifier["kept"], verifier["retried"]) == (12, 12, 0)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), module.buffers(), strict=True))
+    assert recorder.values == values.values
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
+def test_broken_steps_are_undone_exactly(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and the optimizer's state, from the first step on, when there is no state yet."""
+    monkeypatch.setattr(Outcome, "is_kept", lambda *_: False)
+    module = build(Base, optimizer)
+    before = copy.deepcopy(module.state_dict())
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=20), GENTLE, verify=VerifySteps(shrink=0.9))
+    with pytest.raises(Exception, match="ended with 0 combined steps"):
+        trainer, _ = fit(module, hamu, max_epochs=1)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+    assert hamu.left_out_steps == hamu.state_dict()["verifier"]["dropped"] == 6
+
+
+def test_a_retried_step_is_the_one_of_the_smaller_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the rule had had the smaller radius at once."""
+    verdicts = iter([True, False, True, True, True, True])
+    monkeypatch.setattr(Outcome, "is_kept", lambda *_: next(verdicts))
+    tried, _, _ = train(GENTLE, VerifySteps(grow=1.0), max_steps=2)
+
+    class Shrinks(Callback):
+        @override
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 1:
+                trainer.optimizers[0]._core.rule = GENTLE.in_region(0.5)
+
+    module = build(Base)
+    fit(module, Shrinks(), HAMUCallback(DataLoader(FORGET, batch_size=20, shuffle=True), GENTLE), max_steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(tried.parameters(), module.parameters(), strict=True))
+
+
+def loss_on(module: Base, data: Any) -> float:
+    x, y = next(iter(DataLoader(data, batch_size=1000)))
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(module(x), y))
+
+
+def test_a_reckless_radius_costs_time_and_not_the_model() -> None:
+    ruined, _, _ = train(RECKLESS, None, max_epochs=4)
+    module, hamu, spy = train(RECKLESS, VerifySteps(max_tries=8), max_epochs=4)
+    assert loss_on(ruined, make_data()) > 50
+    assert loss_on(module, make_data()) < 3
+    assert min(spy.regions) < 0.1
+    assert hamu.combined_steps >= 0.8 * 24
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_other_bases_make_shorter_steps(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At half the region the weights go half of the base's way, and the base's state is that of one step."""
+    verdicts = iter([False, True])
+    monkeypatch.setattr(Outcome, "is_kept", lambda *_: next(verdicts))
+    start = build(Base, optimizer)
+    halved, hamu, _ = train(GENTLE, VerifySteps(), optimizer=optimizer, max_steps=1)
+    whole, other, _ = train(GENTLE, None, optimizer=optimizer, max_steps=1)
+    for a, b, c in zip(start.parameters(), halved.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(b, (a + c) / 2)
+    states = [h.trainer.optimizers[0].state for h in (halved, whole)]
+    for a, b in zip(states[0].values(), states[1].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_region_shrinks_and_grows_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = iter([False, False, True, True, True, True, True, True])
+    monkeypatch.setattr(Outcome, "is_kept", lambda *_: next(verdicts))
+    _, _, spy = train(GENTLE, VerifySteps(), max_epochs=1)
+    assert spy.regions == pytest.approx([0.25, 0.375, 0.5625, 0.84375, 1.0, 1.0])
+
+
+def test_it_ends_where_no_region_is_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Outcome, "is_kept", lambda *_: False)
+    _, hamu, _ = train(GENTLE, VerifySteps(shrink=1e-2), max_epochs=4)
+    assert hamu.stop_reason is not None and hamu.stop_reason.startswith("promises broken: Of 2 verified steps 0 kept")
+
+
+@pytest.mark.parametrize(("every", "accumulation", "verified"), [(1, 1, 12), (3, 1, 4), (1, 3, 4), (2, 3, 2)])
+def test_extra_forward_passes(every: int, accumulation: int, verified: int) -> None:
+    """Two per micro-batch of each verified step, none else."""
+
+    class Counts(Base):
+        passes = 0
+
+        @override
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            Counts.passes += 1
+            return super().training_step(batch, batch_idx)
+
+    train(GENTLE, VerifySteps(every=every, tolerance=0.0), Counts, accumulate_grad_batches=accumulation)
+    assert Counts.passes == 2 * 12 + 2 * verified * accumulation
+
+
+def test_what_was_measured_is_logged_and_in_the_ledger(tmp_path: Path) -> None:
+    ledger = tmp_path / "new" / "ledger.csv"
+    module = build(Base)
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=20), RECKLESS, verify=VerifySteps(ledger=ledger))
+    trainer, _ = fit(module, hamu, max_epochs=1)
+    lines = list(csv.DictReader(ledger.read_text().splitlines()))
+    assert list(lines[0]) == LEDGER_COLUMNS
+    assert lines[0]["verdict"] == "retry" and lines[1]["try"] == "2"
+    assert float(lines[0]["measured_forget"]) != float(lines[1]["measured_forget"])
+    metrics = trainer.callback_metrics
+    for name in ("promised_forget", "measured_forget", "promised_retain", "measured_retain"):
+        assert float(metrics[f"hamu/{name}"]) == pytest.approx(float(lines[-1][name]), rel=1e-5)  # float32
+
+
+def test_measured_changes_are_those_of_the_losses() -> None:
+    """With the whole data as one batch, against losses by hand before and after."""
+    module = build(Base)
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=40), GENTLE, verify=VerifySteps())
+    spy, before = Spy(hamu), (loss_on(module, make_data()), loss_on(module, FORGET))
+    fit(module, hamu, spy, loader=DataLoader(make_data(), batch_size=96), max_epochs=1, log_every_n_steps=1)
+    after = loss_on(module, make_data()), loss_on(module, FORGET)
+    assert hamu.last_step is not None
+    verifier: Any = spy.outcome
+    assert verifier.measured_retain == pytest.approx(before[0] - after[0], abs=1e-6)  # float32
+    assert verifier.measured_forget == pytest.approx(after[1] - before[1], abs=1e-6)
+    assert verifier.promised_forget == pytest.approx(float(hamu.last_step.coefficients.forget_improvement))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "Expected `every` to be at least 1, but got 0"),
+        ({"tolerance": 1.5}, "Expected `tolerance` to be in"),
+        ({"shrink": 1.0}, "Expected `shrink` to be between"),
+        ({"grow": 0.5}, "Expected `grow` to be at least 1"),
+        ({"max_tries": 0}, "Expected `max_tries` to be at least 1"),
+    ],
+)
+def test_bad_settings(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(HAMUValueError, match=message):
+        VerifySteps(**arguments)
+    with pytest.raises(HAMUValueError, match="Expected `verify` to be VerifySteps"):
+        HAMUCallback(FORGET, GENTLE, verify="yes")  # type: ignore[arg-type]
+
+
+def test_a_target_is_verified_unless_told_not_to() -> None:
+    assert HAMUCallback(FORGET, target=1.0).settings.verify == VerifySteps()
+    assert HAMUCallback(FORGET, target=1.0, verify=False).settings.verify is None
+    assert HAMUCallback(FORGET, GENTLE).settings.verify is None
+    assert HAMUCallback(FORGET, GENTLE, verify=True).settings.verify == VerifySteps()
+
+
+def verify_on_ranks(rank: int) -> tuple[list[float], dict[str, Any]]:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    warnings.simplefilter("ignore")
+    strategy = DDPStrategy(process_group_backend="gloo")
+    module, hamu, spy = train(RECKLESS, VerifySteps(max_tries=8), strategy=strategy, devices=2)
+    return spy.regions + [float(p.detach().double().sum()) for p in module.parameters()], hamu.state_dict()["verifier"]
+
+
+def test_processes_judge_alike() -> None:
+    first, second = run_ranks(verify_on_ranks, 2)
+    assert first == second
+    assert first[1]["verified"] == 6 and min(first[0][:6]) < 0.1
