@@ -21,4 +21,5 @@ def test_script_forgets(script: Path, tmp_path: Path) -> None:
     lines = re.findall(r"^(?:before|after): loss on the \w+ to forget (\S+), on the others (\S+)", done.stdout, re.M)
     (forget, retain), (forget_after, retain_after) = (map(float, line) for line in lines)
     rise, harm = forget_after / forget - 1, retain_after / retain - 1
-    assert rise > 0.05 and harm < 0.3 * rise
+    # Fine-tuning on the other series alone raises the loss on the first script's by 5.5 %.
+    assert rise > 0.07 and harm < 0.3 * rise
