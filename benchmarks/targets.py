@@ -1,0 +1,242 @@
+"""Forget to a target with several seeds and learning rates, with and without verified steps; tables in Markdown.
+
+python benchmarks/targets.py            # docs/targets.md; about half an hour on one core
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from evaluation import Row, evaluate, make_row
+from quickstart import Data, fit, load_data, parse_args, prepare, train
+
+from hamu_lightning import HAMUQ, Chance, HAMUCallback, Holdout, VerifySteps
+from hamu_lightning.callbacks._verification import Outcome
+from hamu_lightning.rules import LearningRateRadius, Radius, RelativeRadius, TargetQuota
+
+SETS = {"class 3": ("class", 3.0), "10 % at random": ("random", 0.1), "rho = 0.75": ("mixture", 0.75)}
+LR = 0.1
+LEARNING_RATE, RELATIVE = LearningRateRadius(), RelativeRadius(1e-3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The data, the original and the retrained model of one seed."""
+
+    data: Data
+    original: Any
+    retrained: Any
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an unlearning run came to."""
+
+    row: Row
+    original: Row
+    retrained: Row
+    target: float
+    steps: int
+    state: dict[str, Any]
+    reason: str | None
+    promises: list[bool]
+
+    @property
+    def ratio(self) -> float:
+        """The forget loss at the end in units of the target."""
+        return self.row.forget.loss / self.target
+
+    @property
+    def retain_points(self) -> float:
+        """Retain accuracy against the original's, in points."""
+        return 100 * (self.row.retain.accuracy - self.original.retain.accuracy)
+
+    @property
+    def gap(self) -> float:
+        """Membership AUC against the retrained model's."""
+        return self.row.auc - self.retrained.auc
+
+    @property
+    def is_destroyed(self) -> bool:
+        """Whether a tenth of the retain accuracy is gone, or a loss is no number."""
+        return self.retain_points < -10 or not math.isfinite(self.row.retain.loss + self.row.forget.loss)
+
+
+@contextmanager
+def noted_promises(undoes: bool) -> Iterator[list[bool]]:
+    """Write down which promises were kept; without `undoes` a broken one is accepted all the same."""
+    promises: list[bool] = []
+    original = Outcome.is_kept
+
+    def is_kept(outcome: Outcome, tolerance: float) -> bool:
+        promises.append(original(outcome, tolerance))
+        return promises[-1] or not undoes
+
+    Outcome.is_kept = is_kept  # type: ignore[method-assign]
+    try:
+        yield promises
+    finally:
+        Outcome.is_kept = original  # type: ignore[method-assign]
+
+
+def unlearn(
+    case: Case, args: argparse.Namespace, lr: float = LR, radius: Radius = RELATIVE, verifies: bool = True
+) -> Run:
+    """Unlearn a copy of the original."""
+    module, data = copy.deepcopy(case.original), case.data
+    module.lr = lr
+    target = Chance(10) if data.gone else Holdout(data.val)
+    rule = HAMUQ(TargetQuota(target), radius=radius)
+    hamu = HAMUCallback(data.forget, rule, batch_size=64, seed=case.seed, verify=VerifySteps())
+    with noted_promises(verifies) as promises:
+        fit(module, data.retain, args, "unlearned", max_epochs=-1, max_steps=args.steps, callbacks=[hamu])
+    rows = [
+        make_row(name, *(evaluate(model, part) for part in (data.retain, data.forget, data.test)), data.gone)
+        for name, model in (("unlearned", module), ("original", case.original), ("retrained", case.retrained))
+    ]
+    state = hamu.state_dict()
+    level = float(state["optimizer"]["aim"]["target"])
+    return Run(*rows, level, hamu.combined_steps, state["verifier"], hamu.stop_reason, promises)
+
+
+def prepare_cases(seeds: int, out: str) -> dict[str, list[Case]]:
+    """Train the original of each seed once, and retrain it without each set."""
+    cases: dict[str, list[Case]] = {name: [] for name in SETS}
+    for seed in range(seeds):
+        args = parse_args(["--seed", str(seed), "--out", out])
+        original = None
+        for name, kind in SETS.items():
+            data = load_data(kind, seed)
+            original = original or train(data.train, args, "original")
+            cases[name].append(Case(data, original, train(data.retain, args, "retrained"), seed))
+    return cases
+
+
+def options(case: Case, out: str, steps: int) -> argparse.Namespace:
+    """The arguments of one run."""
+    return parse_args(["--seed", str(case.seed), "--out", out, "--steps", str(steps)])
+
+
+def print_table(titles: list[str], lines: list[list[str]]) -> None:
+    """Print Markdown."""
+    print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * (len(titles) - 1))
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n", flush=True)
+
+
+def each(runs: list[Run], read: Any, digits: int) -> str:
+    """One number for each seed."""
+    return " ".join(f"{read(run):.{digits}f}" for run in runs)
+
+
+def compare_seeds(cases: dict[str, list[Case]], out: str) -> None:
+    """The defaults: each number for each seed, and the mean gap."""
+    lines = []
+    for name, some in cases.items():
+        runs = [unlearn(case, options(case, out, 100)) for case in some]
+        lines.append(
+            [
+                name,
+                each(runs, lambda r: r.target, 3),
+                each(runs, lambda r: r.ratio, 2),
+                each(runs, lambda r: r.retain_points, 1),
+                each(runs, lambda r: r.row.auc, 2),
+                each(runs, lambda r: r.retrained.auc, 2),
+                f"{mean(r.gap for r in runs):+.3f}",
+                each(runs, lambda r: r.steps, 0),
+            ]
+        )
+    print_table(
+        ["set", "target", "forget loss / target", "retain acc., points", "AUC", "AUC retrained", "mean gap", "steps"],
+        lines,
+    )
+
+
+def compare_learning_rates(cases: dict[str, list[Case]], out: str) -> None:
+    """Both radii at four learning rates: destroyed models, the target, the retain accuracy."""
+    lines = []
+    for title, radius in (("relative", RELATIVE), ("learning rate", LEARNING_RATE)):
+        for factor in (0.1, 1, 10, 100):
+            for name, some in cases.items():
+                runs = [unlearn(case, options(case, out, 100), LR * factor, radius) for case in some]
+                reached = sum(r.reason is not None and r.reason.startswith("target") for r in runs)
+                lines.append(
+                    [
+                        f"{title}, {factor:g}x, {name}",
+                        str(sum(r.is_destroyed for r in runs)),
+                        f"{reached} of {len(runs)}",
+                        each(runs, lambda r: r.ratio, 2),
+                        f"{min(r.retain_points for r in runs):+.1f}",
+                    ]
+                )
+    print_table(
+        ["radius, learning rate, set", "destroyed", "target reached", "forget loss / target", "worst retain, points"],
+        lines,
+    )
+
+
+def compare_verification(cases: dict[str, list[Case]], out: str) -> None:
+    """The learning-rate radius at ten and a hundred times the learning rate, up to 500 steps of the first seed."""
+    lines = []
+    for factor in (10, 100):
+        for name, (case, *_) in cases.items():
+            for verifies in (True, False):
+                run = unlearn(case, options(case, out, 500), LR * factor, LEARNING_RATE, verifies)
+                state, first = run.state, run.state["kept"] - run.state["retried"]
+                share = [
+                    f"{100 * n / max(state['verified'], 1):.0f} %" for n in (first, state["retried"], state["dropped"])
+                ]
+                lines.append(
+                    [
+                        f"{factor}x, {name}, {'verified' if verifies else 'only measured'}",
+                        *(share if verifies else ["", "", ""]),
+                        f"{100 * mean(run.promises):.0f} %",
+                        f"{run.steps}" + ("" if run.reason and run.reason.startswith("target") else " (not reached)"),
+                        f"{run.ratio:.3g}",
+                        f"{run.retain_points:+.1f}",
+                    ]
+                )
+    print_table(
+        [
+            "learning rate, set, steps",
+            "kept at once",
+            "retried",
+            "dropped",
+            "promises kept",
+            "steps to the target",
+            "forget loss / target",
+            "retain acc., points",
+        ],
+        lines,
+    )
+
+
+def main() -> None:
+    """Print the three tables."""
+    parser = argparse.ArgumentParser(description="The tables of docs/targets.md.")
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    prepare()
+    with tempfile.TemporaryDirectory() as out:
+        cases = prepare_cases(args.seeds, out)
+        for table in (compare_seeds, compare_learning_rates, compare_verification):
+            table(cases, out)
+            print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
