@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
 from hamu_lightning.callbacks._forget_pass import ForgetPass
+from hamu_lightning.callbacks._kept_weights import KeptWeights
 from hamu_lightning.callbacks._streams import count_shared_samples
 from hamu_lightning.callbacks._targets import Holdout, Target, as_target
 from hamu_lightning.optim import HAMUOptimizer
@@ -31,6 +32,8 @@ _NEAR = 0.7
 _MEASURE_EVERY = 10
 # Here the target counts as reached: what is left is less than one batch can tell.
 _CLOSE = 0.95
+# A step that ends beyond this is tried again, where steps are verified.
+_TOO_FAR = 1.1
 # Of a large forget set so many batches are measured.
 _MOST_BATCHES = 32
 
@@ -40,7 +43,8 @@ class Approach:
 
     The optimizer's `Aim` follows the loss from batch to batch. Batches are noisy, and what a step promises holds for
     its own batch; so the loss is also measured on the forget set itself: every 10 steps, and before each step from 0.7
-    of the target on. Of the two steps next to the target the nearer one is kept.
+    of the target on. A step that ends more than a tenth beyond the target is taken back, and the next one is half as
+    long; where steps are not verified, the nearer of the last two counts.
 
     Args:
         trainer: The trainer, with its loaders set up.
@@ -64,7 +68,8 @@ class Approach:
         self._target = as_target(optimizer.rule.target_quota.target)
         self._forget = Holdout(Excerpt(forget)) if can_be_read_again(forget) else None
         self._aim.steps = plan_steps(trainer, optimizer.rule.target_quota, self._aim.taken, every_n_steps)
-        self._before: tuple[Tensor, list[Tensor]] | None = None
+        self._kept = KeptWeights(optimizer)
+        self._kept_level: Tensor | None = None
         self.is_there = False
         if isinstance(self._target, Holdout):
             warn_about_shared_samples(self._target.loader, forget)
@@ -90,9 +95,10 @@ class Approach:
                 f"{float(target):.4g}: there is nothing to forget. Check the forget set, or choose a higher target."
             )
         if self.is_there:
-            self._keep_the_nearer(target)
+            self._land(aim.level, target)
         elif is_near and self._forget is not None:
-            self._before = aim.level, [p.detach().clone() for p in self._parameters()]
+            self._kept.keep()
+            self._kept_level = aim.level
 
     def observe(self, loss: Tensor) -> None:
         """Take the loss of a forget batch in: that of this process, weighted by its share of the samples."""
@@ -122,19 +128,18 @@ class Approach:
         # Processes may have summed in different orders; they have to decide alike.
         return self._trainer.strategy.reduce(self._forget_pass.measure(target, *step), reduce_op="mean")
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def _keep_the_nearer(self, target: Tensor) -> None:
-        """Take the last step back if the target lies nearer to where it began."""
-        level, before = self._aim.level, self._before
-        self._before = None
-        if level is None or before is None or level - target <= target - before[0]:
+    def _land(self, level: Tensor, target: Tensor) -> None:
+        """Take the last step back if it went too far: to try a shorter one, or because the target was nearer before."""
+        before, referee = self._kept_level, self._optimizer.referee
+        if before is None:
             return
-        self._aim.level = before[0]
-        for parameter, old in zip(self._parameters(), before[1], strict=True):
-            parameter.copy_(old)
+        goes_on = referee is not None and bool(level > _TOO_FAR * target)
+        if goes_on or bool(level - target > target - before):
+            self._kept.restore()
+            self._aim.level = before
+        if goes_on and referee is not None:
+            referee.region /= 2
+            self.is_there = False
 
 
 @dataclass(frozen=True)

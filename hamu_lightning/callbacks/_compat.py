@@ -271,3 +271,8 @@ def misconfiguration_exception(trainer: Trainer) -> type[Exception]:
 def count_steps_left(trainer: Trainer) -> float:
     """How many optimizer steps the fit still has; infinite where nothing says when it ends."""
     return float(trainer.estimated_stepping_batches) - trainer.global_step
+
+
+def can_stop(trainer: Trainer) -> bool:
+    """Whether `should_stop` ends the fit now; False before `min_steps` and `min_epochs`."""
+    return bool(trainer.fit_loop._can_stop_early)

@@ -20,7 +20,8 @@ from hamu_lightning.callbacks._preflight import FitPreflight
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._sources import find_forget_loader
-from hamu_lightning.callbacks._stopping import StopOn, find_stop_reason
+from hamu_lightning.callbacks._stopper import Stopper
+from hamu_lightning.callbacks._stopping import StopCondition, StopReason
 from hamu_lightning.callbacks._streams import ForgetStream
 from hamu_lightning.callbacks._verification import Verifier, VerifySteps
 from hamu_lightning.callbacks._watchdog import Watchdog
@@ -42,7 +43,7 @@ class FitSettings:
     batch_size: int | None
     every_n_steps: int
     seed: int
-    stop_on: tuple[StopOn, ...]
+    stop_on: tuple[StopCondition, ...]
     progress_bar: bool
     exact: bool
     track_actual: bool
@@ -99,7 +100,8 @@ class Fit:
         self._journal.load_state_dict(state.get("journal", {}))
         # Other settings may go on where these had to stop.
         is_same = state.get("stopped_under") == self._stopping_settings()
-        self._stop_reason: str | None = state.get("stop_reason") if is_same else None
+        stopped = state["stop"] if is_same else {}
+        self._stopper = Stopper(self._trainer, self.optimizer, self._settings.stop_on, stopped)
 
     def start(self) -> None:
         """Find the forget batches; the training loader is there now."""
@@ -154,18 +156,16 @@ class Fit:
         if self._watchdog is not None and not self._watchdog.check(self.optimizer.calls):
             self._watchdog = None
         report = self.optimizer.last_step
-        more = {} if self._approach is None else self._approach.levels()
+        more = self._stopper.numbers() | ({} if self._approach is None else self._approach.levels())
         if self._verifier is not None:
             more |= self._verifier.numbers()
         self._journal.log_step(None if report is self._reported else report, more)
         self._reported = report
         if self._verifier is not None and self._combines:
             self._verifier.close_window()
-            if self._verifier.is_lost and self._stop_reason is None:
-                self._stop_reason = f"promises broken: {self._verifier.describe()}."
-        if self._stop_reason is not None and not self._trainer.should_stop:
-            rank_zero_info(f"HAMU stops at step {self._trainer.global_step}: {self._stop_reason}")
-            self._trainer.should_stop = True
+            if self._verifier.is_lost:
+                self._stopper.stop(StopReason.PROMISES_BROKEN, f"{self._verifier.describe()}.")
+        self._stopper.end_fit()
         self._window = self._losses = 0
         self._forget_pass.guard.end_window()
         self._best = best_checkpoints(self._trainer)
@@ -179,7 +179,7 @@ class Fit:
     def check_it_happened(self) -> None:
         """Raise unless there was unlearning: forgetting must never silently not happen."""
         done = {name: count - self._before[name] for name, count in self._counts().items()}
-        is_excused = self._stop_reason is not None or (_compat.is_trial(self._trainer) and done["left_out_steps"])
+        is_excused = self._stopper.reason is not None or (_compat.is_trial(self._trainer) and done["left_out_steps"])
         missing = "forget passes" if not done["forget_passes"] else "combined steps"
         if done["forget_passes"] and (done["combined_steps"] or is_excused):
             return
@@ -197,7 +197,7 @@ class Fit:
 
     def warn_if_short(self) -> None:
         """Say so if there is a target and the fit has ended before it."""
-        if self._approach is not None and self._stop_reason is None:
+        if self._approach is not None and self._stopper.reason is None:
             rank_zero_warn(
                 f"The fit has ended before the target: {self._approach.describe()}. "
                 "Give it more steps, or a larger radius where `hamu/quota` was below what was asked for."
@@ -205,7 +205,7 @@ class Fit:
 
     def totals(self) -> dict[str, Tensor]:
         """What was done, in numbers for `trainer.callback_metrics`."""
-        numbers = {**self._counts(), "has_stopped": self._stop_reason is not None}
+        numbers = {**self._counts(), "has_stopped": self._stopper.reason is not None}
         return {f"hamu/{name}": torch.tensor(float(number)) for name, number in numbers.items()}
 
     def summary(self) -> str:
@@ -231,7 +231,7 @@ class Fit:
             **stream,
             "optimizer": self.optimizer.hamu_state_dict(),
             **self._counts(),
-            "stop_reason": self._stop_reason,
+            "stop": self._stopper.state_dict(),
             "stopped_under": self._stopping_settings(),
             "journal": self._journal.state_dict(),
             **({} if self._verifier is None else {"verifier": self._verifier.state_dict()}),
@@ -263,6 +263,8 @@ class Fit:
             self._freeze()
         if self._window == 0:
             self._combines = trainer.global_step % settings.every_n_steps == 0
+        if self._window == 0:
+            self._window_losses: tuple[list[Tensor], list[Tensor]] = [], []
         self._window += 1
         if self._combines:
             self._run_forget(step, args, kwargs, forget)
@@ -283,6 +285,7 @@ class Fit:
             self._verifier.open_window(step)
         loss = self._forget_pass.run(step, args, kwargs, forget)
         self._forget_passes += 1
+        self._window_losses[1].append(loss)
         self._journal.add_forget(loss)
         if self._approach is not None:
             self._approach.observe(loss)
@@ -292,22 +295,18 @@ class Fit:
         self._gave_loss = loss is not None
         if loss is not None:
             self._losses += 1
+            self._window_losses[0].append(loss)
             self._journal.add_retain(loss)
         full = self._trainer.accumulate_grad_batches
-        plan = "drop" if not self._losses else "combine" if self._combines else "retain_only"
+        plan = "combine" if self._combines else "retain_only" if self._stopper.reason is None else "drop"
+        plan = plan if self._losses else "drop"
         self.optimizer.plan_step(plan, window_shares=(self._losses / full, self._window / full))  # type: ignore[arg-type]
 
     def _approve(self, report: StepReport) -> bool:
-        if self._stop_reason is None:
-            if self._approach is not None and self._approach.is_there:
-                self._stop_reason = f"target reached: {self._approach.describe()}."
-            else:
-                self._stop_reason = find_stop_reason(report, self._settings.stop_on)
-        # All processes leave the step out, or none does.
-        stops = self._trainer.strategy.reduce_boolean_decision(self._stop_reason is not None, all=False)
-        if stops and self._stop_reason is None:
-            self._stop_reason = "another process found a reason to stop; its log says which."
-        return not stops
+        """Whether a step is to be applied."""
+        if self._approach is not None and self._approach.is_there:
+            self._stopper.stop(StopReason.TARGET_REACHED, f"{self._approach.describe()}.")
+        return self._stopper.approves(report, *self._window_losses, target=self.optimizer.aim.target)
 
     def _stopping_settings(self) -> str:
         return repr((self.optimizer.rule, self._settings.stop_on))

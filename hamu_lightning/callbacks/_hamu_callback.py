@@ -13,7 +13,7 @@ from typing_extensions import override
 from hamu_lightning.callbacks._checks import check_setup, check_strategy, refusing
 from hamu_lightning.callbacks._fit import Fit, FitSettings
 from hamu_lightning.callbacks._preflight_report import PreflightReport
-from hamu_lightning.callbacks._stopping import StopOn
+from hamu_lightning.callbacks._stopping import StopCondition, StopOn, StopReason, as_conditions
 from hamu_lightning.callbacks._targets import as_target
 from hamu_lightning.callbacks._verification import VerifySteps
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
@@ -65,8 +65,10 @@ class HAMUCallback(Callback):
         batch_size: Batch size of the forget stream where `forget` is a Dataset; default: that of the training loader.
         every_n_steps: Combine at every n-th optimizer step; the steps between are plain steps on the retain data.
         seed: Seed of the forget stream's own random state.
-        stop_on: Reasons to stop before a step is applied: "collateral_damage" (no step can meet the quota without
-            harm, DESIGN 1.4) and "infeasible" (the trust region does not allow the quota). The model reached is kept.
+        stop_on: When to stop before a step is applied: "collateral_damage" (no step can meet the quota without harm,
+            DESIGN 1.4), "infeasible" (the trust region does not allow the quota), "not_finite", or conditions with
+            settings: `CollateralDamage`, `Infeasible`, `NotFinite`, `RetainAbove(loss)`, `ForgetAbove(loss)`. The model
+            reached is kept; above a ceiling, the one from before. `hamu/score` is for `ModelCheckpoint`.
         progress_bar: Whether `forget/loss` and `hamu/margin` are shown in the progress bar.
         exact: For an optimizer that is not plain SGD: apply the rule's step itself, as `HAMUOptimizer(exact=True)`.
         track_actual: Log `hamu/actual_retain_improvement` and `hamu/actual_forget_improvement`, what the weights'
@@ -97,7 +99,7 @@ class HAMUCallback(Callback):
         batch_size: int | None = None,
         every_n_steps: int = 1,
         seed: int = 0,
-        stop_on: Iterable[StopOn] = (),
+        stop_on: Iterable[StopOn | StopCondition] = (),
         progress_bar: bool = False,
         exact: bool = False,
         track_actual: bool = False,
@@ -119,10 +121,6 @@ class HAMUCallback(Callback):
         for name, number in (("every_n_steps", every_n_steps), ("batch_size", batch_size)):
             if number is not None and number < 1:
                 raise HAMUValueError(f"Expected `{name}` to be at least 1, but got {number}.")
-        reasons = tuple(stop_on)
-        unknown = [reason for reason in reasons if reason not in get_args(StopOn)]
-        if unknown:
-            raise HAMUValueError(f"Expected `stop_on` to hold some of {get_args(StopOn)}, but got {unknown}.")
         self.settings = FitSettings(
             forget,
             rule,
@@ -130,7 +128,7 @@ class HAMUCallback(Callback):
             batch_size,
             every_n_steps,
             seed,
-            reasons,
+            as_conditions(stop_on),
             progress_bar,
             exact,
             track_actual,
@@ -163,9 +161,16 @@ class HAMUCallback(Callback):
         return int(self.state_dict().get("left_out_steps", 0))
 
     @property
-    def stop_reason(self) -> str | None:
-        """Why unlearning stopped by itself, in words; None if it did not."""
-        return self.state_dict().get("stop_reason")
+    def stop_reason(self) -> StopReason | None:
+        """Why unlearning ended by itself; None if it did not."""
+        reason = self.state_dict().get("stop", {}).get("reason")
+        return None if reason is None else StopReason(reason)
+
+    @property
+    def stop_message(self) -> str | None:
+        """The same in words, with numbers."""
+        message: str | None = self.state_dict().get("stop", {}).get("message")
+        return message
 
     @property
     def last_step(self) -> StepReport | None:

@@ -2,45 +2,319 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor
 
+from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.optim import StepReport
 
-StopOn: TypeAlias = Literal["collateral_damage", "infeasible"]
+StopOn: TypeAlias = Literal["collateral_damage", "infeasible", "not_finite"]
 
 # A predicted improvement this close to the quota has met it: the closed form is exact to rounding.
 _SHORTFALL = 1e-6
+# So close to a target it counts as met.
+_AT_TARGET = 0.95
 
 
-def find_stop_reason(report: StepReport, stop_on: tuple[StopOn, ...]) -> str | None:
-    """Tell, before a step is applied, why it should not be: None to go on.
+class StopReason(str, Enum):
+    """Why unlearning ended by itself."""
 
-    Reads one packed tensor on the host.
+    TARGET_REACHED = "target reached"
+    """The forget loss has come to its target."""
+    COLLATERAL_DAMAGE = "collateral damage"
+    """No step inside the trust region can give the quota without harm to the retain loss."""
+    INFEASIBLE = "infeasible"
+    """The trust region does not allow the quota."""
+    RETAIN_CEILING = "retain loss above its ceiling"
+    """The retain loss rose above what the user allows."""
+    FORGET_CEILING = "forget loss above its ceiling"
+    """Forgotten too far: an odd loss is as revealing as a low one."""
+    PROMISES_BROKEN = "promises broken"
+    """Steps break their promise however small the trust region."""
+    NOT_FINITE = "not finite"
+    """Step after step was left out for numbers that are not finite."""
+
+
+CEILINGS = (StopReason.RETAIN_CEILING, StopReason.FORGET_CEILING)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The numbers of a step that is about to be applied: loss units, and losses at the weights before it."""
+
+    quota: float
+    feasible: float
+    given: float
+    retain_loss: float
+    forget_loss: float
+    is_finite: float
+    bound: str
+
+    @property
+    def free(self) -> str:
+        """The objective that the quota is not about."""
+        return "retain" if self.bound == "forget" else "forget"
+
+
+class StopCondition(ABC):
+    """A condition to stop on, judged before each step, over the last steps.
+
+    Attributes:
+        patience: Over how many steps.
+        reason: What it is called.
+    """
+
+    patience: int
+    reason: StopReason
+
+    @abstractmethod
+    def explain(self, steps: list[Signals]) -> str | None:
+        """Tell why to stop, with numbers; None to go on.
+
+        Args:
+            steps: The last `patience` steps, the present one at the end.
+        """
+
+    def _check(self, **positive: float) -> None:
+        if self.patience < 1:
+            raise HAMUValueError(f"Expected `patience` to be at least 1 step, but got {self.patience}.")
+        for name, value in positive.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise HAMUValueError(f"Expected `{name}` to be a number that is not negative, but got {value}.")
+
+
+@dataclass(frozen=True)
+class CollateralDamage(StopCondition):
+    """Stop when no step can give the quota without harm to the other objective (DESIGN 1.4, all blocks jointly).
+
+    Compares the means of bound and quota over `patience` steps: single batches are noisy.
 
     Args:
-        report: What the rule chose.
-        stop_on: "collateral_damage" stops when the quota exceeds what any step can give without harm (DESIGN 1.4),
-            "infeasible" when the step cannot give the quota inside its trust region.
+        patience: Over how many steps.
+        epsilon: How far the quota may exceed the bound, as a share of the quota.
 
-    Returns:
-        The reason in words, or None.
+    Raises:
+        HAMUValueError: If an argument is out of its range.
     """
+
+    patience: int = 1
+    epsilon: float = 0.0
+    reason = StopReason.COLLATERAL_DAMAGE
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        self._check(epsilon=self.epsilon)
+
+    def explain(self, steps: list[Signals]) -> str | None:
+        """Tell whether the bound is too low."""
+        feasible, quota = _mean(s.feasible for s in steps), _mean(s.quota for s in steps)
+        if not feasible < (1 - self.epsilon) * quota:
+            return None
+        bound, free = steps[-1].bound, steps[-1].free
+        return (
+            f"the quota asks for a {bound} improvement of {quota:.4g} per step, but no step inside the trust region "
+            f"gives more than {feasible:.4g} without harm to the {free} loss. Lower the quota, enlarge the radius, or "
+            "accept the model reached."
+        )
+
+
+@dataclass(frozen=True)
+class Infeasible(StopCondition):
+    """Stop when the trust region does not allow the quota.
+
+    Args:
+        patience: In how many steps in a row.
+
+    Raises:
+        HAMUValueError: If it is out of its range.
+    """
+
+    patience: int = 1
+    reason = StopReason.INFEASIBLE
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        self._check()
+
+    def explain(self, steps: list[Signals]) -> str | None:
+        """Tell whether each step fell short."""
+        if not all(s.given < s.quota * (1 - _SHORTFALL) for s in steps):
+            return None
+        last = steps[-1]
+        return (
+            f"the quota asks for a {last.bound} improvement of {last.quota:.4g} per step, but the trust region allows "
+            f"{last.given:.4g}. Lower the quota or enlarge the radius."
+        )
+
+
+@dataclass(frozen=True)
+class RetainAbove(StopCondition):
+    """Stop when the retain loss is above a ceiling, and take the steps back that led there.
+
+    Args:
+        loss: The ceiling, in the unit of the loss.
+        patience: Over how many steps the loss of the batches is averaged.
+
+    Raises:
+        HAMUValueError: If an argument is out of its range.
+    """
+
+    loss: float
+    patience: int = 5
+    reason = StopReason.RETAIN_CEILING
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        self._check(loss=self.loss)
+
+    def explain(self, steps: list[Signals]) -> str | None:
+        """Tell whether the mean is above."""
+        return _explain_ceiling("retain", _mean(s.retain_loss for s in steps), self.loss)
+
+
+@dataclass(frozen=True)
+class ForgetAbove(StopCondition):
+    """Stop when the forget loss is above a ceiling, and take the steps back that led there.
+
+    Args:
+        loss: The ceiling, in the unit of the loss.
+        patience: Over how many steps the loss of the batches is averaged.
+
+    Raises:
+        HAMUValueError: If an argument is out of its range.
+    """
+
+    loss: float
+    patience: int = 5
+    reason = StopReason.FORGET_CEILING
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        self._check(loss=self.loss)
+
+    def explain(self, steps: list[Signals]) -> str | None:
+        """Tell whether the mean is above."""
+        return _explain_ceiling("forget", _mean(s.forget_loss for s in steps), self.loss)
+
+
+@dataclass(frozen=True)
+class NotFinite(StopCondition):
+    """Stop when steps are left out one after the other, for numbers that are not finite.
+
+    Args:
+        patience: How many in a row.
+
+    Raises:
+        HAMUValueError: If it is out of its range.
+    """
+
+    patience: int = 10
+    reason = StopReason.NOT_FINITE
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        self._check()
+
+    def explain(self, steps: list[Signals]) -> str | None:
+        """Tell whether all were left out."""
+        if any(s.is_finite for s in steps):
+            return None
+        return (
+            f"the last {len(steps)} steps had gradients that are not finite. Check the data and the loss, or lower the "
+            "learning rate."
+        )
+
+
+def as_conditions(stop_on: Iterable[StopOn | StopCondition]) -> tuple[StopCondition, ...]:
+    """Return the conditions that a user named or made.
+
+    Raises:
+        HAMUValueError: If something is neither.
+    """
+    named = {"collateral_damage": CollateralDamage, "infeasible": Infeasible, "not_finite": NotFinite}
+    conditions = [named[c]() if isinstance(c, str) and c in named else c for c in stop_on]
+    unknown = [c for c in conditions if not isinstance(c, StopCondition)]
+    if unknown:
+        raise HAMUValueError(
+            f"Expected `stop_on` to hold some of {get_args(StopOn)} or conditions such as RetainAbove(0.4), "
+            f"but got {unknown}."
+        )
+    return tuple(c for c in conditions if isinstance(c, StopCondition))
+
+
+class StopMonitor:
+    """Follows the steps, and says when a condition holds.
+
+    Args:
+        conditions: The conditions; the first one that holds is the reason.
+    """
+
+    def __init__(self, conditions: tuple[StopCondition, ...]) -> None:
+        self._conditions = conditions
+        longest = max((c.patience for c in conditions), default=1)
+        self._steps: deque[Signals] = deque(maxlen=longest)
+
+    def judge(self, signals: Signals) -> tuple[StopReason, str] | None:
+        """Take a step in; return the reason to stop before it and why, or None."""
+        self._steps.append(signals)
+        for condition in self._conditions:
+            if len(self._steps) < condition.patience:
+                continue
+            why = condition.explain(list(self._steps)[-condition.patience :])
+            if why is not None:
+                return condition.reason, why
+        return None
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the last steps in numbers."""
+        return [dict(vars(signals)) for signals in self._steps]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Go on with what `state_dict` returned."""
+        self._steps.extend(Signals(**signals) for signals in state)
+
+
+def compute_score(signals: Signals, conditions: tuple[StopCondition, ...], target: float | None) -> float:
+    """How good the weights before a step are, for `ModelCheckpoint(monitor="hamu/score", mode="max")`.
+
+    - Above the ceiling of the retain loss: less than 0, by how much.
+    - Short of the target (or without one): the more forgotten, the nearer to 1.
+    - At the target: more than 1, the more the smaller the retain loss.
+    """
+    excess = max((signals.retain_loss - c.loss for c in conditions if isinstance(c, RetainAbove)), default=-math.inf)
+    if excess > 0:
+        return -excess
+    forget = max(signals.forget_loss, 0.0)
+    if target is not None and forget >= _AT_TARGET * target:
+        return 1 + 1 / (1 + max(signals.retain_loss, 0.0))
+    return forget / (forget + 1) if target is None else forget / target
+
+
+NUMBERS = ("quota", "feasible", "given", "retain_loss", "forget_loss", "is_finite")
+
+
+def pack_signals(report: StepReport, retain_loss: Tensor, forget_loss: Tensor) -> Tensor:
+    """The `NUMBERS` of `Signals` in one tensor, on the device."""
     step = report.coefficients
     given = step.forget_improvement if step.constrained == 1 else step.retain_improvement
-    numbers = torch.stack((step.total_quota, step.feasible_improvement, given))
-    quota, feasible, improvement = numbers.tolist()
-    bound, other = ("forget", "retain") if step.constrained == 1 else ("retain", "forget")
-    if "infeasible" in stop_on and improvement < quota * (1 - _SHORTFALL):
-        return (
-            f"infeasible: the quota asks for a {bound} improvement of {quota:.4g} per step, but the trust region "
-            f"allows {improvement:.4g}. Lower the quota or enlarge the radius."
-        )
-    if "collateral_damage" in stop_on and feasible < quota:
-        return (
-            f"collateral damage: the quota asks for a {bound} improvement of {quota:.4g} per step, but no step inside "
-            f"the trust region gives more than {feasible:.4g} without harm to the {other} loss. Lower the quota, "
-            "enlarge the radius, or accept the model reached."
-        )
-    return None
+    numbers = (step.total_quota, step.feasible_improvement, given, retain_loss, forget_loss, step.is_finite)
+    return torch.stack([number.to(step.total_quota) for number in numbers])
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    values = list(numbers)
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _explain_ceiling(name: str, mean: float, ceiling: float) -> str | None:
+    if not mean > ceiling:
+        return None
+    return f"the {name} loss is {mean:.4g}, its ceiling {ceiling:.4g}. The model goes back to where it was below."

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback
+from hamu_lightning.callbacks import Infeasible
 from hamu_lightning.rules import (
     FineTune,
     FixedRadius,
@@ -121,7 +122,7 @@ def test_from_yaml(name: str, forget: str, tmp_path: Path, monkeypatch: pytest.M
     cli = LightningCLI(Base, Data, save_config_callback=None)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, HAMUCallback))  # type: ignore[attr-defined]
     assert callback.settings.rule == rule
-    assert callback.settings.stop_on == ("infeasible",)
+    assert callback.settings.stop_on == (Infeasible(),)
     assert (callback.settings.every_n_steps, callback.settings.seed) == (2, 3)
     assert isinstance(callback.settings.forget, Samples) == (forget == "dataset")
     assert callback.forget_passes > 0

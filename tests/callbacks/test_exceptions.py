@@ -148,7 +148,8 @@ def test_keyboard_interrupt() -> None:
 
 def test_crashing_worker() -> None:
     module, forget = build(Fails), DataLoader(BadSample(crashes=True), batch_size=8, num_workers=1)
-    with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
+    # Which of the two depends on where torch notices it.
+    with pytest.raises((RuntimeError, ConnectionResetError), match="exited unexpectedly|reset by peer"):
         fit(module, HAMUCallback(forget, RULE))
     assert_taken_back(module)
 

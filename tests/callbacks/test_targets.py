@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, Chance, HAMUCallback, Holdout
+from hamu_lightning.callbacks import StopReason
 from hamu_lightning.callbacks._targets import count_classes
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FixedRadius, RelativeRadius, TargetQuota
@@ -62,7 +63,8 @@ def test_the_run_ends_at_the_target(target: Any, level: float | None) -> None:
     module = trained()
     assert loss_on(module, FORGET) < 0.3
     hamu = reach(module, target)
-    assert hamu.stop_reason is not None and hamu.stop_reason.startswith("target reached: forget loss")
+    assert hamu.stop_reason is StopReason.TARGET_REACHED
+    assert hamu.stop_message is not None and hamu.stop_message.startswith("forget loss")
     aim = loss_on(module, HELD_OUT) if level is None else level
     assert loss_on(module, FORGET) == pytest.approx(aim, rel=0.15)
 
@@ -190,7 +192,7 @@ def test_preflight_knows_the_target() -> None:
     assert estimates["steps_to_target"] == pytest.approx(steps, rel=0.05)  # a mean of ratios, a ratio of means
 
 
-def reach_on_ranks(rank: int) -> tuple[float, str | None, int]:
+def reach_on_ranks(rank: int) -> tuple[float, StopReason | None, int]:
     from lightning.pytorch.strategies import DDPStrategy
 
     warnings.simplefilter("ignore")
@@ -203,4 +205,4 @@ def reach_on_ranks(rank: int) -> tuple[float, str | None, int]:
 def test_processes_end_together() -> None:
     first, second = run_ranks(reach_on_ranks, 2)
     assert first == second
-    assert first[1] is not None and first[1].startswith("target reached")
+    assert first[1] is StopReason.TARGET_REACHED

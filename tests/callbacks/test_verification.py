@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps
+from hamu_lightning.callbacks import StopReason
 from hamu_lightning.callbacks._verification import LEDGER_COLUMNS, Outcome
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.rules import FixedRadius, RelativeQuota
@@ -170,7 +171,8 @@ def test_the_region_shrinks_and_grows_back(monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_ends_where_no_region_is_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Outcome, "is_kept", lambda *_: False)
     _, hamu, _ = train(GENTLE, VerifySteps(shrink=1e-2), max_epochs=4)
-    assert hamu.stop_reason is not None and hamu.stop_reason.startswith("promises broken: Of 2 verified steps 0 kept")
+    assert hamu.stop_reason is StopReason.PROMISES_BROKEN
+    assert hamu.stop_message is not None and hamu.stop_message.startswith("Of 2 verified steps 0 kept")
 
 
 @pytest.mark.parametrize(("every", "accumulation", "verified"), [(1, 1, 12), (3, 1, 4), (1, 3, 4), (2, 3, 2)])

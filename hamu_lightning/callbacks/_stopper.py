@@ -1,0 +1,106 @@
+"""Ends a fit by itself: asks the conditions before each step, and goes back where a ceiling was passed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._kept_weights import KeptWeights
+from hamu_lightning.callbacks._stopping import (
+    CEILINGS,
+    NUMBERS,
+    Signals,
+    StopCondition,
+    StopMonitor,
+    StopReason,
+    compute_score,
+    pack_signals,
+)
+from hamu_lightning.optim import HAMUOptimizer, StepReport
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class Stopper:
+    """Decides before each step whether it is applied; all processes decide alike.
+
+    Args:
+        trainer: The trainer.
+        optimizer: The optimizer whose steps they are.
+        conditions: What to stop on.
+        state: The state of an earlier run under the same rule and conditions, or an empty dict.
+
+    Attributes:
+        reason: Why the fit ends; None while it goes on.
+        message: The same in words, with numbers.
+    """
+
+    def __init__(
+        self, trainer: Trainer, optimizer: HAMUOptimizer, conditions: tuple[StopCondition, ...], state: dict[str, Any]
+    ) -> None:
+        self._trainer, self._conditions = trainer, conditions
+        self._kept = KeptWeights(optimizer)
+        self._has_ceiling = any(condition.reason in CEILINGS for condition in conditions)
+        self._monitor = StopMonitor(conditions)
+        self._score: float | None = None
+        self.reason: StopReason | None = None
+        self.message: str | None = None
+        if state:
+            self._monitor.load_state_dict(state["steps"])
+            self.reason = None if state["reason"] is None else StopReason(state["reason"])
+            self.message = state["message"]
+
+    def approves(
+        self, report: StepReport, retain_losses: list[Tensor], forget_losses: list[Tensor], target: Tensor | None
+    ) -> bool:
+        """Whether a step is to be applied; reads one packed tensor on the host.
+
+        Args:
+            report: What the rule chose.
+            retain_losses: The losses of the window, 0-d each.
+            forget_losses: Likewise.
+            target: Where the forget loss should end, 0-d.
+        """
+        if self.reason is not None:
+            return False
+        numbers = pack_signals(report, torch.stack(retain_losses).mean(), torch.stack(forget_losses).mean())
+        numbers = self._trainer.strategy.reduce(numbers, reduce_op="mean")
+        bound = "forget" if report.coefficients.constrained == 1 else "retain"
+        signals = Signals(**dict(zip(NUMBERS, numbers.tolist(), strict=True)), bound=bound)
+        self._score = compute_score(signals, self._conditions, None if target is None else float(target))
+        found = self._monitor.judge(signals)
+        if found is not None:
+            self.stop(*found)
+        elif self._has_ceiling:
+            self._kept.keep()
+        return found is None
+
+    def stop(self, reason: StopReason, message: str) -> None:
+        """Let no further step pass; the first reason counts."""
+        if self.reason is None:
+            self.reason, self.message = reason, message
+
+    def end_fit(self) -> None:
+        """At the end of a step: end the fit if there is a reason to."""
+        trainer = self._trainer
+        if self.reason is None or trainer.should_stop:
+            return
+        if self.reason in CEILINGS:
+            self._kept.restore()
+        waits = "" if _compat.can_stop(trainer) else " Nothing changes until `min_steps` and `min_epochs` are over."
+        rank_zero_info(f"HAMU stops at step {trainer.global_step}, {self.reason.value}: {self.message}{waits}")
+        trainer.should_stop = True
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What is logged beside the step."""
+        return {} if self._score is None else {"score": torch.tensor(self._score, dtype=torch.float64)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the reason and the last steps, in strings and numbers."""
+        reason = None if self.reason is None else self.reason.value
+        return {"reason": reason, "message": self.message, "steps": self._monitor.state_dict()}
