@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, Chance, HAMUCallback, Holdout
+from hamu_lightning import HAMUQ, Chance, HAMUCallback, Holdout, VerifySteps
 from hamu_lightning.callbacks import StopReason
+from hamu_lightning.callbacks._forget_pass import ForgetPass
 from hamu_lightning.callbacks._targets import count_classes
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FixedRadius, RelativeRadius, TargetQuota
@@ -206,3 +207,46 @@ def test_processes_end_together() -> None:
     first, second = run_ranks(reach_on_ranks, 2)
     assert first == second
     assert first[1] is StopReason.TARGET_REACHED
+
+
+def test_the_model_that_is_kept_is_the_one_that_was_measured() -> None:
+    """No step is applied once the target is reached."""
+    module = trained()
+    hamu = reach(module, 0.8)
+    assert hamu.stop_message is not None
+    assert f"forget loss {loss_on(module, FORGET):.3g}"[:-1] in hamu.stop_message
+
+
+@pytest.mark.parametrize(
+    ("verify", "levels", "kept", "region"),
+    [
+        (True, [0.5, 0.8, 1.3, 0.97], None, 0.5),  # too far: taken back, and on with half the region
+        (False, [0.5, 0.8, 1.3], 1, None),  # the start of the last step was nearer
+        (False, [0.5, 0.8, 1.1], None, None),  # its end was nearer
+    ],
+)
+def test_landing(
+    verify: bool, levels: list[float], kept: int | None, region: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The levels that are measured before each step are given; the target is 1."""
+    given, weights = iter(levels), []
+
+    def measure(self: Any, *_: Any) -> Tensor:
+        weights.append([p.detach().clone() for p in module.parameters()])
+        return torch.tensor(next(given), dtype=torch.float64)
+
+    module = build(Base)
+    monkeypatch.setattr(ForgetPass, "measure", measure)
+    monkeypatch.setattr("hamu_lightning.callbacks._approach._MEASURE_EVERY", 1)
+    rule = HAMUQ(TargetQuota(1.0), radius=FixedRadius(1e-3))
+    settings = VerifySteps(tolerance=0.0, grow=1.0) if verify else False
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=40), rule, verify=settings)
+    fit(module, hamu)
+    assert hamu.stop_reason is StopReason.TARGET_REACHED
+    expected = weights[-1 if kept is None else kept]
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), expected, strict=True))
+    if region is not None:
+        assert hamu.state_dict()["verifier"]["region"] == region
+        # Taken back before the pass of the step that came too far: the next measurement is one step from there.
+        step = sum(float((a - b).square().sum()) for a, b in zip(weights[3], weights[1], strict=True)) ** 0.5
+        assert step == pytest.approx(2 * 0.5e-3, rel=0.05)  # four tensors, at half the radius

@@ -13,14 +13,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps
 from hamu_lightning.callbacks import StopReason
 from hamu_lightning.callbacks._verification import LEDGER_COLUMNS, Outcome
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.rules import FixedRadius, RelativeQuota
+from hamu_lightning.rules import FixedRadius, RelativeQuota, TargetQuota
 from tests.callbacks.modules import Base, EditsItsBatch, WithBatchNorm, WithDropout, build, fit, make_data
 from tests.distributed import run_ranks
 
@@ -217,6 +217,30 @@ def test_measured_changes_are_those_of_the_losses() -> None:
     assert verifier.measured_retain == pytest.approx(before[0] - after[0], abs=1e-6)  # float32
     assert verifier.measured_forget == pytest.approx(after[1] - before[1], abs=1e-6)
     assert verifier.promised_forget == pytest.approx(float(hamu.last_step.coefficients.forget_improvement))
+
+
+def test_batches_are_run_again_as_they_were() -> None:
+    """A module that edits its batch, and one that finds it edited, measure the same."""
+    outcomes = []
+    for kind, scale, shift in ((EditsItsBatch, 1.0, 0.0), (Base, 0.5, 0.1)):
+        parts = [data.tensors for data in (make_data(), FORGET)]
+        retain, forget = (DataLoader(TensorDataset(x * scale + shift, y), batch_size=20) for x, y in parts)
+        hamu = HAMUCallback(forget, GENTLE, verify=VerifySteps())
+        spy = Spy(hamu)
+        fit(build(kind), hamu, spy, loader=retain, max_epochs=1)
+        outcomes.append(list(vars(spy.outcome).values()))
+    assert outcomes[0] == pytest.approx(outcomes[1], abs=1e-6)  # float32
+
+
+def test_a_retried_step_counts_once_on_the_way_to_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = iter([False, True, False, False, False, True])
+    monkeypatch.setattr(Outcome, "is_kept", lambda *_: next(verdicts))
+    rule = HAMUQ(TargetQuota(9.0), radius=FixedRadius(1e-3))
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=40), rule, verify=VerifySteps())
+    with pytest.warns(UserWarning, match="before the target"):
+        fit(build(Base), hamu, max_steps=3)
+    state = hamu.state_dict()["optimizer"]
+    assert (state["steps"], state["undone_steps"], state["aim"]["taken"]) == (3, 1, 2)
 
 
 @pytest.mark.parametrize(
