@@ -37,7 +37,7 @@ def assert_certificate(result: Coefficients, expected: float, reach: float, quot
 
 
 @pytest.mark.parametrize(
-    ("kind", "seed"), [*((HAMUQ, seed) for seed in range(60)), *((HAMUU, seed) for seed in range(60, 75))]
+    ("kind", "seed"), [*((HAMUQ, seed) for seed in range(400)), *((HAMUU, seed) for seed in range(400, 500))]
 )
 def test_against_a_cone_solver(kind: type[HAMUQ] | type[HAMUU], seed: int) -> None:
     problem = draw_joint_problem(seed)
