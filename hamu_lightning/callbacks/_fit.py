@@ -84,9 +84,11 @@ class Fit:
         self._preflight: FitPreflight | None = None
         self.preflight_report: PreflightReport | None = None
         self.load_state_dict(state)
-        # The accumulation window: micro-batches so far, retain losses among them, whether the last one gave a loss, and
-        # whether the window will be combined.
-        self._window, self._losses, self._gave_loss, self._combines = 0, 0, False, True
+        # The accumulation window: micro-batches so far, whether the last one gave a loss, whether the window will be
+        # combined, and the losses, 0-d each.
+        self._window, self._gave_loss, self._combines = 0, False, True
+        self._retain_losses: list[Tensor] = []
+        self._forget_losses: list[Tensor] = []
         self._reported = self.optimizer.last_step
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,8 +101,7 @@ class Fit:
         self._random.draw = self._forget_passes
         self._journal.load_state_dict(state.get("journal", {}))
         # Other settings may go on where these had to stop.
-        is_same = state.get("stopped_under") == self._stopping_settings()
-        stopped = state["stop"] if is_same else {}
+        stopped = state["stop"] if state.get("stopped_under") == self._stopping_settings() else {}
         self._stopper = Stopper(self._trainer, self.optimizer, self._settings.stop_on, stopped)
 
     def start(self) -> None:
@@ -131,13 +132,13 @@ class Fit:
 
     def start_epoch(self) -> None:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
-        self._window = self._losses = 0
+        self._window = 0
         self.optimizer.release_forget()
         self._forget_pass.guard.look_again()
 
     def prepare_forget_gradient(self) -> None:
         """Unscale and clip the forget gradient on its own, before Lightning clips the retain gradient."""
-        if not (self._combines and self._losses):
+        if not (self._combines and self._retain_losses):
             return
         scaler = _compat.grad_scaler(self._trainer)
         if scaler is not None:
@@ -166,7 +167,7 @@ class Fit:
             if self._verifier.is_lost:
                 self._stopper.stop(StopReason.PROMISES_BROKEN, f"{self._verifier.describe()}.")
         self._stopper.end_fit()
-        self._window = self._losses = 0
+        self._window = 0
         self._forget_pass.guard.end_window()
         self._best = best_checkpoints(self._trainer)
 
@@ -263,8 +264,7 @@ class Fit:
             self._freeze()
         if self._window == 0:
             self._combines = trainer.global_step % settings.every_n_steps == 0
-        if self._window == 0:
-            self._window_losses: tuple[list[Tensor], list[Tensor]] = [], []
+            self._retain_losses, self._forget_losses = [], []
         self._window += 1
         if self._combines:
             self._run_forget(step, args, kwargs, forget)
@@ -285,7 +285,7 @@ class Fit:
             self._verifier.open_window(step)
         loss = self._forget_pass.run(step, args, kwargs, forget)
         self._forget_passes += 1
-        self._window_losses[1].append(loss)
+        self._forget_losses.append(loss)
         self._journal.add_forget(loss)
         if self._approach is not None:
             self._approach.observe(loss)
@@ -294,19 +294,17 @@ class Fit:
         """Count the retain loss, and tell the optimizer what its next step is to do."""
         self._gave_loss = loss is not None
         if loss is not None:
-            self._losses += 1
-            self._window_losses[0].append(loss)
+            self._retain_losses.append(loss)
             self._journal.add_retain(loss)
-        full = self._trainer.accumulate_grad_batches
+        full, n = self._trainer.accumulate_grad_batches, len(self._retain_losses)
         plan = "combine" if self._combines else "retain_only" if self._stopper.reason is None else "drop"
-        plan = plan if self._losses else "drop"
-        self.optimizer.plan_step(plan, window_shares=(self._losses / full, self._window / full))  # type: ignore[arg-type]
+        self.optimizer.plan_step(plan if n else "drop", window_shares=(n / full, self._window / full))  # type: ignore[arg-type]
 
     def _approve(self, report: StepReport) -> bool:
         """Whether a step is to be applied."""
         if self._approach is not None and self._approach.is_there:
             self._stopper.stop(StopReason.TARGET_REACHED, f"{self._approach.describe()}.")
-        return self._stopper.approves(report, *self._window_losses, target=self.optimizer.aim.target)
+        return self._stopper.approves(report, self._retain_losses, self._forget_losses, self.optimizer.aim.target)
 
     def _stopping_settings(self) -> str:
         return repr((self.optimizer.rule, self._settings.stop_on))
