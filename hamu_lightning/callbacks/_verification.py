@@ -60,7 +60,8 @@ class VerifySteps:
         shrink: Factor of the region after a broken promise, in (0, 1).
         grow: Factor after a kept one, at least 1.
         max_tries: How often a step is tried before it is left out.
-        ledger: A CSV file that gets a line for each try, as it goes; None for no file.
+        ledger: A CSV file that gets a line for each try, as it goes; True for `hamu_ledger.csv` in the directory of the
+            Trainer's logger (no file without a logger), False for no file.
 
     Raises:
         HAMUValueError: If an argument is out of its range.
@@ -75,7 +76,7 @@ class VerifySteps:
     shrink: float = 0.5
     grow: float = 1.5
     max_tries: int = 3
-    ledger: str | Path | None = None
+    ledger: str | Path | bool = True
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -134,8 +135,9 @@ class Verifier:
         self.outcome: Outcome | None = None
         self.verified, self.kept, self.retried, self.dropped = 0, 0, 0, 0
         self._windows, self._tries = 0, 0
-        if settings.ledger is not None and trainer.is_global_zero:
-            start_ledger(Path(settings.ledger))
+        self._ledger = find_ledger(trainer, settings.ledger)
+        if self._ledger is not None:
+            start_ledger(self._ledger)
 
     @property
     def is_due(self) -> bool:
@@ -236,9 +238,9 @@ class Verifier:
         )
 
     def _write(self, outcome: Outcome, verdict: Verdict) -> None:
-        if self._settings.ledger is None or not self._trainer.is_global_zero:
+        if self._ledger is None:
             return
-        with Path(self._settings.ledger).open("a", newline="") as file:
+        with self._ledger.open("a", newline="") as file:
             csv.writer(file).writerow(
                 [self._trainer.global_step, self._tries, self.region, *vars(outcome).values(), verdict]
             )
@@ -246,6 +248,18 @@ class Verifier:
 
 _STATE = ("region", "verified", "kept", "retried", "dropped", "_windows")
 LEDGER_COLUMNS = ["step", "try", "region", *Outcome.__dataclass_fields__, "verdict"]
+
+
+def find_ledger(trainer: Trainer, ledger: str | Path | bool) -> Path | None:
+    """Where this process writes the ledger; None for nowhere."""
+    folder = (
+        trainer.log_dir if ledger is True and trainer.loggers else None
+    )  # asked by all processes: it is a joint call
+    if not trainer.is_global_zero or ledger is False:
+        return None
+    if ledger is True:
+        return None if folder is None else Path(folder) / "hamu_ledger.csv"
+    return Path(ledger)
 
 
 def start_ledger(path: Path) -> None:

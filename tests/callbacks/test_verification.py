@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
@@ -203,6 +204,14 @@ def test_what_was_measured_is_logged_and_in_the_ledger(tmp_path: Path) -> None:
     metrics = trainer.callback_metrics
     for name in ("promised_forget", "measured_forget", "promised_retain", "measured_retain"):
         assert float(metrics[f"hamu/{name}"]) == pytest.approx(float(lines[-1][name]), rel=1e-5)  # float32
+
+
+@pytest.mark.parametrize(("ledger", "is_there"), [(True, True), (False, False)])
+def test_the_ledger_lies_beside_the_log(ledger: bool, is_there: bool, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=20), GENTLE, verify=VerifySteps(ledger=ledger))
+    fit(build(Base), hamu, logger=logger, max_steps=2)
+    assert (Path(logger.log_dir) / "hamu_ledger.csv").exists() == is_there
 
 
 def test_measured_changes_are_those_of_the_losses() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hamu_lightning import HAMUQ, HAMUOptimizer
 from hamu_lightning.errors import HAMUStateError
@@ -69,6 +71,29 @@ def test_the_state_is_saved() -> None:
     resumed.data.copy_(weight.data)
     second.load_hamu_state_dict(first.hamu_state_dict())
     assert take_steps(second, resumed, 6) == expected[6:]
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what is read on the host."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_on_the_host() -> None:
+    optimizer, weight = make(TargetQuota(3.0, steps=40))
+    take_steps(optimizer, weight, 1)
+    with optimizer.forget():
+        (loss := weight.sum()).backward()
+    with optimizer.retain():
+        (weight[0] ** 2).backward()
+    with CountReads() as count:
+        optimizer.aim.observe(loss)
+        optimizer.step()
+    assert count.reads == 0
 
 
 @pytest.mark.parametrize(
