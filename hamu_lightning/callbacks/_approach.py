@@ -19,6 +19,7 @@ from hamu_lightning.callbacks._forget_pass import ForgetPass
 from hamu_lightning.callbacks._kept_weights import KeptWeights
 from hamu_lightning.callbacks._streams import count_shared_samples
 from hamu_lightning.callbacks._targets import Holdout, Target, as_target
+from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.rules import TargetQuota
 
@@ -34,6 +35,8 @@ _MEASURE_EVERY = 10
 _CLOSE = 0.95
 # A step that ends beyond this is tried again, where steps are verified.
 _TOO_FAR = 1.1
+# And from here on, advice is due.
+_FAR_BEYOND = 1.5
 # Of a large forget set so many batches are measured.
 _MOST_BATCHES = 32
 
@@ -55,6 +58,7 @@ class Approach:
 
     Attributes:
         is_there: Whether the forget loss has reached the target.
+        is_lost: Whether the model gives no finite loss any more.
 
     Raises:
         HAMUMisconfigurationError: If nothing says in how many steps.
@@ -70,7 +74,7 @@ class Approach:
         self._aim.steps = plan_steps(trainer, optimizer.rule.target_quota, self._aim.taken, every_n_steps)
         self._kept = KeptWeights(optimizer)
         self._kept_level: Tensor | None = None
-        self.is_there = False
+        self.is_there = self.is_lost = False
         if isinstance(self._target, Holdout):
             warn_about_shared_samples(self._target.loader, forget)
 
@@ -88,7 +92,7 @@ class Approach:
             aim.level = self._measure(self._forget, step, args, kwargs)
         if aim.level is None:
             return
-        self.is_there = bool(aim.level >= _CLOSE * target)
+        self.is_there = not self.is_lost and bool(aim.level >= _CLOSE * target)
         if self.is_there and aim.taken == 0:
             rank_zero_warn(
                 f"The forget loss is {float(aim.level):.4g} before the first step, and the target only "
@@ -114,7 +118,11 @@ class Approach:
         aim = self._aim
         if aim.level is None or aim.target is None:
             return "no step towards the target"
-        return f"forget loss {float(aim.level):.4g} for a target of {float(aim.target):.4g}"
+        level, target = float(aim.level), float(aim.target)
+        advice = (
+            "" if level <= _FAR_BEYOND * target else ", far beyond it: verified steps or a smaller radius prevent that"
+        )
+        return f"forget loss {level:.4g} for a target of {target:.4g}{advice}"
 
     def _look_at_target(self, *step: Any) -> Tensor:
         aim, target = self._aim, self._target
@@ -126,7 +134,13 @@ class Approach:
 
     def _measure(self, target: Target, *step: Any) -> Tensor:
         # Processes may have summed in different orders; they have to decide alike.
-        return self._trainer.strategy.reduce(self._forget_pass.measure(target, *step), reduce_op="mean")
+        level = self._trainer.strategy.reduce(self._forget_pass.measure(target, *step), reduce_op="mean")
+        if not bool(level.isfinite()):
+            what = "the forget loss" if target is self._forget else f"the target {target}"
+            if self._aim.taken == 0:
+                raise HAMUStateError(f"Expected {what} to be a finite number before the first step, but got {level}.")
+            self.is_lost = True
+        return level
 
     def _land(self, level: Tensor, target: Tensor) -> None:
         """Take the last step back if it went too far: to try a shorter one, or because the target was nearer before."""

@@ -304,6 +304,10 @@ class Fit:
         """Whether a step is to be applied."""
         if self._approach is not None and self._approach.is_there:
             self._stopper.stop(StopReason.TARGET_REACHED, f"{self._approach.describe()}.")
+        if self._approach is not None and self._approach.is_lost:
+            self._stopper.stop(
+                StopReason.NOT_FINITE, f"{self._approach.describe()}. Verified steps or a smaller radius prevent it."
+            )
         return self._stopper.approves(report, self._retain_losses, self._forget_losses, self.optimizer.aim.target)
 
     def _stopping_settings(self) -> str:

@@ -122,7 +122,7 @@ class ForgetPass:
             kwargs: Likewise.
 
         Raises:
-            HAMUStateError: If the level is not a finite number.
+            HAMUStateError: If the level is not one number, or there is no loss to measure.
         """
 
         def mean_loss(loader: Iterable[Any]) -> Tensor:
@@ -141,8 +141,8 @@ class ForgetPass:
         with self._isolated(args[0]), torch.no_grad():
             level = torch.as_tensor(target.measure(self._trainer.lightning_module, mean_loss, copied(args[0])))
         device = self._trainer.strategy.root_device
-        if level.numel() != 1 or not bool(level.isfinite()):
-            raise HAMUStateError(f"Expected {target} to be one finite number, but got {level}.")
+        if level.numel() != 1:
+            raise HAMUStateError(f"Expected {target} to be one number, but got {level}.")
         return level.detach().reshape(()).to(device, widest_float(device))
 
     def clip(self) -> None:

@@ -157,10 +157,30 @@ def test_what_cannot_be(make: Any, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("target", [lambda module: math.nan, lambda module: torch.zeros(2), Holdout(iter(()))])
-def test_a_level_must_be_a_number(target: Any) -> None:
-    with pytest.raises(HAMUStateError, match="Expected"):
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (lambda module: math.nan, "to be a finite number before the first step, but got nan"),
+        (lambda module: torch.zeros(2), "to be one number, but got"),
+        (Holdout(iter(())), "but it has no batch"),
+    ],
+)
+def test_a_level_must_be_a_number(target: Any, message: str) -> None:
+    with pytest.raises(HAMUStateError, match=message):
         reach(trained(), target)
+
+
+def test_a_model_that_is_lost_ends_the_fit() -> None:
+    levels = iter([50.0, math.nan])
+
+    class Breaks(Holdout):
+        @override
+        def measure(self, module: Any, mean_loss: Any, batch: Any) -> Any:
+            return next(levels)
+
+    hamu = reach(trained(), Breaks(HELD_OUT, every=3))
+    assert hamu.stop_reason is StopReason.NOT_FINITE and hamu.combined_steps == 3
+    assert "for a target of nan" in (hamu.stop_message or "")
 
 
 def test_a_fit_without_an_end_is_refused() -> None:
