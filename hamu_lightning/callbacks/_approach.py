@@ -92,7 +92,7 @@ class Approach:
             aim.level = self._measure(self._forget, step, args, kwargs)
         if aim.level is None:
             return
-        self.is_there = not self.is_lost and bool(aim.level >= _CLOSE * target)
+        self.is_there = not self.is_lost and self.is_close
         if self.is_there and aim.taken == 0:
             rank_zero_warn(
                 f"The forget loss is {float(aim.level):.4g} before the first step, and the target only "
@@ -107,6 +107,12 @@ class Approach:
     def observe(self, loss: Tensor) -> None:
         """Take the loss of a forget batch in: that of this process, weighted by its share of the samples."""
         self._aim.observe(self._trainer.strategy.reduce(loss, reduce_op="mean"))
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the forget loss, as far as it is known, counts as having reached the target; reads the host."""
+        level, target = self._aim.level, self._aim.target
+        return level is not None and target is not None and bool(level >= _CLOSE * target)
 
     def levels(self) -> dict[str, Tensor]:
         """The forget loss as it is followed, and the target, for the log."""

@@ -198,7 +198,7 @@ class Fit:
 
     def warn_if_short(self) -> None:
         """Say so if there is a target and the fit has ended before it."""
-        if self._approach is not None and self._stopper.reason is None:
+        if self._approach is not None and self._stopper.reason is None and not self._approach.is_close:
             rank_zero_warn(
                 f"The fit has ended before the target: {self._approach.describe()}. "
                 "Give it more steps, or a larger radius where `hamu/quota` was below what was asked for."
