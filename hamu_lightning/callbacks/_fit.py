@@ -128,7 +128,7 @@ class Fit:
         """Predict what the run will do, and say so; leaves no trace."""
         self._preflight = None
         self.preflight_report = preflight.run(step)
-        rank_zero_info(str(self.preflight_report))
+        rank_zero_info(f"\n{self.preflight_report}")  # not behind a progress bar
 
     def start_epoch(self) -> None:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
@@ -201,7 +201,7 @@ class Fit:
         if self._approach is not None and self._stopper.reason is None and not self._approach.is_close:
             rank_zero_warn(
                 f"The fit has ended before the target: {self._approach.describe()}. "
-                "Give it more steps, or a larger radius where `hamu/quota` was below what was asked for."
+                "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."
             )
 
     def totals(self) -> dict[str, Tensor]:

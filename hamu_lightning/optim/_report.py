@@ -10,7 +10,7 @@ from torch import Tensor
 from hamu_lightning.rules import Branch, Coefficients
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepReport:
     """What one step of `HAMUOptimizer` computed and promised.
 
@@ -31,6 +31,11 @@ class StepReport:
     lr: Tensor
     labels: tuple[str, ...]
     actual_improvements: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """The summary, a line for each number; reads the host."""
+        lines = [f"    {name:<27}{float(number):.4g}" for name, number in self.summary().items()]
+        return "\n".join((f"StepReport of {len(self.labels)} blocks, per step:", *lines))
 
     @property
     def kappa(self) -> Tensor:

@@ -1,0 +1,60 @@
+"""The code in README.md runs as it stands, with small data for the names that a user brings along."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+CALLBACK, OPTIMIZER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:The fit has ended before the target:UserWarning"),
+]
+
+
+class Classifier(BoringModel):
+    """Two classes, told apart by one layer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_data(samples: int) -> TensorDataset:
+    return TensorDataset(torch.randn(samples, 32), torch.arange(samples) % 2)
+
+
+# The README's other ways to say what to forget replace the first one in the same block.
+@pytest.mark.parametrize("how", ["target=Holdout(val_dataset)", "target=Chance()", "rule=HAMUQ(quota=1e-3)"])
+def test_callback(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert how in README
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {
+        "module": Classifier(),
+        "train_dataset": make_data(16),
+        "indices_to_forget": [0, 3, 5],
+        "val_dataset": make_data(8),
+        "DataLoader": DataLoader,
+    }
+    exec("from hamu_lightning import *\n" + CALLBACK.replace("target=Holdout(val_dataset)", how), names)
+    assert names["callback"].forget_passes > 0
+
+
+def test_optimizer() -> None:
+    model = nn.Linear(3, 1)
+    retain_loss, forget_loss = (model(torch.randn(4, 3)).square().mean() for _ in range(2))
+    names = {"torch": torch, "model": model, "retain_loss": retain_loss, "forget_loss": forget_loss}
+    exec(OPTIMIZER, names)
+    assert "forget_improvement" in repr(names["report"])
