@@ -6,6 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
+
+from hamu_lightning import HAMUCallback
+from tests.callbacks.modules import Base, build, fit, make_data
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,3 +38,14 @@ def test_every_test_that_is_named_exists() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_every_logged_name_is_explained() -> None:
+    """Of a verified fit with a target that tracks the actual change."""
+    hamu = HAMUCallback(DataLoader(make_data(40, seed=9), batch_size=20), target=5.0, track_actual=True)
+    with pytest.warns(UserWarning, match="before the target"):
+        trainer, _ = fit(build(Base), hamu, log_every_n_steps=1, max_epochs=1)
+    explained = (ROOT / "docs" / "logged.md").read_text()
+    names = [name for name in trainer.callback_metrics if name.startswith(("hamu/", "retain/", "forget/loss"))]
+    assert len(names) > 20
+    assert [name for name in names if f"`{name}`" not in explained] == []

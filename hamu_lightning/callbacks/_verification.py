@@ -146,7 +146,7 @@ class Verifier:
 
     def open_window(self, step: Callable[..., Any]) -> None:
         """Begin the window of a combined step; `step` is the strategy's `training_step`."""
-        self._step = step
+        self._step, self.outcome = step, None
         self._let_go()
         self._forget_pass.records = self.record_forget if self.is_due else None
 
@@ -198,6 +198,8 @@ class Verifier:
 
     def describe(self) -> str:
         """What came of the steps, in words."""
+        if self.kept == self.verified and not self.retried:
+            return f"All {self.verified} verified steps kept their promise"
         return (
             f"Of {self.verified} verified steps {self.kept} kept their promise ({self.retried} of them in a smaller "
             f"trust region), {self.dropped} were left out; the region is {self.region:.3g} times the rule's"
