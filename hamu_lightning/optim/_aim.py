@@ -40,7 +40,8 @@ class Aim:
     def observe(self, loss: Tensor) -> None:
         """Take the loss of a forget batch in; one that is not finite says nothing."""
         loss = loss.detach().to(widest_float(loss.device))
-        level = loss if self.level is None else self.level
+        # Before the first finite loss there is no level.
+        level = loss if self.level is None else torch.where(self.level.isfinite(), self.level, loss)
         self.observed += 1
         gain = 1 / min(self.observed, self.window)
         self.level = torch.where(loss.isfinite(), level + gain * (loss - level), level)

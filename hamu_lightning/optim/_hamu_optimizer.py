@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -159,7 +158,10 @@ class HAMUOptimizer(Optimizer):
 
     @property
     def last_step(self) -> StepReport | None:
-        """What the last combined step did; None before the first. One that was left out reports NOT_FINITE."""
+        """What the last combined step did; None before the first.
+
+        One with numbers that are not finite reports NOT_FINITE; one that was refused or undone, what it was to do.
+        """
         return self._core.last_step
 
     @property
@@ -433,32 +435,33 @@ class HAMUOptimizer(Optimizer):
             return
         if core.referee is None or core.rule.is_plain or not core.referee.is_due:
             self._take_step(retain, forget, layout)
-        else:
-            self._take_step_on_trial(retain, forget, layout, core.referee)
+        elif not self._take_step_on_trial(retain, forget, layout, core.referee):
+            core.undone_steps += 1
+            return
+        if core.rule.target_quota is not None:
+            step, actual = core.last_step.coefficients, core.last_step.actual_improvements
+            core.aim.advance(step.forget_improvement if actual is None else actual[1])
 
     def _take_step_on_trial(
         self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout, referee: Referee
-    ) -> None:
-        """Apply the step, and take it back as long as the referee does not accept it."""
+    ) -> bool:
+        """Apply the step, and take it back as long as the referee does not accept it; return whether it did at last."""
         core, before = self._core, Snapshot(self._applier(takes_d=True), layout.parameters)
-        counts, aim = {name: getattr(core, name) for name in COUNTERS}, copy.copy(core.aim)
         while True:
             # The combination is written over the forget gradients; they may be needed again.
             self._take_step(retain, [None if g is None else g.clone() for g in forget], layout)
             assert core.last_step is not None
+            if not bool(core.last_step.coefficients.is_finite):
+                return True  # it has moved nothing, and is counted: the promise is not to blame
             if not self._moves_by_d:
                 before.shorten_step(referee.region)
                 core.last_step = self._measure(core.last_step, retain, forget, before.weights)
             verdict = referee.judge(core.last_step)
             if verdict == "accept":
-                return
+                return True
             before.restore()
-            core.aim.__dict__.update(aim.__dict__)
-            for name, count in counts.items():
-                setattr(core, name, count)
             if verdict == "drop":
-                core.undone_steps += 1
-                return
+                return False
             core.last_step = self._ask_rule(retain, forget, layout)
 
     @property
@@ -476,8 +479,6 @@ class HAMUOptimizer(Optimizer):
         combined, core.last_step = self._combine(retain, spare, core.last_step, layout)
         with pointed_gradients(layout.parameters, combined):
             self._step_base(core.last_step.coefficients)
-        if core.rule.target_quota is not None:
-            core.aim.advance(core.last_step.coefficients.forget_improvement)
         if before is not None:
             core.last_step = self._measure(core.last_step, retain, forget, before)
 
@@ -501,7 +502,8 @@ class HAMUOptimizer(Optimizer):
         core = self._core
         if not core.exact:
             return core.base
-        if core.plain is None or sum(len(g["params"]) for g in core.plain.param_groups) != len(self._parameters()):
+        known = [] if core.plain is None else [[*map(id, group["params"])] for group in core.plain.param_groups]
+        if core.plain is None or known != [[*map(id, group["params"])] for group in self.param_groups]:
             core.plain = SGD([{"params": list(group["params"])} for group in self.param_groups], lr=0.0)
         for plain, group in zip(core.plain.param_groups, self.param_groups, strict=True):
             plain["lr"] = 1.0 if takes_d else group["lr"]

@@ -50,6 +50,8 @@ class Snapshot:
         self._parameters = parameters
         self.weights = [p.detach().clone() for p in parameters]
         self._state = _copied(optimizer.state)
+        # Some optimizers keep running numbers there.
+        self._settings = [{n: copy.deepcopy(v) for n, v in g.items() if n != "params"} for g in optimizer.param_groups]
 
     @torch.no_grad()
     def shorten_step(self, factor: float) -> None:
@@ -65,6 +67,8 @@ class Snapshot:
             parameter.copy_(weight)
         self._optimizer.state.clear()
         self._optimizer.state.update(_copied(self._state))
+        for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
 
 
 def _copied(state: Any) -> dict[Any, dict[str, Any]]:

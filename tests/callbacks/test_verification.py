@@ -289,3 +289,30 @@ def test_processes_judge_alike() -> None:
     first, second = run_ranks(verify_on_ranks, 2)
     assert first == second
     assert first[1]["verified"] == 6 and min(first[0][:6]) < 0.1
+
+
+def test_a_step_that_is_not_finite_is_not_judged() -> None:
+    """Its losses say nothing of the promise: it is left out at once, and the region stays."""
+
+    class Overflows(Base):
+        @override
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * math.inf if batch_idx == 1 else loss
+
+    _, hamu, spy = train(GENTLE, VerifySteps(tolerance=0.0), Overflows, max_epochs=1)
+    assert spy.regions == [1.0] * 6
+    assert (hamu.left_out_steps, hamu.state_dict()["verifier"]["dropped"]) == (1, 0)
+
+
+def test_the_level_follows_the_shortened_step_of_another_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = iter([False, False, True])
+    monkeypatch.setattr(Outcome, "is_kept", lambda *_: next(verdicts))
+    rule = HAMUQ(TargetQuota(9.0), radius=FixedRadius(1e-3))
+    hamu = HAMUCallback(DataLoader(FORGET, batch_size=40), rule, verify=VerifySteps())
+    spy, module = Spy(hamu), build(Base, "momentum")
+    before = loss_on(module, FORGET)
+    with pytest.warns(UserWarning, match="before the target"):
+        fit(module, hamu, spy, max_steps=1)
+    level = float(hamu.state_dict()["optimizer"]["aim"]["level"])
+    assert level - before == pytest.approx(loss_on(module, FORGET) - before, rel=0.05)  # to first order

@@ -27,6 +27,10 @@ def test_the_level_is_a_mean_that_forgets() -> None:
     assert float(observe(*[1.0] * 50, 2.0).level) == pytest.approx(1.2)
 
 
+def test_a_bad_first_loss_is_forgotten() -> None:
+    assert float(observe(math.nan, 1.0, 3.0).level) == pytest.approx(1 + 2 / 3)
+
+
 def test_a_promise_moves_the_level_and_bad_numbers_do_not() -> None:
     aim = observe(1.0, math.nan, math.inf)
     aim.advance(torch.tensor(0.25, dtype=torch.float64))

@@ -584,3 +584,19 @@ def test_forget_overflow_backs_off_and_leaves_the_step_out(wrap: Wrap) -> None:
     scaler.update()
     assert scaler.get_scale() == 512.0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_exact_steps_follow_tensors_that_are_replaced() -> None:
+    """As many other tensors in the groups of the base: these move from then on."""
+    old, new = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    base = torch.optim.SGD([old], lr=0.1, momentum=0.9)
+    optimizer = HAMUOptimizer(base, HAMUQ(0.01, radius=FixedRadius(0.1)), exact=True)
+    for weight in (old, new):
+        base.param_groups[0]["params"] = [weight]
+        before = weight.detach().clone()
+        with optimizer.retain():
+            weight.square().sum().backward()
+        with optimizer.forget():
+            weight.sum().backward()
+        optimizer.step()
+        assert not torch.equal(weight, before)
