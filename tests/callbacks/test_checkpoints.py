@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, defa
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback
-from hamu_lightning.rules import FixedRadius
+from hamu_lightning.rules import FixedRadius, TargetQuota
 from tests.callbacks.modules import Base, build, fit, make_data
 from tests.callbacks.test_model_parallel import Sharded
 from tests.distributed import run_ranks
@@ -74,8 +74,8 @@ def train(
 ) -> tuple[Any, HAMUCallback]:
     """Train 14 steps of 6 (or, accumulated, of 2) an epoch, saving after 8; or resume from there."""
     module = build(kind, optimizer, seed=99 if resume else 5)
-    arguments = settings.pop("arguments", {})
-    hamu = HAMUCallback(make_forget(), RULE, **arguments)
+    rule, arguments = settings.pop("rule", RULE), settings.pop("arguments", {})
+    hamu = HAMUCallback(make_forget(), rule, **arguments)
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=8, save_top_k=-1)
     trainer = L.Trainer(
         **{"max_steps": 14, "accelerator": "cpu", "devices": 1, **settings},
@@ -123,11 +123,13 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulation": {"accumulate_grad_batches": 3},
     "schedule": {"kind": WarmsUp},
     "every third step": {"arguments": {"every_n_steps": 3}},
+    "target": {"rule": HAMUQ(TargetQuota(9.0), radius=FixedRadius(0.05)), "arguments": {"verify": True}},
     "stopping": {"arguments": {"stop_on": ["collateral_damage"]}},
 }
 
 
-@pytest.mark.filterwarnings("ignore:The base optimizer", "ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The base optimizer", "ignore:The fit has ended before the target")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_in_the_middle_of_an_epoch(name: str, tmp_path: Path) -> None:
     whole = end_of(*train(tmp_path, **CASES[name]))
