@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -156,7 +156,30 @@ class Infeasible(StopCondition):
 
 
 @dataclass(frozen=True)
-class RetainAbove(StopCondition):
+class _Ceiling(StopCondition):
+    """Stop when a loss is above a ceiling, and go back to the weights from before."""
+
+    loss: float
+    patience: int = 5
+    objective: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        self._check(loss=self.loss)
+
+    def explain(self, steps: list[Signals]) -> str | None:
+        """Tell whether the mean over the last steps is above."""
+        mean = _mean(getattr(s, f"{self.objective}_loss") for s in steps)
+        if not mean > self.loss:
+            return None
+        return (
+            f"the {self.objective} loss is {mean:.4g}, its ceiling {self.loss:.4g}. "
+            "The model goes back to where it was below."
+        )
+
+
+@dataclass(frozen=True)
+class RetainAbove(_Ceiling):
     """Stop when the retain loss is above a ceiling, and take the steps back that led there.
 
     Args:
@@ -167,22 +190,13 @@ class RetainAbove(StopCondition):
         HAMUValueError: If an argument is out of its range.
     """
 
-    loss: float
-    patience: int = 5
+    objective = "retain"
     reason = StopReason.RETAIN_CEILING
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        self._check(loss=self.loss)
-
-    def explain(self, steps: list[Signals]) -> str | None:
-        """Tell whether the mean is above."""
-        return _explain_ceiling("retain", _mean(s.retain_loss for s in steps), self.loss)
 
 
 @dataclass(frozen=True)
-class ForgetAbove(StopCondition):
-    """Stop when the forget loss is above a ceiling, and take the steps back that led there.
+class ForgetAbove(_Ceiling):
+    """Stop when the forget loss is above a ceiling: forgotten too far is as revealing as remembered.
 
     Args:
         loss: The ceiling, in the unit of the loss.
@@ -192,17 +206,8 @@ class ForgetAbove(StopCondition):
         HAMUValueError: If an argument is out of its range.
     """
 
-    loss: float
-    patience: int = 5
+    objective = "forget"
     reason = StopReason.FORGET_CEILING
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        self._check(loss=self.loss)
-
-    def explain(self, steps: list[Signals]) -> str | None:
-        """Tell whether the mean is above."""
-        return _explain_ceiling("forget", _mean(s.forget_loss for s in steps), self.loss)
 
 
 @dataclass(frozen=True)
@@ -312,9 +317,3 @@ def pack_signals(report: StepReport, retain_loss: Tensor, forget_loss: Tensor) -
 def _mean(numbers: Iterable[float]) -> float:
     values = list(numbers)
     return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def _explain_ceiling(name: str, mean: float, ceiling: float) -> str | None:
-    if not mean > ceiling:
-        return None
-    return f"the {name} loss is {mean:.4g}, its ceiling {ceiling:.4g}. The model goes back to where it was below."
