@@ -140,6 +140,10 @@ class HAMUCallback(Callback):
         self._state: dict[str, Any] = {}
         self._last_step: StepReport | None = None
 
+    @override
+    def __repr__(self) -> str:
+        return f"HAMUCallback({self.settings.rule})"
+
     @property
     @override
     def state_key(self) -> str:

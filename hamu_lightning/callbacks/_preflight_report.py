@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ LEVEL = 0.95
 _RESAMPLES = 2_000
 # Below this share of the capacity, what is free of damage counts as less than all of it.
 _HARMONY = 0.99
+# A terminal's, and the table's.
+_WIDTH = 80
 
 ROWS = {
     "forget_loss": "forget loss",
@@ -30,7 +33,7 @@ ROWS = {
     "quota": "quota of the rule, per step",
     "largest_quota": "largest quota that the radius allows",
     "free_quota": "largest quota that is free of damage",
-    "infeasible": "share of pairs where the quota cannot be had",
+    "infeasible": "pairs where the quota cannot be had",
     "forget_improvement": "rise of the forget loss per step",
     "retain_cost": "rise of the retain loss per step",
     "steps_to_target": "steps to the target",
@@ -111,7 +114,11 @@ class PreflightReport:
         lines = [f"{ROWS[name]:<{width}}{estimate}" for name, estimate in self.estimates.items()]
         head = f"HAMU preflight: {self.pairs} batch pairs, {self.blocks} blocks of weights"
         title = f"{'':<{width}}{'mean':>11}   {LEVEL:.0%} interval over the pairs"
-        return "\n".join((head, title, *lines, *(f"- {sentence}" for sentence in self.advice)))
+        advice = (
+            textwrap.fill(s, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+            for s in self.advice
+        )
+        return "\n".join((head, title, *lines, *advice))
 
 
 def make_report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import LBFGS, SGD, Optimizer
@@ -31,14 +31,20 @@ def check_base(base: Optimizer) -> None:
             "Expected `base` to take one gradient per step, but got LBFGS, which evaluates its closure several times. "
             "Use SGD, AdamW or another first-order optimizer."
         )
-    for index, group in enumerate(base.param_groups):
-        if "lr" not in group:
-            raise HAMUValueError(f"Expected parameter group {index} of `base` to have a learning rate 'lr'.")
-        if group.get("maximize"):
-            raise HAMUValueError(
-                f"Expected `maximize=False`, but parameter group {index} of {type(base).__name__} has maximize=True. "
-                "The rule already gives the direction of both objectives."
-            )
+    for group in base.param_groups:
+        check_group(base, group)
+
+
+def check_group(base: Optimizer, group: Mapping[str, Any]) -> None:
+    """Raise unless a parameter group, or what is to become one, can be used; `base` has the defaults."""
+    settings = {**base.defaults, **group}
+    if "lr" not in settings:
+        raise HAMUValueError("Expected each parameter group of `base` to have a learning rate 'lr', but one has none.")
+    if settings.get("maximize"):
+        raise HAMUValueError(
+            f"Expected `maximize=False`, but a parameter group of {type(base).__name__} has maximize=True. "
+            "The rule already gives the direction of both objectives."
+        )
 
 
 def check_both_present(has_retain: bool, has_forget: bool) -> None:

@@ -15,7 +15,14 @@ from typing_extensions import override
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import compute_gramian
 from hamu_lightning.optim._aim import Aim
-from hamu_lightning.optim._checks import check_base, check_both_present, is_at_rest, is_plain_sgd, warn_about_base
+from hamu_lightning.optim._checks import (
+    check_base,
+    check_both_present,
+    check_group,
+    is_at_rest,
+    is_plain_sgd,
+    warn_about_base,
+)
 from hamu_lightning.optim._combine import combine_
 from hamu_lightning.optim._layout import Layout, collect_names, make_layout
 from hamu_lightning.optim._report import StepReport
@@ -348,7 +355,12 @@ class HAMUOptimizer(Optimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
+        """Add a group to the base optimizer.
+
+        Raises:
+            HAMUValueError: If the group cannot be used.
+        """
+        check_group(self._core.base, param_group)
         self._core.base.add_param_group(param_group)
 
     @property

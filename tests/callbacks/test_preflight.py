@@ -375,9 +375,11 @@ def labelled(label: int) -> list[list[Tensor]]:
 def test_advice(kind: type[Base], retain: Any, forget: Any, quota: float, sentences: list[str]) -> None:
     report = preflight(build(kind), retain, forget, HAMUQ(quota, radius=FixedRadius(0.1)))
     assert len(report.advice) == len(sentences)
+    printed = str(report)
+    assert max(map(len, printed.splitlines())) <= 80
     for sentence, pattern in zip(report.advice, sentences, strict=True):
         assert re.search(pattern, sentence), sentence
-        assert sentence in str(report)
+        assert sentence.split() in [item.split() for item in re.split(r"^- ", printed, flags=re.MULTILINE)]
 
 
 def make_rows(**changes: list[float]) -> list[dict[str, float]]:

@@ -462,6 +462,13 @@ def test_refused_bases(make: Callable[[Iterator[Tensor]], Optimizer], message: s
         HAMUOptimizer(make(make_model().parameters()), RULE)
 
 
+def test_refused_groups() -> None:
+    optimizer = HAMUOptimizer(SGD(make_model().parameters(), lr=0.1), RULE)
+    with pytest.raises(HAMUValueError, match="Expected `maximize=False`"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "maximize": True})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_refused_rules_and_weights() -> None:
     model = make_model()
     with pytest.raises(HAMUValueError, match="Expected `rule` to be a rule such as HAMUQ"):
