@@ -66,7 +66,7 @@ def run(
     rule = HAMUQ(TargetQuota(Chance(10) if data.gone else Holdout(data.val)), radius=RelativeRadius(fraction))
     hamu = HAMUCallback(data.forget, rule, batch_size=batch_size, seed=args.seed, verify=verifies)
     fit(module, data.retain, args, "unlearned", max_epochs=-1, max_steps=args.steps, callbacks=[hamu])
-    target = float(hamu.state_dict()["optimizer"]["aim"]["target"])
+    target = float(hamu.state_dict()["optimizer"]["aims"]["forget"]["target"])
     before, after = (evaluate(m, data.retain).accuracy for m in (original, module))
     return evaluate(module, data.forget).loss / target, 100 * (after - before), hamu.combined_steps
 

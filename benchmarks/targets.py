@@ -1,6 +1,6 @@
 """Forget to a target with several seeds and learning rates, with and without verified steps; tables in Markdown.
 
-python benchmarks/targets.py            # docs/targets.md; about half an hour on one core
+python benchmarks/targets.py            # docs/targets.md; about 40 minutes on one core
 """
 
 from __future__ import annotations
@@ -109,20 +109,24 @@ def unlearn(
         for name, model in (("unlearned", module), ("original", case.original), ("retrained", case.retrained))
     ]
     state = hamu.state_dict()
-    level = float(state["optimizer"]["aim"]["target"])
+    level = float(state["optimizer"]["aims"]["forget"]["target"])
     return Run(*rows, level, hamu.combined_steps, state["verifier"], hamu.stop_reason, promises)
 
 
-def prepare_cases(seeds: int, out: str) -> dict[str, list[Case]]:
-    """Train the original of each seed once, and retrain it without each set."""
-    cases: dict[str, list[Case]] = {name: [] for name in SETS}
+def prepare_cases(seeds: int, trainings: int, out: str) -> dict[str, list[list[Case]]]:
+    """For each set and seed (which draws the forget set): train the original, and retrain it without the set.
+
+    Each of them several times: a model's AUC depends on the training's own random numbers, too.
+    """
+    cases: dict[str, list[list[Case]]] = {name: [[] for _ in range(seeds)] for name in SETS}
     for seed in range(seeds):
-        args = parse_args(["--seed", str(seed), "--out", out])
-        original = None
-        for name, kind in SETS.items():
-            data = load_data(kind, seed)
-            original = original or train(data.train, args, "original")
-            cases[name].append(Case(data, original, train(data.retain, args, "retrained"), seed))
+        for own_seed in range(seed, seed + 100 * trainings, 100):
+            args = parse_args(["--seed", str(own_seed), "--out", out])
+            original = None
+            for name, kind in SETS.items():
+                data = load_data(kind, seed)
+                original = original or train(data.train, args, "original")
+                cases[name][seed].append(Case(data, original, train(data.retain, args, "retrained"), own_seed))
     return cases
 
 
@@ -137,42 +141,58 @@ def print_table(titles: list[str], lines: list[list[str]]) -> None:
     print("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n", flush=True)
 
 
-def each(runs: list[Run], read: Any, digits: int) -> str:
+def each(runs: list[Any], read: Any, digits: int) -> str:
     """One number for each seed."""
     return " ".join(f"{read(run):.{digits}f}" for run in runs)
 
 
-def compare_seeds(cases: dict[str, list[Case]], out: str) -> None:
-    """The defaults: each number for each seed, and the mean gap."""
-    lines = []
-    for name, some in cases.items():
-        runs = [unlearn(case, options(case, out, 100)) for case in some]
+def compare_seeds(cases: dict[str, list[list[Case]]], out: str) -> None:
+    """The defaults: each number for each seed, the AUC as a mean over several trainings."""
+    lines, ranges = [], []
+    for name, seeds in cases.items():
+        runs = [[unlearn(case, options(case, out, 100)) for case in some] for some in seeds]
+        first, every = [some[0] for some in runs], [run for some in runs for run in some]
+        unlearned, retrained = ([[read(r).auc for r in some] for some in runs] for read in (_own, _retrained))
         lines.append(
             [
                 name,
-                each(runs, lambda r: r.target, 3),
-                each(runs, lambda r: r.ratio, 2),
-                each(runs, lambda r: r.retain_points, 1),
-                each(runs, lambda r: r.row.auc, 2),
-                each(runs, lambda r: r.retrained.auc, 2),
-                f"{mean(r.gap for r in runs):+.3f}",
-                each(runs, lambda r: r.steps, 0),
+                each(first, lambda r: r.target, 3),
+                each(first, lambda r: r.ratio, 2),
+                each(first, lambda r: r.retain_points, 1),
+                each(unlearned, mean, 2),
+                each(retrained, mean, 2),
+                each(runs, lambda some: mean(r.gap for r in some), 3),
+                each(first, lambda r: r.steps, 0),
             ]
         )
-    print_table(
-        ["set", "target", "forget loss / target", "retain acc., points", "AUC", "AUC retrained", "mean gap", "steps"],
-        lines,
-    )
+        spread = [max(aucs) - min(aucs) for aucs in retrained]
+        ranges.append(
+            f"{name}, all {len(every)} runs: forget loss / target {min(r.ratio for r in every):.2f} to "
+            f"{max(r.ratio for r in every):.2f}, worst retain {min(r.retain_points for r in every):+.1f} points, "
+            f"single AUC gaps {min(r.gap for r in every):+.3f} to {max(r.gap for r in every):+.3f}; retrained models "
+            f"of one seed differ by up to {max(spread):.3f}"
+        )
+    titles = ["set", "target", "forget loss / target", "retain acc., points", "AUC", "AUC retrained", "gap", "steps"]
+    print_table(titles, lines)
+    print("\n".join(ranges) + "\n", flush=True)
 
 
-def compare_learning_rates(cases: dict[str, list[Case]], out: str) -> None:
+def _own(run: Run) -> Row:
+    return run.row
+
+
+def _retrained(run: Run) -> Row:
+    return run.retrained
+
+
+def compare_learning_rates(cases: dict[str, list[list[Case]]], out: str) -> None:
     """Both radii at four learning rates: destroyed models, the target, the retain accuracy."""
     lines = []
     # The relative radius does not depend on the learning rate: once is enough to see it.
     rates = [("learning rate", LEARNING_RATE, factor) for factor in (0.1, 1, 10, 100)] + [("relative", RELATIVE, 100)]
     for title, radius, factor in rates:
         for name, some in cases.items():
-            runs = [unlearn(case, options(case, out, 100), LR * factor, radius) for case in some]
+            runs = [unlearn(case, options(case, out, 100), LR * factor, radius) for case, *_ in some]
             reached = sum(r.reason is not None and r.reason.startswith("target") for r in runs)
             lines.append(
                 [
@@ -189,11 +209,11 @@ def compare_learning_rates(cases: dict[str, list[Case]], out: str) -> None:
     )
 
 
-def compare_verification(cases: dict[str, list[Case]], out: str) -> None:
+def compare_verification(cases: dict[str, list[list[Case]]], out: str) -> None:
     """The learning-rate radius at ten and a hundred times the learning rate, up to 500 steps of the first seed."""
     lines = []
     for factor in (10, 100):
-        for name, (case, *_) in cases.items():
+        for name, ((case, *_), *_) in cases.items():
             for verifies in (True, False):
                 run = unlearn(case, options(case, out, 500), LR * factor, LEARNING_RATE, verifies)
                 state, first = run.state, run.state["kept"] - run.state["retried"]
@@ -232,12 +252,13 @@ def main() -> None:
     """Print the three tables."""
     parser = argparse.ArgumentParser(description="The tables of docs/targets.md.")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trainings", type=int, default=4, help="trainings of each seed, for the first table")
     parser.add_argument("--tables", nargs="*", choices=TABLES, default=list(TABLES))
     args = parser.parse_args()
     start = time.perf_counter()
     prepare()
     with tempfile.TemporaryDirectory() as out:
-        cases = prepare_cases(args.seeds, out)
+        cases = prepare_cases(args.seeds, args.trainings, out)
         for name in args.tables:
             TABLES[name](cases, out)
             print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

@@ -51,10 +51,12 @@ class Approach:
 
     Args:
         trainer: The trainer, with its loaders set up.
-        optimizer: The optimizer, with a rule that has a `TargetQuota`.
+        optimizer: The optimizer.
+        group: A group for which its rule has a `TargetQuota`.
         forget_pass: What runs batches through the module without a trace.
         forget: The forget loader as the user gave it: every process reads all of it.
         every_n_steps: Every how many steps of the trainer one is a combined one.
+        lands: Whether a step that goes too far is taken back: not with several groups, whose steps these are as well.
 
     Attributes:
         is_there: Whether the forget loss has reached the target.
@@ -65,13 +67,21 @@ class Approach:
     """
 
     def __init__(
-        self, trainer: Trainer, optimizer: HAMUOptimizer, forget_pass: ForgetPass, forget: Any, every_n_steps: int
+        self,
+        trainer: Trainer,
+        optimizer: HAMUOptimizer,
+        group: str,
+        forget_pass: ForgetPass,
+        forget: Any,
+        every_n_steps: int,
+        lands: bool,
     ) -> None:
-        assert optimizer.rule.target_quota is not None
-        self._trainer, self._optimizer, self._aim, self._forget_pass = trainer, optimizer, optimizer.aim, forget_pass
-        self._target = as_target(optimizer.rule.target_quota.target)
+        quota = optimizer.rule.target_quotas[group]
+        self._trainer, self._optimizer, self._forget_pass, self._lands = trainer, optimizer, forget_pass, lands
+        self._aim = optimizer.aim_of(group)
+        self._target = as_target(quota.target)
         self._forget = Holdout(Excerpt(forget)) if can_be_read_again(forget) else None
-        self._aim.steps = plan_steps(trainer, optimizer.rule.target_quota, self._aim.taken, every_n_steps)
+        self._aim.steps = plan_steps(trainer, quota, self._aim.taken, every_n_steps)
         self._kept = KeptWeights(optimizer)
         self._kept_level: Tensor | None = None
         self.is_there = self.is_lost = False
@@ -98,6 +108,8 @@ class Approach:
                 f"The forget loss is {float(aim.level):.4g} before the first step, and the target only "
                 f"{float(target):.4g}: there is nothing to forget. Check the forget set, or choose a higher target."
             )
+        if not self._lands:
+            return
         if self.is_there:
             self._land(aim.level, target)
         elif is_near and self._forget is not None:

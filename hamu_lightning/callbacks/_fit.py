@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,22 +12,23 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._approach import Approach
 from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_stale_best, wrap_optimizer
-from hamu_lightning.callbacks._forget_pass import ForgetPass, detached_loss, split_pair
+from hamu_lightning.callbacks._forget_pass import detached_loss, split_batch
+from hamu_lightning.callbacks._group import Group
+from hamu_lightning.callbacks._groups import Groups
 from hamu_lightning.callbacks._journal import Journal
 from hamu_lightning.callbacks._preflight import FitPreflight
 from hamu_lightning.callbacks._preflight_report import PreflightReport
-from hamu_lightning.callbacks._random import RandomStream
-from hamu_lightning.callbacks._sources import find_forget_loader
+from hamu_lightning.callbacks._prices import Prices
 from hamu_lightning.callbacks._stopper import Stopper
 from hamu_lightning.callbacks._stopping import StopCondition, StopReason
-from hamu_lightning.callbacks._streams import ForgetStream
 from hamu_lightning.callbacks._verification import Verifier, VerifySteps
 from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim import StepReport
+from hamu_lightning.optim._engine import Plan
 from hamu_lightning.rules import Rule
+from hamu_lightning.solvers import GroupCoefficients
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -38,6 +39,8 @@ class FitSettings:
     """The arguments of HAMUCallback."""
 
     forget: Any
+    protect: Mapping[str, Any]
+    groups_per_step: int | None
     rule: Rule | None
     freezes_batchnorm: bool
     batch_size: int | None
@@ -52,7 +55,7 @@ class FitSettings:
 
 
 class Fit:
-    """Wraps the optimizer, pairs each retain batch with a forget batch, and counts.
+    """Wraps the optimizer, pairs each retain batch with one of each other group, and counts.
 
     Args:
         trainer: The trainer, with its strategy and optimizers set up.
@@ -64,20 +67,20 @@ class Fit:
         self._trainer, self._settings = trainer, settings
         base = trainer.optimizers[0]
         options = {"exact": settings.exact, "track_actual": settings.track_actual}
+        if settings.groups_per_step is not None:
+            options["reuse_groups"] = True
         self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, **options)
         self._has_wrapped = self.optimizer is not base
+        self.groups = Groups(trainer, self.optimizer, settings)
         if self._has_wrapped:
             # Schedulers hold the base optimizer, whose groups the wrapper shares.
             trainer.strategy.optimizers = [self.optimizer]
-        is_deciding = settings.stop_on or self.optimizer.rule.target_quota is not None
+        is_deciding = settings.stop_on or self.optimizer.rule.target_quotas
         self.optimizer.approve = self._approve if is_deciding else None
         self._patch = _compat.StepPatch(trainer.strategy, self._around_step)
-        self._random = RandomStream(settings.seed, _compat.data_rank(trainer))
-        self._stream: ForgetStream | None = None
-        self._forget_pass = ForgetPass(trainer, self.optimizer, self._random)
-        self._approach: Approach | None = None
         self._verifier: Verifier | None = None
-        self._journal = Journal(trainer, settings.progress_bar)
+        self._journal = Journal(trainer, self.optimizer.rule.groups, settings.progress_bar)
+        self._prices = Prices()
         self._watchdog: Watchdog | None = None
         self._frozen: dict[_BatchNorm, bool] = {}
         self._best: dict[str, str] = {}
@@ -85,10 +88,9 @@ class Fit:
         self.preflight_report: PreflightReport | None = None
         self.load_state_dict(state)
         # The accumulation window: micro-batches so far, whether the last one gave a loss, whether the window will be
-        # combined, and the losses, 0-d each.
+        # combined, and the retain losses, 0-d each.
         self._window, self._gave_loss, self._combines = 0, False, True
         self._retain_losses: list[Tensor] = []
-        self._forget_losses: list[Tensor] = []
         self._reported = self.optimizer.last_step
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,33 +98,34 @@ class Fit:
         self._state = state
         if "optimizer" in state:
             self.optimizer.load_hamu_state_dict(state["optimizer"])
-        self._forget_passes: int = state.get("forget_passes", 0)
+        self.groups.load_state_dict(state.get("groups", {}))
         self._before = self._counts()
-        self._random.draw = self._forget_passes
         self._journal.load_state_dict(state.get("journal", {}))
+        self._prices.load_state_dict(state.get("prices", {}))
         # Other settings may go on where these had to stop.
         stopped = state["stop"] if state.get("stopped_under") == self._stopping_settings() else {}
         self._stopper = Stopper(self._trainer, self.optimizer, self._settings.stop_on, stopped)
 
     def start(self) -> None:
-        """Find the forget batches; the training loader is there now."""
+        """Find the batches of all groups; the training loader is there now."""
         settings = self._settings
-        loader = find_forget_loader(self._trainer, settings.forget, settings.batch_size)
-        if loader is not None:
-            self._stream = ForgetStream(_compat.prepare_loader(self._trainer, loader), self._random)
-            if "stream" in self._state:
-                self._stream.load_state_dict(self._state["stream"])
-        self._forget_pass.stream = self._stream
+        self.groups.start()
         if settings.preflight:
-            own = None if self._stream is None else self._stream.loader
-            self._preflight = FitPreflight(self._trainer, self.optimizer, own, settings.seed)
-        if self.optimizer.rule.target_quota is not None:
-            self._approach = Approach(self._trainer, self.optimizer, self._forget_pass, loader, settings.every_n_steps)
+            self._preflight = FitPreflight(self._trainer, self.optimizer, self.groups.loader, settings.seed)
         if settings.verify is not None:
-            self._verifier = self.optimizer.referee = Verifier(self._trainer, self._forget_pass, settings.verify)
+            self._verifier = self.optimizer.referee = Verifier(self._trainer, settings.verify)
             if "verifier" in self._state:
                 self._verifier.load_state_dict(self._state["verifier"])
         self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
+
+    def add_request(self, settings: FitSettings, name: str) -> None:
+        """Take one more group into the problem, between two epochs; `settings` know of it already."""
+        assert settings.rule is not None
+        self._settings, self.optimizer.rule = settings, settings.rule
+        self.groups.add(settings, name)
+        self._journal.add_group(name)
+        if settings.rule.target_quotas:
+            self.optimizer.approve = self._approve
 
     def _run_preflight(self, preflight: FitPreflight, step: Callable[..., Any]) -> None:
         """Predict what the run will do, and say so; leaves no trace."""
@@ -134,10 +137,10 @@ class Fit:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
         self._window = 0
         self.optimizer.release_forget()
-        self._forget_pass.guard.look_again()
+        self.groups.guard.look_again()
 
     def prepare_forget_gradient(self) -> None:
-        """Unscale and clip the forget gradient on its own, before Lightning clips the retain gradient."""
+        """Unscale and clip the other gradients, each on its own, before Lightning clips the retain gradient."""
         if not (self._combines and self._retain_losses):
             return
         scaler = _compat.grad_scaler(self._trainer)
@@ -146,30 +149,39 @@ class Fit:
                 return
             self.optimizer.unscale_forget_(scaler)
         if _compat.clips_gradients(self._trainer):
-            self._forget_pass.clip()
+            for group in self.groups.present:
+                group.run.clip()
 
     def end_batch(self) -> None:
         """After a batch: log, stop, and open a new window where one has ended."""
-        self._journal.log_module(self._forget_pass.logged)
+        for group in self.groups.present:
+            self._journal.log_module(group.name, group.run.logged)
         if _compat.is_accumulating(self._trainer):
             return
         self.optimizer.drop_step()  # does nothing unless the loss scaler has left `step` out
         if self._watchdog is not None and not self._watchdog.check(self.optimizer.calls):
             self._watchdog = None
         report = self.optimizer.last_step
-        more = self._stopper.numbers() | ({} if self._approach is None else self._approach.levels())
+        more = self._stopper.numbers() | self.groups.levels()
         if self._verifier is not None:
             more |= self._verifier.numbers()
+        if report is not None and report is not self._reported and isinstance(report.coefficients, GroupCoefficients):
+            self._prices.add(report.coefficients)
         self._journal.log_step(None if report is self._reported else report, more)
         self._reported = report
-        if self._verifier is not None and self._combines:
+        if self._combines:
+            self._close_window()
+        self._stopper.end_fit()
+        self._window = 0
+        self.groups.guard.end_window()
+        self._best = best_checkpoints(self._trainer)
+
+    def _close_window(self) -> None:
+        self.groups.close_window()
+        if self._verifier is not None:
             self._verifier.close_window()
             if self._verifier.is_lost:
                 self._stopper.stop(StopReason.PROMISES_BROKEN, f"{self._verifier.describe()}.")
-        self._stopper.end_fit()
-        self._window = 0
-        self._forget_pass.guard.end_window()
-        self._best = best_checkpoints(self._trainer)
 
     def unfreeze(self) -> None:
         """Put the BatchNorm layers back into the modes in which they were found."""
@@ -198,11 +210,17 @@ class Fit:
 
     def warn_if_short(self) -> None:
         """Say so if there is a target and the fit has ended before it."""
-        if self._approach is not None and self._stopper.reason is None and not self._approach.is_close:
+        short = self.groups.describe_short()
+        if short and self._stopper.reason is None:
             rank_zero_warn(
-                f"The fit has ended before the target: {self._approach.describe()}. "
+                f"The fit has ended before the target: {short}. "
                 "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."
             )
+
+    def draw_costs(self) -> None:
+        """Show in TensorBoard which request makes which protection expensive."""
+        if self._trainer.is_global_zero:
+            self._prices.draw(self._trainer, *self.groups.names_by_role())
 
     def totals(self) -> dict[str, Tensor]:
         """What was done, in numbers for `trainer.callback_metrics`."""
@@ -214,27 +232,47 @@ class Fit:
         counts = self._counts()
         return (
             f"HAMU: {counts['combined_steps']} combined steps ({counts['left_out_steps']} left out), "
-            f"{self._journal.summary()}." + ("" if self._verifier is None else f" {self._verifier.describe()}.")
+            f"{self._journal.summary()}."
+            + ("" if self._verifier is None else f" {self._verifier.describe()}.")
+            + self._table()
         )
+
+    def _table(self) -> str:
+        """A line for each group, where there are several."""
+        protected, requests = self.groups.names_by_role()
+        if len(protected) + len(requests) < 2:
+            return ""
+        names = ["retain", *protected, *requests]
+        width = max(map(len, (*names, "group")))
+        lines = [f"{'group':<{width}}  {'':<9}  {'loss':>9} -> {'end':<9}  price"]
+        for name in names:
+            role = "retained" if name == "retain" else "protected" if name in protected else "forgotten"
+            start, end = self._journal.path(name)
+            price = "" if name == "retain" else f"{self._prices.mean(name):.3g}"
+            lines.append(f"{name:<{width}}  {role:<9}  {start:>9.4g} -> {end:<9.4g}  {price}".rstrip())
+        note = (
+            "Price: mean multiplier, by how much the retain loss would be lower per loss unit less asked for the group."
+        )
+        return "\n".join(("", *lines, note))
 
     def _counts(self) -> dict[str, int]:
         """What was done, this fit and the one that it continues; reads the host."""
         return {
-            "forget_passes": self._forget_passes,
+            "forget_passes": self.groups.passes,
             "combined_steps": int(self.optimizer.applied_steps),
             "left_out_steps": int(self.optimizer.left_out_steps),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in tensors, numbers, strings, lists and dicts."""
-        stream = {} if self._stream is None else {"stream": self._stream.state_dict()}
         return {
-            **stream,
+            "groups": self.groups.state_dict(),
             "optimizer": self.optimizer.hamu_state_dict(),
             **self._counts(),
             "stop": self._stopper.state_dict(),
             "stopped_under": self._stopping_settings(),
             "journal": self._journal.state_dict(),
+            "prices": self._prices.state_dict(),
             **({} if self._verifier is None else {"verifier": self._verifier.state_dict()}),
         }
 
@@ -248,13 +286,14 @@ class Fit:
             self._trainer.strategy.optimizers = [self.optimizer.base]
 
     def _around_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the forget pass, then the retain pass as it is."""
+        """Run the passes of the other groups, then the retain pass as it is."""
         trainer, settings = self._trainer, self._settings
-        forget = None
-        if self._stream is None:
-            retain, forget = split_pair(args[0])
-            _compat.set_foreground_batch(trainer, retain)
-            args = (retain, *args[1:])
+        batches: Mapping[str, Any] = {}
+        if self.groups.are_in_batch:
+            names = self.optimizer.rule.groups
+            batches = dict(zip(names, split_batch(args[0], names), strict=True))
+            _compat.set_foreground_batch(trainer, batches["retain"])
+            args = (batches["retain"], *args[1:])
         if _compat.skips_backward(trainer):
             self.unfreeze()
             self._combines = False
@@ -264,10 +303,10 @@ class Fit:
             self._freeze()
         if self._window == 0:
             self._combines = trainer.global_step % settings.every_n_steps == 0
-            self._retain_losses, self._forget_losses = [], []
+            self._retain_losses = []
         self._window += 1
         if self._combines:
-            self._run_forget(step, args, kwargs, forget)
+            self._run_groups(step, args, kwargs, batches)
         if self._verifier is not None and self._combines and self._verifier.is_due:
             output = self._verifier.run_retain(step, args, kwargs)
         else:
@@ -275,40 +314,50 @@ class Fit:
         self._note_retain(detached_loss(output))
         return output
 
-    def _run_forget(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], forget: Any) -> None:
-        """Measure what is to be measured before the step, then run the forget pass."""
-        if self._approach is not None and self._window == 1:
-            self._approach.look(step, args, kwargs)
+    def _run_groups(
+        self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batches: Mapping[str, Any]
+    ) -> None:
+        """Measure what is to be measured before the step, then run the pass of each group."""
+        if self._window == 1:
+            for group in self.groups.open_window(step, args, kwargs):
+                self._say_done(group)
         if self._preflight is not None:
             self._run_preflight(self._preflight, step)
         if self._verifier is not None and self._window == 1:
-            self._verifier.open_window(step)
-        loss = self._forget_pass.run(step, args, kwargs, forget)
-        self._forget_passes += 1
-        self._forget_losses.append(loss)
-        self._journal.add_forget(loss)
-        if self._approach is not None:
-            self._approach.observe(loss)
+            self._verifier.open_window(step, {group.name: group.run for group in self.groups.present})
+        for group in self.groups.present:
+            loss = group.run_batch(step, args, kwargs, batches.get(group.name))
+            self._journal.add_loss(group.name, loss)
+
+    def _say_done(self, group: Group) -> None:
+        """A group has met its target, and others have not."""
+        assert group.approach is not None
+        self._journal.end_group(group.name)
+        rank_zero_info(
+            f"HAMU: {group.name!r} leaves the problem at step {self._trainer.global_step}: {group.approach.describe()}."
+        )
 
     def _note_retain(self, loss: Tensor | None) -> None:
         """Count the retain loss, and tell the optimizer what its next step is to do."""
         self._gave_loss = loss is not None
         if loss is not None:
             self._retain_losses.append(loss)
-            self._journal.add_retain(loss)
+            self._journal.add_loss("retain", loss)
         full, n = self._trainer.accumulate_grad_batches, len(self._retain_losses)
-        plan = "combine" if self._combines else "retain_only" if self._stopper.reason is None else "drop"
-        self.optimizer.plan_step(plan if n else "drop", window_shares=(n / full, self._window / full))  # type: ignore[arg-type]
+        plan: Plan = "combine" if self._combines else "retain_only" if self._stopper.reason is None else "drop"
+        shares = n / full, self._window / full
+        self.optimizer.plan_step(plan if n else "drop", window_shares=shares, groups=self.groups.names)
 
     def _approve(self, report: StepReport) -> bool:
         """Whether a step is to be applied."""
-        if self._approach is not None and self._approach.is_there:
-            self._stopper.stop(StopReason.TARGET_REACHED, f"{self._approach.describe()}.")
-        if self._approach is not None and self._approach.is_lost:
+        groups = self.groups
+        if groups.are_there:
+            self._stopper.stop(StopReason.TARGET_REACHED, f"{groups.describe()}.")
+        if groups.are_lost:
             self._stopper.stop(
-                StopReason.NOT_FINITE, f"{self._approach.describe()}. Verified steps or a smaller radius prevent it."
+                StopReason.NOT_FINITE, f"{groups.describe()}. Verified steps or a smaller radius prevent it."
             )
-        return self._stopper.approves(report, self._retain_losses, self._forget_losses, self.optimizer.aim.target)
+        return self._stopper.approves(report, self._retain_losses, groups.forget_losses, groups.target)
 
     def _stopping_settings(self) -> str:
         return repr((self.optimizer.rule, self._settings.stop_on))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,12 +44,12 @@ class ForgetPass:
         trainer: The trainer, in a fit.
         optimizer: Where the gradient goes.
         random: The random stream of the pass.
-        slot: The context in which the gradient is accumulated; default: the optimizer's forget slot.
+        slot: The context in which the gradient is accumulated.
+        guard: Keeps the module as it was; several passes may share one.
 
     Attributes:
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
-        guard: Keeps the module as it was.
         logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
     """
 
@@ -58,13 +58,13 @@ class ForgetPass:
         trainer: Trainer,
         optimizer: HAMUOptimizer,
         random: RandomStream,
-        slot: Callable[[], AbstractContextManager[None]] | None = None,
+        slot: Callable[[], AbstractContextManager[None]],
+        guard: ModuleGuard,
     ) -> None:
         self._trainer, self._optimizer, self._random = trainer, optimizer, random
-        self._slot = slot or optimizer.forget
+        self._slot, self._guard = slot, guard
         self.stream: ForgetStream | None = None
         self.records: Callable[[Recording], None] | None = None
-        self.guard = ModuleGuard(trainer.lightning_module)
         self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
         self._group = _compat.data_parallel_group(trainer)
         self._has_samples = True
@@ -168,7 +168,7 @@ class ForgetPass:
         owned = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         stack = ExitStack()
         stack.enter_context(self._random.active())
-        stack.enter_context(self.guard.guarding())
+        stack.enter_context(self._guard.guarding())
         stack.enter_context(hidden_gradients(p for p in module.parameters() if id(p) not in owned))
         stack.enter_context(_compat.without_callbacks(self._trainer))
         self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch))
@@ -260,19 +260,19 @@ def check_loss(loss: object) -> None:
         )
 
 
-def split_pair(batch: Any) -> tuple[Any, Any]:
-    """Split a training batch `{"retain": ..., "forget": ...}`.
+def split_batch(batch: Any, groups: Sequence[str]) -> tuple[Any, ...]:
+    """Split a training batch `{"retain": ..., "forget": ...}` into those of the groups.
 
     Raises:
-        HAMUStateError: If one of the two is missing, for instance because its loader has ended.
+        HAMUStateError: If one of them is missing, for instance because its loader has ended.
     """
-    parts = tuple(batch.get(name) if isinstance(batch, Mapping) else None for name in ("retain", "forget"))
+    parts = tuple(batch.get(name) if isinstance(batch, Mapping) else None for name in groups)
     if any(part is None for part in parts):
         raise HAMUStateError(
-            "Expected each training batch to hold 'retain' and 'forget', but one of them is missing. "
+            f"Expected each training batch to hold {' and '.join(map(repr, groups))}, but one of them is missing. "
             "Let the shorter loader cycle: CombinedLoader(..., mode='max_size_cycle')."
         )
-    return parts[0], parts[1]
+    return parts
 
 
 def detached_loss(output: Any) -> Tensor | None:

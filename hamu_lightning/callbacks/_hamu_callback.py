@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,15 +11,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from hamu_lightning.callbacks._checks import check_setup, check_strategy, refusing
+from hamu_lightning.callbacks._checks import HAMUMisconfigurationError, check_setup, check_strategy, refusing
 from hamu_lightning.callbacks._fit import Fit, FitSettings
+from hamu_lightning.callbacks._group import name_sources
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._stopping import StopCondition, StopOn, StopReason, as_conditions
 from hamu_lightning.callbacks._targets import as_target
 from hamu_lightning.callbacks._verification import VerifySteps
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import StepReport
-from hamu_lightning.rules import HAMUQ, RelativeRadius, Rule, TargetQuota
+from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, TargetQuota
+from hamu_lightning.solvers import FeasibleDirection
 
 # Chosen in docs/targets.md.
 _TARGET_RADIUS = 1e-3
@@ -91,9 +94,11 @@ class HAMUCallback(Callback):
 
     def __init__(
         self,
-        forget: Iterable[Any] | Dataset | None = None,  # type: ignore[type-arg]  # LightningCLI makes no Dataset[Any]
+        forget: Iterable[Any] | Dataset | Mapping[str, Any] | None = None,  # type: ignore[type-arg]  # LightningCLI makes no Dataset[Any]
         rule: Rule | None = None,
         *,
+        protect: Mapping[str, Any] | None = None,
+        groups_per_step: int | None = None,
         target: Any = None,
         batchnorm: BatchNormMode = "freeze",
         batch_size: int | None = None,
@@ -118,11 +123,19 @@ class HAMUCallback(Callback):
             raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
         if batchnorm not in get_args(BatchNormMode):
             raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
-        for name, number in (("every_n_steps", every_n_steps), ("batch_size", batch_size)):
+        for name, number in (
+            ("every_n_steps", every_n_steps),
+            ("batch_size", batch_size),
+            ("groups_per_step", groups_per_step),
+        ):
             if number is not None and number < 1:
                 raise HAMUValueError(f"Expected `{name}` to be at least 1, but got {number}.")
+        if rule is not None and (protect or isinstance(forget, Mapping)):
+            name_sources(rule, forget, protect or {})
         self.settings = FitSettings(
             forget,
+            dict(protect or {}),
+            groups_per_step,
             rule,
             batchnorm == "freeze",
             batch_size,
@@ -135,6 +148,7 @@ class HAMUCallback(Callback):
             preflight,
             _choose_verification(verify, has_target=target is not None),
         )
+        self._requests: list[str] = []
         self._preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
         self._state: dict[str, Any] = {}
@@ -143,6 +157,40 @@ class HAMUCallback(Callback):
     @override
     def __repr__(self) -> str:
         return f"HAMUCallback({self.settings.rule})"
+
+    def add_request(self, name: str, forget: Any, quota: float | Quota | None = None, *, target: Any = None) -> None:
+        """Take one more request to forget into the problem: at once, or in a running fit from the next epoch on.
+
+        A run that is resumed needs the same call again before `fit`: checkpoints hold no data.
+
+        Args:
+            name: The name of the request.
+            forget: Its samples, as for the constructor.
+            quota: Loss units per step, or a quota such as `RelativeQuota`.
+            target: Instead of a quota: where its loss should end, as for the constructor.
+
+        Raises:
+            HAMUValueError: If the name is known already, or there is neither a quota nor a target.
+            HAMUMisconfigurationError: If the callback has no rule for several groups.
+        """
+        settings, rule = self.settings, self.settings.rule
+        if not isinstance(rule, FeasibleDirection) or not isinstance(settings.forget, Mapping):
+            raise HAMUMisconfigurationError(
+                "Expected named requests and a rule for several groups, HAMUCallback({name: loader}, "
+                f"FeasibleDirection({{name: quota}})), to add a request to, but got {rule!r}."
+            )
+        if name in rule.groups:
+            raise HAMUValueError(f"Expected a new name for the request, but {name!r} is one of {rule.groups}.")
+        if (quota is None) == (target is None):
+            raise HAMUValueError(f"Expected either `quota` or `target` for the request {name!r}, but got both or none.")
+        asked = TargetQuota(as_target(target)) if quota is None else quota
+        self.settings = replace(
+            settings,
+            forget={**settings.forget, name: forget},
+            rule=replace(rule, quota={**rule.quota, name: asked}),
+        )
+        if self._fit is not None:
+            self._requests.append(name)
 
     @property
     @override
@@ -205,6 +253,9 @@ class HAMUCallback(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with refusing(trainer):
+            while self._requests:
+                self._running.add_request(self.settings, self._requests.pop(0))
         self._running.start_epoch()
 
     @override
@@ -224,7 +275,12 @@ class HAMUCallback(Callback):
         self._running.warn_if_short()
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(self._running.totals())
+        self._running.draw_costs()
         rank_zero_info(self._running.summary())
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running.draw_costs()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,35 +18,42 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """Keeps the two objectives, and logs them with each step's numbers at the trainer's logging steps.
+    """Keeps the objective of each group, and logs them with each step's numbers at the trainer's logging steps.
 
     Args:
         trainer: The trainer.
-        progress_bar: Whether `forget/loss` and `hamu/margin` are shown there.
+        groups: The groups of the rule.
+        progress_bar: Whether the losses of the groups to forget and protect, and `hamu/margin`, are shown there.
     """
 
-    def __init__(self, trainer: Trainer, progress_bar: bool) -> None:
-        self._trainer = trainer
-        self._shown = {"forget/loss", "hamu/margin"} if progress_bar else set()
-        device = trainer.strategy.root_device
-        self._retain, self._forget = RunningObjective().to(device), RunningObjective().to(device)
+    def __init__(self, trainer: Trainer, groups: Iterable[str], progress_bar: bool) -> None:
+        self._trainer, self._progress_bar = trainer, progress_bar
+        self._objectives: dict[str, RunningObjective] = {}
+        self._ended: set[str] = set()
+        for group in groups:
+            self.add_group(group)
 
-    def add_retain(self, loss: Tensor) -> None:
-        """Add the loss of a retain batch."""
-        self._retain.update(loss)
+    def add_group(self, name: str) -> None:
+        """Follow one more group."""
+        self._objectives[name] = RunningObjective().to(self._trainer.strategy.root_device)
 
-    def add_forget(self, loss: Tensor) -> None:
-        """Add the loss of a forget batch."""
-        self._forget.update(loss)
+    def end_group(self, name: str) -> None:
+        """Log a group no more that has left the problem."""
+        self._ended.add(name)
+        _compat.withdraw_logged(self._trainer, f"{name}/")
 
-    def log_module(self, logged: dict[str, tuple[Tensor, dict[str, Any]]]) -> None:
-        """Log again, as `forget/<name>`, what the module logged in its forget pass."""
+    def add_loss(self, group: str, loss: Tensor) -> None:
+        """Add the loss of a batch."""
+        self._objectives[group].update(loss)
+
+    def log_module(self, group: str, logged: dict[str, tuple[Tensor, dict[str, Any]]]) -> None:
+        """Log again, as `forget/<name>`, what the module logged in the pass of a group (here: forget)."""
         for name, (value, arguments) in logged.items():
             if name != "loss":  # `forget/loss` is ours, and the same number
-                self._trainer.lightning_module.log(f"forget/{name}", value, **arguments)
+                self._trainer.lightning_module.log(f"{group}/{name}", value, **arguments)
 
     def log_step(self, report: StepReport | None, more: dict[str, Tensor]) -> None:
-        """Log the step, both objectives (means since the last logging step) and more, with one read of the host.
+        """Log the step, the objectives (means since the last logging step) and more, with one read of the host.
 
         None stands for a step without a report (left out, or plain). Lightning would log the last one's numbers again.
         """
@@ -54,33 +63,37 @@ class Journal:
             _compat.withdraw_logged(self._trainer, "hamu/")
             return
         numbers = {f"hamu/{name}": value for name, value in (report.summary() | more).items()}
-        numbers |= {"retain/loss": self._retain.close_window(), "forget/loss": self._forget.close_window()}
+        losses = {f"{n}/loss": o.close_window() for n, o in self._objectives.items() if n not in self._ended}
+        numbers |= losses
+        shown = {"hamu/margin", *losses} - {"retain/loss"} if self._progress_bar else set()
         device = self._trainer.strategy.root_device
         values = torch.stack([value.to(device, torch.float32) for value in numbers.values()]).tolist()
         for name, value in zip(numbers, values, strict=True):
-            self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in self._shown)
+            self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in shown)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what both objectives have summed up, in tensors."""
-        return {name: objective.save() for name, objective in self._objectives()}
+        """Return what the objectives have summed up, in tensors."""
+        return {name: objective.save() for name, objective in self._objectives.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
-        for name, objective in self._objectives():
+        for name, objective in self._objectives.items():
             if name in state:
                 objective.load(state[name])
 
-    def _objectives(self) -> tuple[tuple[str, RunningObjective], tuple[str, RunningObjective]]:
-        return ("retain", self._retain), ("forget", self._forget)
+    def path(self, group: str) -> tuple[float, float]:
+        """The mean loss of a group over the first and over the last window; NaN without a batch."""
+        objective = self._objectives[group]
+        if objective.update_called:
+            objective.close_window()
+        ends = objective.start, objective.latest
+        return tuple(math.nan if end is None else float(end) for end in ends)  # type: ignore[return-value]
 
     def summary(self) -> str:
-        """The way of both losses, in words: means over the first and the last window."""
-        return f"forget loss {_describe(self._forget)}, retain loss {_describe(self._retain)}"
+        """The way of the losses, in words: means over the first and the last window."""
+        retain, *others = self._objectives
+        return ", ".join(f"{name} loss {self._describe(name)}" for name in (*others, retain))
 
-
-def _describe(objective: RunningObjective) -> str:
-    if objective.update_called:
-        objective.close_window()
-    if objective.start is None or objective.latest is None:
-        return "unknown (no batch)"
-    return f"{float(objective.start):.4g} -> {float(objective.latest):.4g}"
+    def _describe(self, group: str) -> str:
+        start, latest = self.path(group)
+        return "unknown (no batch)" if math.isnan(latest) else f"{start:.4g} -> {latest:.4g}"

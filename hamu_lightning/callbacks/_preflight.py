@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
-from hamu_lightning.callbacks._forget_pass import ForgetPass, check_loss, split_pair
+from hamu_lightning.callbacks._forget_pass import ForgetPass, check_loss, split_batch
 from hamu_lightning.callbacks._guard import ModuleGuard
 from hamu_lightning.callbacks._preflight_report import PreflightReport, make_report
 from hamu_lightning.callbacks._random import RandomStream
@@ -116,7 +116,7 @@ class Probe:
         self.forget, self.retain = self.optimizer.forget, self.optimizer.retain
         self._parameters = {id(p): p for group in groups for p in [*group["params"], *module.parameters()]}
         self._share = 1 / divisor
-        self._quota = rule.target_quota
+        self._quota = rule.target_quotas.get("forget")
 
     def take_aim(self, aim: Aim) -> None:
         """Ask for the same target, in the same number of steps, as the optimizer of the run."""
@@ -269,6 +269,7 @@ class FitPreflight:
                 "one are not those of all. Call `hamu_lightning.preflight(module, retain_loader, forget_loader, rule)` "
                 "in one process before the fit, with the joint batch size."
             )
+        check_two_groups(optimizer.rule)
         self._trainer, self._aim = trainer, optimizer.aim
         randoms = RandomStream(seed), RandomStream(seed, rank=1)
         try:
@@ -278,8 +279,10 @@ class FitPreflight:
             streams = [twin_loader(loader) for loader in (forget_loader, _compat.train_batches(trainer))]
         except HAMUValueError as error:
             raise HAMUMisconfigurationError(str(error)) from error
-        self._forget = ForgetPass(trainer, self._probe.optimizer, randoms[0])
-        self._retain = ForgetPass(trainer, self._probe.optimizer, randoms[1], slot=self._probe.retain)
+        self._forget, self._retain = (
+            ForgetPass(trainer, self._probe.optimizer, random, slot, ModuleGuard(trainer.lightning_module))
+            for random, slot in zip(randoms, (self._probe.forget, self._probe.retain), strict=True)
+        )
         if forget_loader is not None:
             self._forget.stream = ForgetStream(streams[0], randoms[0])
         self._retain.stream = ForgetStream(streams[1], randoms[1])
@@ -300,7 +303,7 @@ class FitPreflight:
         self._index += 1
         forget = None
         if self._forget.stream is None:
-            self._batch, forget = split_pair(self._retain.fetch())
+            self._batch, forget = split_batch(self._retain.fetch(), self._probe.optimizer.rule.groups)
         return self._run(step, self._forget, forget)
 
     def _run_retain(self, step: Callable[..., Any]) -> Tensor:
@@ -395,7 +398,8 @@ def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> Non
         )
     if not isinstance(rule, Rule):
         raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
-    quota = rule.target_quota
+    check_two_groups(rule)
+    quota = rule.target_quotas.get("forget")
     if quota is not None and (quota.steps is None or not isinstance(quota.target, float | int)):
         raise HAMUValueError(
             f"Expected a number as target and a number of steps, but got {quota}. Give both, TargetQuota(2.3, "
@@ -405,6 +409,15 @@ def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> Non
         raise HAMUValueError(f"Expected `batches` to be at least 1, but got {batches}.")
     if batchnorm not in ("freeze", "retain"):
         raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
+
+
+def check_two_groups(rule: Rule) -> None:
+    """Raise unless the rule has one group to forget, and none to protect."""
+    if len(rule.groups) != 2:
+        raise HAMUMisconfigurationError(
+            f"Expected a rule with one group to forget for the preflight, but it has the groups {rule.groups}. Call "
+            "`hamu_lightning.preflight` with HAMUQ for one of them."
+        )
 
 
 def _find_groups(module: Any, lr: float | None, guard: ModuleGuard, seed: int) -> Sequence[Mapping[str, Any]]:

@@ -20,6 +20,7 @@ class RandomStream:
     Args:
         seed: Where the stream begins.
         rank: Which of the processes that load different data this is.
+        *more: Numbers that tell the stream from others with the same seed.
 
     Example:
         >>> stream = RandomStream(seed=1)
@@ -30,8 +31,8 @@ class RandomStream:
         True
     """
 
-    def __init__(self, seed: int, rank: int = 0) -> None:
-        self._key = (seed % 2**63, rank)
+    def __init__(self, seed: int, rank: int = 0, *more: int) -> None:
+        self._key = (seed % 2**63, rank, *more)
         self.generators: Sequence[torch.Generator] = ()
         self.draw = 0
 

@@ -1,4 +1,4 @@
-"""Finds the forget loader: an argument, a dataset, `forget_dataloader()`, or a paired training loader."""
+"""Finds the loader of a group: an argument, a dataset, `forget_dataloader()`, or a paired training loader."""
 
 from __future__ import annotations
 
@@ -16,43 +16,50 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def find_forget_loader(trainer: Trainer, forget: Any, batch_size: int | None) -> Iterable[Any] | None:
-    """Return the loader of forget batches, as one process would read it, or None where the training loader brings them.
+def find_loader(
+    trainer: Trainer, name: str, source: Any, batch_size: int | None, *, is_forgotten: bool = True
+) -> Iterable[Any] | None:
+    """Return the loader of a group, as one process would read it, or None where the training loader brings its batches.
 
     Args:
         trainer: The trainer, with its training loader set up.
-        forget: What the user gave: a DataLoader or another iterable of batches, a Dataset, or None.
+        name: The name of the group.
+        source: What the user gave: a DataLoader or another iterable of batches, a Dataset, or None.
         batch_size: For a Dataset; default: the training loader's.
+        is_forgotten: Whether the group is to be forgotten, so that the retain stream should not hold its samples.
 
     Raises:
         HAMUMisconfigurationError: If nothing was found, or it is empty.
     """
     train = _compat.train_loader_parts(trainer)
-    source = _compat.without_indices(forget if forget is not None else _call_hook(trainer))
+    if source is None and name == "forget":
+        source = _call_hook(trainer)
+    source = _compat.without_indices(source)
     if source is None:
-        if isinstance(train, Mapping) and {"retain", "forget"} <= set(train):
+        if isinstance(train, Mapping) and {"retain", name} <= set(train):
             return None
         raise HAMUMisconfigurationError(
-            "Expected to find the data to forget, but `forget` is None, neither the module nor the datamodule has a "
-            "`forget_dataloader()`, and the training loader does not yield {'retain': ..., 'forget': ...}. "
+            f"Expected to find the data of {name!r}, but none was passed, neither the module nor the datamodule has a "
+            f"`forget_dataloader()`, and the training loader does not yield {{'retain': ..., {name!r}: ...}}. "
             "Pass HAMUCallback(forget=loader_or_dataset, ...)."
         )
     is_dataset = isinstance(source, Dataset)
     if batch_size is not None and not is_dataset:
         raise HAMUMisconfigurationError(
-            f"Expected `batch_size` to go with a Dataset, but `forget` is a {type(source).__name__}, which has its own "
+            f"Expected `batch_size` to go with a Dataset, but {name!r} is a {type(source).__name__}, which has its own "
             "batch size. Set it there."
         )
     is_collection = isinstance(source, list | tuple) and any(isinstance(part, DataLoader) for part in source)
     if is_collection or isinstance(source, Mapping) or not (isinstance(source, Iterable) or is_dataset):
         raise HAMUMisconfigurationError(
-            f"Expected `forget` to be a DataLoader, a Dataset or None, but got {type(source).__name__}. "
+            f"Expected the data of {name!r} to be a DataLoader, a Dataset or None, but got {type(source).__name__}. "
             "Several loaders become one by CombinedLoader(loaders, 'max_size_cycle')."
         )
     check_not_empty(source)
     loader = _build_loader(source, train, batch_size) if is_dataset else source
     check_not_empty(loader)
-    warn_about_shared_samples(train, loader)
+    if is_forgotten:
+        warn_about_shared_samples(train, loader)
     return loader
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.callbacks._forget_pass import ForgetPass, Recording, detached_loss
+from hamu_lightning.callbacks._ledger import find_ledger
 from hamu_lightning.callbacks._random import capture_random
 from hamu_lightning.callbacks._streams import copied
 from hamu_lightning.errors import HAMUValueError
@@ -92,30 +92,50 @@ class VerifySteps:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step promised and what it did, in loss units; losses from before the step.
+class GroupOutcome:
+    """What a step promised for the loss of one group, and what it did, in loss units.
 
-    `due_forget` is what the weights' actual change should do, to first order: the promise, with plain SGD.
+    Improvements count positive where they serve: a loss to forget rises, any other one falls. `due` is what the actual
+    change of the weights should do, to first order: the promise, with plain SGD. `loss` is from before the step.
     """
 
-    retain_loss: float
-    forget_loss: float
-    promised_retain: float
-    promised_forget: float
-    due_forget: float
-    measured_retain: float
-    measured_forget: float
+    is_forgotten: bool
+    loss: float
+    promised: float
+    due: float
+    measured: float
 
-    def is_kept(self, tolerance: float) -> bool:
-        """Whether the step kept its promise; see `VerifySteps`. Improvements count positive for both losses."""
-        slack = _ROUNDING * (abs(self.retain_loss) + abs(self.forget_loss))
-        due = min(self.promised_forget, self.due_forget)
+    def is_kept(self, tolerance: float, slack: float) -> bool:
+        """Whether the step kept its promise to the group; see `VerifySteps`. NaN breaks it."""
+        if not self.is_forgotten:
+            return -self.measured <= 1.5 * max(-self.promised, 0.0) + 0.1 * abs(self.loss) + slack
+        due = min(self.promised, self.due)
         # Past a target less than nothing is due: the loss may fall by that much.
         least = due * (tolerance if due > 0 else 2 - tolerance) - slack
-        most = 3 * max(self.promised_forget, 0.0) + 0.5 * abs(self.forget_loss) + slack
-        damage = 1.5 * max(-self.promised_retain, 0.0) + 0.1 * abs(self.retain_loss) + slack
-        # Written so that NaN breaks the promise.
-        return least <= self.measured_forget <= most and -self.measured_retain <= damage
+        most = 3 * max(self.promised, 0.0) + 0.5 * abs(self.loss) + slack
+        return least <= self.measured <= most
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step promised and what it did, for each group by name."""
+
+    groups: Mapping[str, GroupOutcome]
+
+    def is_kept(self, tolerance: float) -> bool:
+        """Whether the step kept all its promises."""
+        slack = _ROUNDING * sum(abs(group.loss) for group in self.groups.values())
+        return all(group.is_kept(tolerance, slack) for group in self.groups.values())
+
+    def numbers(self) -> dict[str, float]:
+        """The losses, the promises, what was due of them, and what was measured, by name."""
+        groups = self.groups
+        return {
+            **{f"{name}_loss": group.loss for name, group in groups.items()},
+            **{f"promised_{name}": group.promised for name, group in groups.items()},
+            **{f"due_{name}": group.due for name, group in groups.items() if group.is_forgotten},
+            **{f"measured_{name}": group.measured for name, group in groups.items()},
+        }
 
 
 class Verifier:
@@ -123,45 +143,47 @@ class Verifier:
 
     Args:
         trainer: The trainer.
-        forget_pass: Runs batches again without a trace; it and the fit hand their batches over by `record`.
         settings: What the user asked for.
     """
 
-    def __init__(self, trainer: Trainer, forget_pass: ForgetPass, settings: VerifySteps) -> None:
-        self._trainer, self._forget_pass, self._settings = trainer, forget_pass, settings
-        self._recordings: dict[str, list[Recording]] = {"retain": [], "forget": []}
+    def __init__(self, trainer: Trainer, settings: VerifySteps) -> None:
+        self._trainer, self._settings = trainer, settings
+        self._passes: dict[str, ForgetPass] = {}
+        self._recordings: dict[str, list[Recording]] = {}
         self._step: Callable[..., Any] | None = None
         self.region = 1.0
         self.outcome: Outcome | None = None
         self.verified, self.kept, self.retried, self.dropped = 0, 0, 0, 0
         self._windows, self._tries = 0, 0
         self._ledger = find_ledger(trainer, settings.ledger)
-        if self._ledger is not None:
-            start_ledger(self._ledger)
 
     @property
     def is_due(self) -> bool:
         """Whether the step of the present window is to be judged."""
         return self._windows % self._settings.every == 0
 
-    def open_window(self, step: Callable[..., Any]) -> None:
-        """Begin the window of a combined step; `step` is the strategy's `training_step`."""
+    def open_window(self, step: Callable[..., Any], passes: Mapping[str, ForgetPass]) -> None:
+        """Begin the window of a combined step.
+
+        Args:
+            step: The strategy's `training_step`.
+            passes: What runs the batches of each group other than retain, and will run them again.
+        """
         self._step, self.outcome = step, None
-        self._let_go()
-        self._forget_pass.records = self.record_forget if self.is_due else None
+        self._passes = dict(passes)
+        self._recordings = {"retain": []}
+        for name, one in passes.items():
+            kept = self._recordings[name] = []
+            one.records = kept.append if self.is_due else None
 
     def close_window(self) -> None:
         """End it; the batches are let go."""
         self._windows += 1
-        self._let_go()
-
-    def record_forget(self, recording: Recording) -> None:
-        """Keep a forget batch and its loss."""
-        self._recordings["forget"].append(recording)
+        self._recordings = {}
 
     def run_retain(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the retain pass as it is, and keep its batch and its loss."""
-        kept = copied(args[0]), capture_random(self._forget_pass.generators)
+        kept = copied(args[0]), capture_random(self._any_pass.generators)
         output = step(*args, **kwargs)
         loss = detached_loss(output)
         if loss is not None:
@@ -192,8 +214,8 @@ class Verifier:
         """What is logged beside the step: promised and measured improvements, and the size of the region."""
         if self.outcome is None:
             return {}
-        names = ("promised_retain", "promised_forget", "measured_retain", "measured_forget")
-        numbers = {name: getattr(self.outcome, name) for name in names} | {"region": self.region}
+        numbers = {n: x for n, x in self.outcome.numbers().items() if n.startswith(("promised_", "measured_"))}
+        numbers["region"] = self.region
         return {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
 
     def describe(self) -> str:
@@ -219,57 +241,40 @@ class Verifier:
         for name in _STATE:
             setattr(self, name, state[name])
 
-    def _let_go(self) -> None:
-        for recordings in self._recordings.values():
-            recordings.clear()
+    @property
+    def _any_pass(self) -> ForgetPass:
+        return next(iter(self._passes.values()))
 
     def _measure(self, report: StepReport) -> Outcome:
+        """Run the batches of all groups again; one read of the host."""
+        step = report.coefficients
+        rows = []
+        for name, recordings in self._recordings.items():
+            run = self._passes.get(name, self._any_pass)
+            before = mean_of([r.loss for r in recordings])
+            after = mean_of([run.replay(self._require_step(), r) for r in recordings])
+            known = (step.improvements[name].to(before), report.improvement(name).to(before))
+            rows.append(torch.stack((before, *known, after)))
+        numbers = self._trainer.strategy.reduce(torch.stack(rows), reduce_op="mean").tolist()
+        outcomes = {}
+        for name, (loss, promised, due, new) in zip(self._recordings, numbers, strict=True):
+            is_forgotten = name in step.forgotten
+            change = new - loss if is_forgotten else loss - new
+            outcomes[name] = GroupOutcome(is_forgotten, loss, promised, due, change)
+        return Outcome(outcomes)
+
+    def _require_step(self) -> Callable[..., Any]:
         assert self._step is not None
-        before = [mean_of([r.loss for r in self._recordings[name]]) for name in ("retain", "forget")]
-        after = [
-            mean_of([self._forget_pass.replay(self._step, r) for r in self._recordings[name]])
-            for name in ("retain", "forget")
-        ]
-        step, actual = report.coefficients, report.actual_improvements
-        due = step.forget_improvement if actual is None else actual[1]
-        promised = [n.to(before[0]) for n in (step.retain_improvement, step.forget_improvement, due)]
-        numbers = self._trainer.strategy.reduce(torch.stack([*before, *after, *promised]), reduce_op="mean")
-        retain, forget, new_retain, new_forget, promised_retain, promised_forget, due_forget = numbers.tolist()
-        return Outcome(
-            retain, forget, promised_retain, promised_forget, due_forget, retain - new_retain, new_forget - forget
-        )
+        return self._step
 
     def _write(self, outcome: Outcome, verdict: Verdict) -> None:
         if self._ledger is None:
             return
-        with self._ledger.open("a", newline="") as file:
-            csv.writer(file).writerow(
-                [self._trainer.global_step, self._tries, self.region, *vars(outcome).values(), verdict]
-            )
+        row = {"step": self._trainer.global_step, "try": self._tries, "region": self.region}
+        self._ledger.write({**row, **outcome.numbers(), "verdict": verdict})
 
 
 _STATE = ("region", "verified", "kept", "retried", "dropped", "_windows")
-LEDGER_COLUMNS = ["step", "try", "region", *Outcome.__dataclass_fields__, "verdict"]
-
-
-def find_ledger(trainer: Trainer, ledger: str | Path | bool) -> Path | None:
-    """Where this process writes the ledger; None for nowhere."""
-    folder = (
-        trainer.log_dir if ledger is True and trainer.loggers else None
-    )  # asked by all processes: it is a joint call
-    if not trainer.is_global_zero or ledger is False:
-        return None
-    if ledger is True:
-        return None if folder is None else Path(folder) / "hamu_ledger.csv"
-    return Path(ledger)
-
-
-def start_ledger(path: Path) -> None:
-    """Write the head of the ledger, unless it is there: a resumed run goes on with it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.stat().st_size == 0:
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(LEDGER_COLUMNS)
 
 
 def mean_of(losses: list[Tensor]) -> Tensor:

@@ -47,16 +47,19 @@ def check_group(base: Optimizer, group: Mapping[str, Any]) -> None:
         )
 
 
-def check_both_present(has_retain: bool, has_forget: bool) -> None:
-    """Raise unless both gradients are there."""
-    if not (has_retain and has_forget):
-        missing = " and ".join(
-            name for name, is_there in (("retain", has_retain), ("forget", has_forget)) if not is_there
-        )
-        raise HAMUStateError(
-            f"Expected a retain and a forget gradient at `step()`, but the {missing} gradient is missing. Run each "
-            "objective's backward() inside `with optimizer.retain():` and `with optimizer.forget():` before every step."
-        )
+def check_all_present(groups: Sequence[str], is_there: Sequence[bool]) -> None:
+    """Raise unless the gradient of each group is there."""
+    missing = [name for name, found in zip(groups, is_there, strict=True) if not found]
+    if not missing:
+        return
+    names, verb = " and ".join(missing), "is" if len(missing) == 1 else "are"
+    doors = [f"`with optimizer.{name}():`" for name in groups]
+    if tuple(groups) != ("retain", "forget"):
+        doors = ["`with optimizer.group(name):`"]
+    raise HAMUStateError(
+        f"Expected the gradients of {' and '.join(groups)} at `step()`, but the {names} gradient {verb} missing. Run "
+        f"each objective's backward() inside {' and '.join(doors)} before every step."
+    )
 
 
 def warn_about_base(base: Optimizer, rule: Rule) -> None:

@@ -1,4 +1,4 @@
-"""The one pass that writes `a g_r + b g_f`."""
+"""The one pass that writes `a g_r + b g_f + ...`."""
 
 from __future__ import annotations
 
@@ -11,36 +11,35 @@ from hamu_lightning.gramian import compute_gramian
 
 
 def combine_(
-    retain: Sequence[Tensor | None], forget: Sequence[Tensor | None], factors: Tensor, is_finite: Tensor
+    gradients: Sequence[Sequence[Tensor | None]], factors: Tensor, is_finite: Tensor
 ) -> tuple[list[Tensor | None], Tensor]:
-    """Combine two lists of gradients tensor by tensor, writing over the forget gradients.
+    """Combine lists of gradients tensor by tensor, writing over the gradients of the last list.
 
     Sums are taken in float32 or wider. A result can be too large for float16: then none of them is finite.
 
     Args:
-        retain: The retain gradients; they stay as they are.
-        forget: The forget gradients; their memory takes the result.
-        factors: `[T, 2]`, what the two gradients of each tensor are multiplied by.
+        gradients: `n` lists of `T` gradients. The memory of the last list takes the result, the others stay as they
+            are.
+        factors: `[T, n]`, what the gradients of each tensor are multiplied by.
         is_finite: 0-d, bool. Where it is False the result is zero, whatever the gradients hold.
 
     Returns:
-        For each tensor the combined gradient, or None where both are None; and whether they are finite, 0-d, bool.
+        For each tensor the combined gradient, or None where all are None; and whether they are finite, 0-d, bool.
     """
-    combined: list[Tensor | None] = list(forget)
-    usual: list[tuple[int, Tensor, Tensor]] = []
-    for index, (r, f) in enumerate(zip(retain, forget, strict=True)):
-        if r is not None and f is not None and _is_usual(r) and _is_usual(f):
-            usual.append((index, r, f))
+    combined: list[Tensor | None] = []
+    usual: list[int] = []
+    columns: list[list[Tensor]] = [[] for _ in gradients]
+    for index, row in enumerate(zip(*gradients, strict=True)):
+        present = [grad for grad in row if grad is not None]
+        if len(present) == len(row) and all(map(_is_usual, present)):
+            usual.append(index)
+            for column, grad in zip(columns, present, strict=True):
+                column.append(grad)
+            combined.append(row[-1])
         else:
-            combined[index] = _combine_one(r, f, factors[index], is_finite)
+            combined.append(_combine_one(row, factors[index], is_finite))
     if usual:
-        indices, sources, targets = map(list, zip(*usual, strict=True))
-        a, b = ([*column.unbind()] for column in factors[indices].unbind(dim=1))
-        torch._foreach_mul_(targets, b)
-        torch._foreach_add_(targets, torch._foreach_mul(sources, a))
-        is_bad = ~is_finite
-        for target in targets:
-            target.masked_fill_(is_bad, 0)
+        _combine_lists_(columns, factors[usual], is_finite)
     halves = [grad for grad in combined if grad is not None and grad.dtype is torch.float16]
     if not halves:
         return combined, is_finite
@@ -49,20 +48,32 @@ def combine_(
     return [None if grad is None else _scaled(grad, one, is_finite).to(grad.dtype) for grad in combined], is_finite
 
 
+def _combine_lists_(columns: list[list[Tensor]], factors: Tensor, is_finite: Tensor) -> None:
+    """Write the combinations over the last list, with torch's operators on whole lists."""
+    *sources, targets = columns
+    *weights, last = ([*column.unbind()] for column in factors.unbind(dim=1))
+    torch._foreach_mul_(targets, last)
+    for source, weight in zip(sources, weights, strict=True):
+        torch._foreach_add_(targets, torch._foreach_mul(source, weight))
+    is_bad = ~is_finite
+    for target in targets:
+        target.masked_fill_(is_bad, 0)
+
+
 def _is_usual(grad: Tensor) -> bool:
     """Whether torch's operators on whole lists take the gradient; 16-bit sums would lose the quota to cancellation."""
     return type(grad) is Tensor and not grad.is_sparse and grad.dtype in (torch.float32, torch.float64)
 
 
-def _combine_one(retain: Tensor | None, forget: Tensor | None, factors: Tensor, is_finite: Tensor) -> Tensor | None:
-    pairs = zip((retain, forget), factors.unbind(), strict=True)
-    terms = [_scaled(grad, factor, is_finite) for grad, factor in pairs if grad is not None]
+def _combine_one(row: Sequence[Tensor | None], factors: Tensor, is_finite: Tensor) -> Tensor | None:
+    terms = [_scaled(g, f, is_finite) for g, f in zip(row, factors.unbind(), strict=True) if g is not None]
     if not terms:
         return None
-    if len(terms) == 2 and terms[0].is_sparse:
-        terms.reverse()  # torch adds a sparse tensor to a dense one, not the other way round
-    total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-    return total.to(next(g.dtype for g in (retain, forget) if g is not None))
+    terms.sort(key=lambda term: term.is_sparse)  # torch adds a sparse tensor to a dense one, not the other way round
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total.to(next(grad.dtype for grad in row if grad is not None))
 
 
 def _scaled(grad: Tensor, factor: Tensor, is_finite: Tensor) -> Tensor:

@@ -1,89 +1,45 @@
-"""HAMUOptimizer: keeps the two gradients apart, and gives the base optimizer the one that moves the weights by `d`."""
+"""HAMUOptimizer: keeps the gradients apart, and gives the base optimizer the one that moves the weights by `d`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
-from hamu_lightning.gramian import compute_gramian
 from hamu_lightning.optim._aim import Aim
-from hamu_lightning.optim._checks import (
-    check_base,
-    check_both_present,
-    check_group,
-    is_at_rest,
-    is_plain_sgd,
-    warn_about_base,
-)
-from hamu_lightning.optim._combine import combine_
-from hamu_lightning.optim._layout import Layout, collect_names, make_layout
+from hamu_lightning.optim._checks import check_base, check_group, warn_about_base
+from hamu_lightning.optim._engine import COUNTERS, Engine, Plan
+from hamu_lightning.optim._layout import collect_names
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
-from hamu_lightning.optim._slots import GradientSlot, SpentGradients, own_gradients_, pointed_gradients
-from hamu_lightning.optim._trial import Referee, Snapshot
-from hamu_lightning.rules import Coefficients, Rule
-
-Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
-COUNTERS = ("steps", "zero_lr_steps", "not_finite_steps", "rejected_steps", "dropped_steps", "undone_steps")
-
-
-@dataclass
-class _Core:
-    """All that changes. LightningOptimizer and Fabric copy the wrapper's `__dict__`: they share this object."""
-
-    base: Optimizer
-    rule: Rule
-    names: dict[Tensor, str]
-    exact: bool = False
-    track_actual: bool = False
-    plain: Optimizer | None = None
-    forget_slot: GradientSlot = field(default_factory=GradientSlot)
-    spent: SpentGradients = field(default_factory=SpentGradients)
-    aim: Aim = field(default_factory=Aim)
-    layout: Layout | None = None
-    last_step: StepReport | None = None
-    plan: Plan = "combine"
-    window_shares: tuple[float, float] = (1.0, 1.0)
-    approve: Callable[[StepReport], bool] | None = None
-    referee: Referee | None = None
-    unscaling: Unscaling | None = None
-    calls: int = 0
-    steps: int = 0
-    zero_lr_steps: int = 0
-    not_finite_steps: Tensor | int = 0
-    rejected_steps: int = 0
-    dropped_steps: int = 0
-    undone_steps: int = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy does not take part in the step that a loss scaler has begun."""
-        return {**self.__dict__, "unscaling": None}
+from hamu_lightning.optim._slots import own_gradients_
+from hamu_lightning.optim._trial import Referee
+from hamu_lightning.rules import Rule
 
 
 class HAMUOptimizer(Optimizer):
     """Wraps an optimizer so that each step follows an unlearning rule.
 
     The problem: the weights should move by `d = c_r g_r + c_f g_f` per block, where `g_r`, `g_f` are the gradients of
-    the retain and of the forget loss and the coefficients come from a rule such as `HAMUQ` (Chen et al. 2026).
+    the retain and of the forget loss and the coefficients come from a rule such as `HAMUQ` (Chen et al. 2026). A rule
+    for more groups, such as `FeasibleDirection`, has one gradient and one coefficient for each of them.
 
     One step:
 
     1. `with optimizer.forget():` points `.grad` at a slot of its own; `backward()` inside accumulates there. On
-       leaving, `.grad` is what it was.
+       leaving, `.grad` is what it was. With more groups: `with optimizer.group(name):` for each of them.
     2. `with optimizer.retain():` accumulates into `.grad` itself, after dropping gradients that the last step has
        used. A plain `backward()` after `zero_grad()` does the same. The order of 1 and 2 is free.
-    3. `step()` computes the Gramians of the two gradients, asks the rule for the coefficients, and writes the
-       equivalent gradient `(-c_r/lr) g_r + (-c_f/lr) g_f` over the forget slot.
+    3. `step()` computes the Gramians of the gradients, asks the rule for the coefficients, and writes the equivalent
+       gradient `(-c_r/lr) g_r + (-c_f/lr) g_f` over the forget slot (of several: the last one).
     4. It points `.grad` at that, calls the base optimizer's `step()`, and points `.grad` back at the retain gradient.
-    5. It releases the forget slot, and keeps the `StepReport` in `last_step`.
+    5. It releases the slots, and keeps the `StepReport` in `last_step`.
 
     Plain SGD as the base moves the weights by `d` to within one rounding of the weight. Other bases (momentum, weight
     decay, Adam) take the equivalent gradient as if it came from a loss: the quota and the radius then do not hold for
@@ -107,6 +63,8 @@ class HAMUOptimizer(Optimizer):
             plain SGD. Momentum, weight decay and the step hooks of the base do not act, and its state stays empty.
         track_actual: Measure `g_f·dw` and `-g_r·dw` of the weights' actual change `dw`, in loss units: the `actual`
             improvements of the report. Costs a copy of the weights and one of the forget gradient in each step.
+        reuse_groups: A group that has no gradient in a step takes part with its last one, which the optimizer keeps
+            (one more gradient of memory). At least one group other than retain must have a new one.
 
     Raises:
         HAMUValueError: If the base cannot be wrapped, or the rule's blocks need names that are not known.
@@ -125,7 +83,7 @@ class HAMUOptimizer(Optimizer):
         tensor(0.0100, dtype=torch.float64)
     """
 
-    _core: _Core
+    _core: Engine
 
     def __init__(
         self,
@@ -135,6 +93,7 @@ class HAMUOptimizer(Optimizer):
         *,
         exact: bool = False,
         track_actual: bool = False,
+        reuse_groups: bool = False,
     ) -> None:
         if isinstance(base, HAMUOptimizer):
             raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
@@ -143,8 +102,8 @@ class HAMUOptimizer(Optimizer):
             raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
         names = collect_names(base.param_groups)
         names.update({parameter: name for name, parameter in named_parameters or ()})
-        self.__setstate__({"_core": _Core(base, rule, names, exact, track_actual)})
-        layout = self._update_layout()
+        self.__setstate__({"_core": Engine(base, rule, names, exact, track_actual, reuse_groups)})
+        layout = self._core.update_layout()
         if rule.radius.needs_weights and not any(bool(p.any()) for p in layout.parameters):
             raise HAMUValueError(
                 f"Expected some weight to differ from zero with {rule.radius}, but all are zero. "
@@ -160,8 +119,14 @@ class HAMUOptimizer(Optimizer):
 
     @property
     def rule(self) -> Rule:
-        """The rule that combines the gradients."""
+        """The rule that combines the gradients. A new one may have other groups, but must have the same blocks."""
         return self._core.rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        for name in set(self._core.slots) - set(rule.groups):
+            del self._core.slots[name]
+        self._core.rule = rule
 
     @property
     def last_step(self) -> StepReport | None:
@@ -216,8 +181,8 @@ class HAMUOptimizer(Optimizer):
     @contextmanager
     def retain(self) -> Iterator[None]:
         """Accumulate the retain gradient: `with optimizer.retain(): loss.backward()`."""
-        self._notice_overflow()
-        for parameter in self._parameters():
+        self._core.notice_overflow()
+        for parameter in self._core.parameters:
             if self._core.spent.is_spent(parameter):
                 parameter.grad = None
         yield
@@ -225,14 +190,29 @@ class HAMUOptimizer(Optimizer):
     @contextmanager
     def forget(self) -> Iterator[None]:
         """Accumulate the forget gradient in its own slot: `with optimizer.forget(): loss.backward()`."""
-        self._notice_overflow()
-        own_gradients_(self._parameters(), self._core.spent)
-        with self._core.forget_slot.filling(self._parameters()):
+        with self.group("forget"):
+            yield
+
+    @contextmanager
+    def group(self, name: str) -> Iterator[None]:
+        """Accumulate the gradient of one of the rule's groups: `with optimizer.group(name): loss.backward()`.
+
+        Raises:
+            HAMUValueError: If the rule does not know the group.
+        """
+        if name == self._core.rule.groups[0]:
+            with self.retain():
+                yield
+            return
+        slot = self._core.find_slot(name)
+        self._core.notice_overflow()
+        own_gradients_(self._core.parameters, self._core.spent)
+        with slot.filling(self._core.parameters):
             yield
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Combine the two gradients and let the base optimizer apply the result.
+        """Combine the gradients and let the base optimizer apply the result.
 
         Args:
             closure: Called first, with gradients enabled; it may compute one of the two gradients (Lightning does).
@@ -241,30 +221,37 @@ class HAMUOptimizer(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            HAMUStateError: If one of the two gradients is missing. One objective alone is never applied.
+            HAMUStateError: If a gradient is missing. One objective alone is never applied.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._apply()
+        self._core.step()
         return result
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the retain gradient (inside `forget()`: the forget gradient). The other one is kept."""
+        """Clear the retain gradient (inside `forget()` or `group(name)`: that one). The others are kept."""
         self._core.base.zero_grad(set_to_none)
 
-    def plan_step(self, plan: Plan = "combine", *, window_shares: tuple[float, float] = (1.0, 1.0)) -> None:
+    def plan_step(
+        self,
+        plan: Plan = "combine",
+        *,
+        window_shares: tuple[float, float] = (1.0, 1.0),
+        groups: tuple[str, ...] = (),
+    ) -> None:
         """Say what the next `step()` is to do; afterwards it is "combine" again.
 
         Args:
-            plan: "combine" the two gradients, take a plain step of the base on the retain gradient ("retain_only"), or
+            plan: "combine" the gradients, take a plain step of the base on the retain gradient ("retain_only"), or
                 do nothing ("drop").
-            window_shares: The shares of the mean retain and of the mean forget gradient that the slots hold: n/N when
+            window_shares: The shares of the mean retain and of the mean forget gradients that the slots hold: n/N when
                 losses were divided by N but only n micro-batches came (the last window of an epoch).
+            groups: The groups that take part, retain first; default: all of the rule's.
         """
-        self._core.plan, self._core.window_shares = plan, window_shares
+        self._core.plan, self._core.window_shares, self._core.groups = plan, window_shares, groups
 
     @property
     def approve(self) -> Callable[[StepReport], bool] | None:
@@ -287,24 +274,29 @@ class HAMUOptimizer(Optimizer):
     @property
     def aim(self) -> Aim:
         """Where the forget loss is and where it should go, for a rule with a `TargetQuota`."""
-        return self._core.aim
+        return self.aim_of("forget")
+
+    def aim_of(self, group: str) -> Aim:
+        """Where the loss of a group is and where it should go, for a rule with a `TargetQuota` for it."""
+        return self._core.find_aim(group)
 
     @property
     def has_forget_gradient(self) -> bool:
-        """Whether the forget slot holds a gradient."""
-        return self._core.forget_slot.is_filled
+        """Whether a slot holds a gradient of the present step."""
+        return self._core.is_filled
 
     def release_forget(self) -> None:
-        """Drop the forget gradient."""
-        self._core.forget_slot.release()
+        """Drop the gradients of the present step, except the retain gradient."""
+        for slot in self._core.slots.values():
+            if slot.is_fresh:
+                slot.release()
 
     def drop_step(self) -> None:
         """Give up a step whose forget gradient is there already, and count it."""
-        self._core.dropped_steps += self.has_forget_gradient
-        self.release_forget()
+        self._core.drop_step()
 
     def unscale_forget_(self, scaler: torch.amp.GradScaler) -> None:
-        """Divide the forget gradient by the loss scale, as `scaler.unscale_(optimizer)` does with the retain gradient.
+        """Divide the forget gradients by the loss scale, as `scaler.unscale_(optimizer)` does with the retain gradient.
 
         A non-finite forget gradient counts as an overflow: the scaler backs off at its next `update()`, and the
         combined step leaves itself out. (Not with `FineTune`, which does not use it.) After an overflow of the retain
@@ -316,8 +308,8 @@ class HAMUOptimizer(Optimizer):
         core = self._core
         if not scaler.is_enabled():
             return
-        self._notice_overflow()
-        if core.unscaling is not None:
+        core.notice_overflow()
+        if core.unscalings:
             raise HAMUStateError(
                 "Expected one `unscale_forget_` per step, but the forget gradient is unscaled already. "
                 "Call `scaler.step(optimizer)` and `scaler.update()` first."
@@ -327,10 +319,11 @@ class HAMUOptimizer(Optimizer):
                 "Expected a forget gradient to unscale, but there is none. Call `unscale_forget_` after "
                 "`with optimizer.forget(): scaler.scale(loss).backward()` and before `scaler.step(optimizer)`."
             )
-        retain = [p.grad for p in self._parameters()]
-        with self.forget():
-            filled = [p for p in self._parameters() if p.grad is not None]
-            core.unscaling = Unscaling(scaler, filled, retain, tells=not core.rule.is_plain)
+        retain = [p.grad for p in core.parameters]
+        for name in [name for name, slot in core.slots.items() if slot.is_fresh]:
+            with self.group(name):
+                filled = [p for p in core.parameters if p.grad is not None]
+                core.unscalings.append(Unscaling(scaler, filled, retain, tells=not core.rule.is_plain))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -343,15 +336,21 @@ class HAMUOptimizer(Optimizer):
         self._core.base.load_state_dict(state_dict)
 
     def hamu_state_dict(self) -> dict[str, Any]:
-        """Return our own state: the counters, and the forget loss that a target needs."""
-        return {**{name: int(getattr(self._core, name)) for name in COUNTERS}, "aim": self._core.aim.state_dict()}
+        """Return our own state: the counters, the losses that targets need, and what the rule keeps."""
+        core = self._core
+        return {
+            **{name: int(getattr(core, name)) for name in COUNTERS},
+            "aims": {name: aim.state_dict() for name, aim in core.aims.items()},
+            "rule": core.rule.state_dict(),
+        }
 
     def load_hamu_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `hamu_state_dict` returned."""
         for name in COUNTERS:
             setattr(self._core, name, state_dict.get(name, 0))
-        if "aim" in state_dict:
-            self._core.aim.load_state_dict(state_dict["aim"])
+        for name, state in state_dict.get("aims", {}).items():
+            self.aim_of(name).load_state_dict(state)
+        self._core.rule.load_state_dict(state_dict.get("rule", {}))
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -389,177 +388,3 @@ class HAMUOptimizer(Optimizer):
     @override
     def __getstate__(self) -> dict[str, Any]:
         return {"_core": self._core}
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _update_layout(self) -> Layout:
-        """The layout, made again when the set of trainable tensors has changed."""
-        core = self._core
-        trainable = tuple(p for p in self._parameters() if p.requires_grad)
-        if core.layout is None or [*map(id, core.layout.parameters)] != [*map(id, trainable)]:
-            core.layout = make_layout(self.param_groups, core.names, core.rule.blocks)
-        return core.layout
-
-    def _notice_overflow(self) -> None:
-        """Drop the gradients of a step that the scaler has ended without calling `step()`."""
-        core = self._core
-        if core.unscaling is None or not core.unscaling.is_over:
-            return
-        if self.has_forget_gradient:
-            core.spent.remember(p for p in self._parameters() if core.unscaling.is_stale(p.grad))
-            self.drop_step()
-        core.unscaling = None
-
-    @torch.no_grad()
-    def _apply(self) -> None:
-        core, plan = self._core, self._core.plan
-        core.plan = "combine"
-        core.base._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn when a step is left out
-        is_initialisation = plan == "combine" and self._is_initialisation()
-        core.calls += not is_initialisation
-        if is_initialisation or plan == "retain_only":
-            self._applier(takes_d=False).step()
-        elif plan == "combine":
-            self._combine_and_step()
-        else:
-            self.drop_step()
-        core.forget_slot.release()
-        core.spent.remember(self._parameters())
-        core.window_shares = 1.0, 1.0
-
-    def _is_initialisation(self) -> bool:
-        """Whether this step only makes the base's state: torch's `get_optimizer_state_dict` takes one at lr 0."""
-        return not self._core.forget_slot.is_filled and all(float(group["lr"]) == 0 for group in self.param_groups)
-
-    def _combine_and_step(self) -> None:
-        core, layout = self._core, self._update_layout()
-        retain = [None if core.spent.is_spent(p) else p.grad for p in layout.parameters]
-        forget = [core.forget_slot.get(p) for p in layout.parameters]
-        check_both_present(any(g is not None for g in retain), core.forget_slot.is_filled)
-        core.steps += 1
-        if not core.rule.is_plain and is_at_rest(self.param_groups):
-            core.zero_lr_steps += 1
-            return
-        core.last_step = self._ask_rule(retain, forget, layout)
-        if core.approve is not None and not core.approve(core.last_step):
-            core.rejected_steps += 1
-            return
-        if core.referee is None or core.rule.is_plain or not core.referee.is_due:
-            self._take_step(retain, forget, layout)
-        elif not self._take_step_on_trial(retain, forget, layout, core.referee):
-            core.undone_steps += 1
-            return
-        if core.rule.target_quota is not None:
-            step, actual = core.last_step.coefficients, core.last_step.actual_improvements
-            core.aim.advance(step.forget_improvement if actual is None else actual[1])
-
-    def _take_step_on_trial(
-        self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout, referee: Referee
-    ) -> bool:
-        """Apply the step, and take it back as long as the referee does not accept it; return whether it did at last."""
-        core, before = self._core, Snapshot(self._applier(takes_d=True), layout.parameters)
-        while True:
-            # The combination is written over the forget gradients; they may be needed again.
-            self._take_step(retain, [None if g is None else g.clone() for g in forget], layout)
-            assert core.last_step is not None
-            if not bool(core.last_step.coefficients.is_finite):
-                return True  # it has moved nothing, and is counted: the promise is not to blame
-            if not self._moves_by_d:
-                before.shorten_step(referee.region)
-                core.last_step = self._measure(core.last_step, retain, forget, before.weights)
-            verdict = referee.judge(core.last_step)
-            if verdict == "accept":
-                return True
-            before.restore()
-            if verdict == "drop":
-                return False
-            core.last_step = self._ask_rule(retain, forget, layout)
-
-    @property
-    def _moves_by_d(self) -> bool:
-        """Whether the weights move by the rule's step, and so follow its radius; Adam's and momentum's do not."""
-        return self._core.exact or is_plain_sgd(self._core.base)
-
-    def _take_step(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> None:
-        """Let the base apply the last answer of the rule."""
-        core = self._core
-        assert core.last_step is not None
-        before = [p.detach().clone() for p in layout.parameters] if core.track_actual else None
-        # The combination is written over the forget gradients; they are needed again to measure.
-        spare = [None if g is None else g.clone() for g in forget] if core.track_actual else forget
-        combined, core.last_step = self._combine(retain, spare, core.last_step, layout)
-        with pointed_gradients(layout.parameters, combined):
-            self._step_base(core.last_step.coefficients)
-        if before is not None:
-            core.last_step = self._measure(core.last_step, retain, forget, before)
-
-    def _measure(
-        self, report: StepReport, retain: list[Tensor | None], forget: list[Tensor | None], before: list[Tensor]
-    ) -> StepReport:
-        """Add what the weights' actual change does to both losses, to first order."""
-        change = [p.detach() - old for p, old in zip(self._update_layout().parameters, before, strict=True)]
-        products = self._as_means(compute_gramian(retain, forget, change).sum(dim=0)[:2, 2])
-        return replace(report, actual_improvements=torch.stack((-products[0], products[1])))
-
-    def _as_means(self, numbers: Tensor) -> Tensor:
-        """Turn numbers `[..., 2]` about the gradients in the slots into those of the means over the window."""
-        shares = self._core.window_shares
-        if shares == (1.0, 1.0):  # a new tensor would be one more copy from the host in each step
-            return numbers
-        return numbers / numbers.new_tensor(shares)
-
-    def _applier(self, *, takes_d: bool) -> Optimizer:
-        """What moves the weights: the base, or (`exact`) plain SGD, at rate 1 where its gradient is `-d` itself."""
-        core = self._core
-        if not core.exact:
-            return core.base
-        known = [] if core.plain is None else [[*map(id, group["params"])] for group in core.plain.param_groups]
-        if core.plain is None or known != [[*map(id, group["params"])] for group in self.param_groups]:
-            core.plain = SGD([{"params": list(group["params"])} for group in self.param_groups], lr=0.0)
-        for plain, group in zip(core.plain.param_groups, self.param_groups, strict=True):
-            plain["lr"] = 1.0 if takes_d else group["lr"]
-        return core.plain
-
-    def _ask_rule(self, retain: list[Tensor | None], forget: list[Tensor | None], layout: Layout) -> StepReport:
-        """Compute the Gramians of the mean gradients, and ask the rule for the coefficients."""
-        core, rule = self._core, self._core.rule
-        if core.referee is not None and core.referee.region != 1 and self._moves_by_d:
-            rule = rule.in_region(core.referee.region)
-        gramian = self._as_means(compute_gramian(retain, forget, blocks=layout.blocks))
-        gramian = self._as_means(gramian.mT).mT
-        if core.unscaling is not None and core.unscaling.found_inf is not None:
-            # Clipping by value would hide an overflow from the rule, although the scaler backs off.
-            gramian = gramian.masked_fill(core.unscaling.found_inf.to(gramian.device), torch.nan)
-        known: dict[str, Tensor] = {}
-        if rule.radius.needs_weights:
-            known = {"weight_norms": layout.weight_norms(), "sizes": layout.vector(layout.sizes)}
-        if rule.target_quota is not None:
-            known["quota"] = core.aim.resolve(rule.target_quota)
-        lr = layout.learning_rates(self.param_groups)
-        return StepReport(gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels)
-
-    def _combine(
-        self, retain: list[Tensor | None], forget: list[Tensor | None], report: StepReport, layout: Layout
-    ) -> tuple[list[Tensor | None], StepReport]:
-        """The gradients that make the base apply the coefficients: `-c/lr` times the two (`exact`: `-c` times)."""
-        step, core = report.coefficients, self._core
-        if core.rule.is_plain:
-            return retain, report
-        lr = report.lr.unsqueeze(1)
-        # The rule saw mean gradients; the slots hold shares of them.
-        factors = self._as_means(-step.values)
-        factors = torch.where(lr == 0, 0, factors if core.exact else factors / lr)
-        factors = factors[torch.tensor(layout.blocks, device=factors.device)]
-        combined, is_finite = combine_(retain, forget, factors, step.is_finite)
-        return combined, report.left_out_unless(is_finite)
-
-    def _step_base(self, coefficients: Coefficients) -> None:
-        """Let the base apply the gradients, unless they are not finite; plain SGD then gets zeros and does not move."""
-        core, applier = self._core, self._applier(takes_d=not self._core.rule.is_plain)
-        if not core.rule.is_plain:
-            core.not_finite_steps = core.not_finite_steps + (~coefficients.is_finite).long()
-            # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.
-            if not is_plain_sgd(applier) and not bool(coefficients.is_finite):
-                return
-        applier.step()

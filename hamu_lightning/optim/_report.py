@@ -18,11 +18,12 @@ class StepReport:
     or 0-d for the whole model.
 
     Args:
-        gramian: `[B, 2, 2]`, the Gramians of the retain and the forget gradient, mean over the accumulation window.
+        gramian: `[B, n, n]`, the Gramians of the gradients of `n` groups (retain and forget: 2), of the means over the
+            accumulation window.
         coefficients: What the rule answered.
         lr: `[B]`, learning rates.
         labels: The names of the blocks.
-        actual_improvements: `[2]`, `-g_r·dw` and `g_f·dw` of the weights' actual change `dw`; None unless
+        actual_changes: `[n]`, `g_k·dw` of each group for the weights' actual change `dw`; None unless
             `track_actual=True`. They differ from the predicted ones by what the base optimizer does on its own.
     """
 
@@ -30,7 +31,7 @@ class StepReport:
     coefficients: Coefficients
     lr: Tensor
     labels: tuple[str, ...]
-    actual_improvements: Tensor | None = None
+    actual_changes: Tensor | None = None
 
     def __repr__(self) -> str:
         """The summary, a line for each number; reads the host."""
@@ -38,19 +39,32 @@ class StepReport:
         return "\n".join((f"StepReport of {len(self.labels)} blocks, per step:", *lines))
 
     @property
+    def actual_improvements(self) -> Tensor | None:
+        """`[n]`, the actual changes counted positive where they serve: the retain loss falls, the forget loss rises."""
+        return None if self.actual_changes is None else self.coefficients.count_as_served(self.actual_changes)
+
+    def improvement(self, group: str) -> Tensor:
+        """0-d, what the step does for a group: the actual improvement where it was measured, else the predicted one."""
+        step, actual = self.coefficients, self.actual_improvements
+        return step.improvements[group] if actual is None else actual[step.groups.index(group)]
+
+    @property
     def kappa(self) -> Tensor:
-        """`[B]`, the paper's hardness `g_r·g_f`: positive where forgetting and retaining conflict."""
-        return self.coefficients.gramian[:, 0, 1]
+        """`[B]`, the paper's hardness `g_r·g_f`: positive where forgetting and retaining conflict.
+
+        Here and below `g_f` is the sum of the gradients of all groups to forget.
+        """
+        return self.coefficients.pair_gramian[:, 0, 1]
 
     @property
     def cosine(self) -> Tensor:
         """`[B]`, the cosine of the angle between the two gradients; 0 where one of them is zero."""
-        return _cosine(self.coefficients.gramian)
+        return _cosine(self.coefficients.pair_gramian)
 
     @property
     def total_cosine(self) -> Tensor:
         """0-d, the cosine of the angle between the two gradients of the whole model."""
-        return _cosine(self.coefficients.gramian.sum(dim=0))
+        return _cosine(self.coefficients.pair_gramian.sum(dim=0))
 
     @property
     def thresholds(self) -> tuple[Tensor, Tensor]:
@@ -59,7 +73,7 @@ class StepReport:
         Up to `kappa_1 = -Q sqrt(rr)/R` the plain step is enough. Above `kappa_2 = sqrt(rr (ff - Q^2/R^2))` (for a
         positive kappa) the block must harm the other objective. `-inf` and `nan` where the radius is zero.
         """
-        gramian, step = self.coefficients.gramian, self.coefficients
+        gramian, step = self.coefficients.pair_gramian, self.coefficients
         free, bound = (0, 1) if step.constrained == 1 else (1, 0)
         free_norm = gramian[:, free, free].clamp(min=0).sqrt()
         share = step.quota / step.radius
@@ -79,19 +93,14 @@ class StepReport:
     def summary(self) -> dict[str, Tensor]:
         """The 0-d numbers that the callback logs, by name. Units: loss units per step, and shares of blocks."""
         step, actual = self.coefficients, self.actual_improvements
-        measured = (
-            {} if actual is None else {"actual_retain_improvement": actual[0], "actual_forget_improvement": actual[1]}
-        )
+        measured = {}
+        if actual is not None:
+            measured = {f"actual_{name}_improvement": actual[n] for n, name in enumerate(step.groups)}
         return {
             **measured,
             "kappa": self.kappa.sum(),
             "cosine": self.total_cosine,
-            "quota": step.total_quota,
-            "radius": step.radius.square().sum().sqrt(),
-            "forget_improvement": step.forget_improvement,
-            "retain_improvement": step.retain_improvement,
-            "feasible_improvement": step.feasible_improvement,
-            "margin": step.margin,
+            **step.summary(),
             "direct": self.share(Branch.DIRECT),
             "rectified": self.share(Branch.RECTIFIED, Branch.COLLINEAR, Branch.NO_RETAIN_SIGNAL),
             "infeasible": (~step.block_feasible).double().mean(),

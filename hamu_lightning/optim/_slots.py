@@ -14,10 +14,15 @@ class GradientSlot:
 
     `with slot.filling(parameters):` points every `.grad` at the slot's gradient; `backward()` inside accumulates there.
     At the end of the block `.grad` points at what it pointed at before.
+
+    Attributes:
+        is_fresh: Whether the slot holds a gradient of the present step.
+        share: Of a gradient of an earlier step: which share of the mean over its window it is.
     """
 
     def __init__(self) -> None:
         self._grads: dict[Tensor, Tensor] = {}
+        self.is_fresh, self.share = False, 1.0
 
     @property
     def is_filled(self) -> bool:
@@ -31,11 +36,18 @@ class GradientSlot:
     def release(self) -> None:
         """Forget all gradients."""
         self._grads.clear()
+        self.is_fresh = False
+
+    def retire(self, share: float) -> None:
+        """Keep the gradient for later steps, until the slot is filled again."""
+        self.is_fresh, self.share = False, share
 
     @contextmanager
     def filling(self, parameters: Iterable[Tensor]) -> Iterator[None]:
         """Point `.grad` at the slot. After an exception the slot is empty: half a gradient is worse than none."""
         parameters = list(parameters)
+        if not self.is_fresh:
+            self.release()
         with pointed_gradients(parameters, [self._grads.get(p) for p in parameters]):
             try:
                 yield
@@ -43,6 +55,7 @@ class GradientSlot:
                 self.release()
                 raise
             self._grads.update({p: _owned(p.grad) for p in parameters if p.grad is not None})
+            self.is_fresh = self.is_filled
 
 
 @contextmanager

@@ -105,6 +105,6 @@ class StepRecorder(Callback):
 def _pack(report: StepReport) -> Tensor:
     """The numbers of one step in the order of `StepHistory`: `[4 B + 4]`."""
     step = report.coefficients
-    squares = step.gramian.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # [B, 2]
+    squares = step.pair_gramian.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # [B, 2]
     scalars = (step.total_quota, step.retain_improvement, step.forget_improvement, step.margin)
     return torch.cat((report.kappa, *report.thresholds, squares.prod(dim=1), torch.stack(scalars))).detach()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
@@ -17,6 +19,7 @@ from hamu_lightning.rules._quota import TargetQuota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius
 
 RETAIN, FORGET = 0, 1
+GROUPS: tuple[str, ...] = ("retain", "forget")
 
 
 class Branch(IntEnum):
@@ -80,6 +83,28 @@ class Coefficients:
     block_feasible: Tensor
     gramian: Tensor
     constrained: int = FORGET
+    # The names of the gradients, in the order of the Gramian; not a field, since two-gradient rules have no choice.
+    groups = GROUPS
+
+    @property
+    def pair_gramian(self) -> Tensor:
+        """`[B, 2, 2]`, the Gramians of retain and of the sum of all that is to be forgotten."""
+        return self.gramian
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """The names of the groups whose loss is to rise."""
+        return GROUPS[FORGET:]
+
+    def count_as_served(self, changes: Tensor) -> Tensor:
+        """Changes of the losses `[n]`, counted positive where they serve: kept losses fall, forgotten ones rise."""
+        return torch.stack((-changes[RETAIN], changes[FORGET]))
+
+    @cached_property
+    def improvements(self) -> dict[str, Tensor]:
+        """Predicted improvement of each group, 0-d each, loss units per step."""
+        changes = (self.values.unsqueeze(1) * self.gramian).sum(dim=(0, 2))
+        return dict(zip(self.groups, self.count_as_served(changes).unbind(), strict=True))
 
     @property
     def is_finite(self) -> Tensor:
@@ -107,11 +132,22 @@ class Coefficients:
         """`feasible_improvement` minus the total quota, 0-d: negative when the step *must* harm the other objective."""
         return self.feasible_improvement - self.total_quota
 
+    def summary(self) -> dict[str, Tensor]:
+        """The 0-d numbers that are logged, by name, in loss units per step (radius: L2 length of the whole step)."""
+        return {
+            "quota": self.total_quota,
+            "radius": self.radius.square().sum().sqrt(),
+            "forget_improvement": self.forget_improvement,
+            "retain_improvement": self.retain_improvement,
+            "feasible_improvement": self.feasible_improvement,
+            "margin": self.margin,
+        }
+
 
 class Rule(ABC):
     """Maps the Gramians of the retain and the forget gradient to coefficients: one unlearning method.
 
-    A rule never sees a weight or a gradient, holds no state and reads nothing on the host.
+    A rule never sees a weight or a gradient. Those in this package hold no state and read nothing on the host.
     """
 
     is_plain: ClassVar[bool] = False
@@ -121,9 +157,30 @@ class Rule(ABC):
     blocks: Blocks
 
     @property
-    def target_quota(self) -> TargetQuota | None:
-        """The rule's quota if it is one that `HAMUOptimizer` resolves at each step."""
-        return None
+    def groups(self) -> tuple[str, ...]:
+        """The names of the gradients that the rule combines, retain first."""
+        return GROUPS
+
+    @property
+    def target_quotas(self) -> Mapping[str, TargetQuota]:
+        """The quotas that `HAMUOptimizer` resolves at each step, by group."""
+        return {}
+
+    def step_arguments(self, groups: tuple[str, ...], quotas: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The arguments of `coefficients` that change from step to step.
+
+        Args:
+            groups: The groups of this step.
+            quotas: What was resolved of `target_quotas`, 0-d each.
+        """
+        return {"quota": quotas["forget"]} if quotas else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a rule keeps from step to step, in tensors, numbers and strings: nothing, for ours."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most rules have nothing to load
+        """Go on with what `state_dict` returned."""
 
     def in_region(self, scale: float) -> Rule:
         """Return the rule with every radius multiplied by `scale`; a rule without a trust region returns itself."""

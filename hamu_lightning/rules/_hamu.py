@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal, get_args
 
@@ -74,9 +75,9 @@ class HAMUQ(Rule):
         assign_blocks(["layer.weight"], [0], self.blocks)
 
     @property
-    def target_quota(self) -> TargetQuota | None:
+    def target_quotas(self) -> Mapping[str, TargetQuota]:
         """The quota if it is a `TargetQuota`."""
-        return self.quota if isinstance(self.quota, TargetQuota) else None
+        return {"forget": self.quota} if isinstance(self.quota, TargetQuota) else {}
 
     def in_region(self, scale: float) -> HAMUQ:
         """Return the rule with every radius multiplied by `scale`."""

@@ -1,0 +1,197 @@
+"""All groups of a fit besides retain: which of them take part in a step, and how far each is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._approach import Approach
+from hamu_lightning.callbacks._group import Group, check_disjoint, name_sources, take_turns
+from hamu_lightning.callbacks._guard import ModuleGuard
+from hamu_lightning.callbacks._sources import find_loader
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from hamu_lightning.callbacks._fit import FitSettings
+    from hamu_lightning.optim import HAMUOptimizer
+
+
+class Groups:
+    """The groups of a fit.
+
+    Args:
+        trainer: The trainer.
+        optimizer: Where the gradients go; its rule names the groups.
+        settings: What the user asked for.
+
+    Attributes:
+        guard: Keeps the module as it was in all passes.
+        present: The groups that take part in the present step, in the order of the rule.
+    """
+
+    def __init__(self, trainer: Trainer, optimizer: HAMUOptimizer, settings: FitSettings) -> None:
+        self._trainer, self._optimizer, self._settings = trainer, optimizer, settings
+        self.guard = ModuleGuard(trainer.lightning_module)
+        self._sources = name_sources(optimizer.rule, settings.forget, settings.protect)
+        self._groups = {name: self._make(name) for name in self._sources}
+        self._loaders: dict[str, Any] = {}
+        self._state: Mapping[str, Any] = {}
+        self._turn = 0
+        self._has_begun = False
+        self.present: list[Group] = []
+
+    def _make(self, name: str) -> Group:
+        return Group(name, self._trainer, self._optimizer, self._settings.seed, self.guard)
+
+    @property
+    def _is_single(self) -> bool:
+        """Whether there is one group, as in the rules for two gradients."""
+        return len(self._groups) == 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the groups of the present step, retain first: of those that reuse gradients, all."""
+        chosen = self.present if self._settings.groups_per_step is None else self._active
+        return ("retain", *(group.name for group in chosen))
+
+    @property
+    def are_in_batch(self) -> bool:
+        """Whether the training loader brings the batches of all groups."""
+        return all(group.run.stream is None for group in self._groups.values())
+
+    @property
+    def loader(self) -> Any:
+        """The loader of the only group; None where the training loader brings its batches."""
+        stream = next(iter(self._groups.values())).run.stream
+        return None if stream is None else stream.loader
+
+    @property
+    def passes(self) -> int:
+        """How many batches have gone through the module."""
+        return sum(group.passes for group in self._groups.values())
+
+    def start(self) -> None:
+        """Find the loaders."""
+        for name in self._groups:
+            self._start_group(name)
+        self._check_disjoint()
+
+    def add(self, settings: FitSettings, name: str) -> None:
+        """Take one more group in; `settings` and the optimizer's rule know of it already."""
+        self._settings = settings
+        self._sources = name_sources(self._optimizer.rule, settings.forget, settings.protect)
+        made = {**self._groups, name: self._make(name)}
+        self._groups = {known: made[known] for known in self._sources}
+        self._start_group(name)
+        self._check_disjoint()
+        self._has_begun = False
+
+    def _check_disjoint(self) -> None:
+        forgotten = {n: loader for n, loader in self._loaders.items() if n not in self._settings.protect}
+        check_disjoint(forgotten, {n: self._loaders[n] for n in self._settings.protect if n in self._loaders})
+
+    def _start_group(self, name: str) -> None:
+        settings, group, state = self._settings, self._groups[name], self._state.get(name, {})
+        is_forgotten = name not in settings.protect
+        loader = find_loader(self._trainer, name, self._sources[name], settings.batch_size, is_forgotten=is_forgotten)
+        if loader is not None:
+            self._loaders[name] = loader
+            group.read(_compat.prepare_loader(self._trainer, loader), state)
+        if name in self._optimizer.rule.target_quotas:
+            every, lands = settings.every_n_steps, self._is_single
+            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, lands)
+
+    def open_window(self, *step: Any) -> list[Group]:
+        """Measure what has to be measured before a step, and choose its groups; return those that leave now."""
+        for group in self._active:
+            if group.approach is not None:
+                group.approach.look(*step)
+        leaving = [group for group in self._active if group.approach is not None and group.approach.is_there]
+        if self.are_there:
+            leaving = []  # the fit ends before the step
+        for group in leaving:
+            group.is_done = True
+        # Each group needs a gradient of its own before an earlier one can be reused.
+        per_step = self._settings.groups_per_step if self._has_begun else None
+        self.present = take_turns(self._active, per_step, self._turn)
+        for group in self.present:
+            group.losses.clear()
+        return leaving
+
+    def close_window(self) -> None:
+        """End it."""
+        self._turn, self._has_begun = self._turn + 1, True
+
+    @property
+    def _active(self) -> list[Group]:
+        return [group for group in self._groups.values() if not group.is_done]
+
+    @property
+    def _approaches(self) -> dict[str, Approach]:
+        return {g.name: g.approach for g in self._groups.values() if g.approach is not None}
+
+    @property
+    def _to_forget(self) -> list[Group]:
+        return [group for group in self._groups.values() if group.name not in self._settings.protect]
+
+    @property
+    def are_there(self) -> bool:
+        """Whether every group to forget has a target, and has reached it."""
+        return all(g.is_done or (g.approach is not None and g.approach.is_there) for g in self._to_forget)
+
+    @property
+    def are_lost(self) -> bool:
+        """Whether the model gives no finite loss any more."""
+        return any(approach.is_lost for approach in self._approaches.values())
+
+    @property
+    def forget_losses(self) -> list[Tensor]:
+        """The losses of the present window on what is to be forgotten, 0-d each."""
+        return [loss for group in self._to_forget if not group.is_done for loss in group.losses]
+
+    @property
+    def target(self) -> Tensor | None:
+        """Where the loss of the only group should end, 0-d; None where there are several."""
+        return self._optimizer.aim_of(next(iter(self._groups))).target if self._is_single else None
+
+    def levels(self) -> dict[str, Tensor]:
+        """The losses as they are followed, and their targets, for the log."""
+        return {
+            name if self._is_single else f"{group}_{name}": level
+            for group, approach in self._approaches.items()
+            for name, level in approach.levels().items()
+        }
+
+    def names_by_role(self) -> tuple[list[str], list[str]]:
+        """The names of the protected groups, and of those to forget."""
+        protected = [name for name in self._groups if name in self._settings.protect]
+        return protected, [name for name in self._groups if name not in protected]
+
+    def describe(self) -> str:
+        """How far the losses came, in words; reads the host."""
+        return "; ".join(
+            approach.describe() if self._is_single else f"{name}: {approach.describe()}"
+            for name, approach in self._approaches.items()
+        )
+
+    def describe_short(self) -> str:
+        """The same of what has not reached its target; empty where all have."""
+        return "; ".join(
+            approach.describe() if self._is_single else f"{name}: {approach.describe()}"
+            for name, approach in self._approaches.items()
+            if not self._groups[name].is_done and not approach.is_close
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the positions and counts of all groups."""
+        return {name: group.state_dict() for name, group in self._groups.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` returned."""
+        self._state = state
+        for name, group in self._groups.items():
+            group.load_state_dict(state.get(name, {}))

@@ -1,0 +1,69 @@
+"""What requests and protections cost over the steps of a fit: means for the picture and the final table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.report import MissingMatplotlibError, plot_costs
+from hamu_lightning.solvers import GroupCoefficients
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+_FIGURE = "hamu/costs"
+
+
+class Prices:
+    """Sums up the multipliers of all groups, and their parts, on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, step: GroupCoefficients) -> None:
+        """Take a step in. What it does not know (it was infeasible) does not count."""
+        for name, price in step.multipliers.items():
+            self._add(name, price)
+        for i, group in enumerate(step.groups[1 : 1 + step.n_protected]):
+            for j, request in enumerate(step.forgotten):
+                self._add(f"{group}\n{request}", step.costs[:, i, j])
+
+    def _add(self, key: str, values: Tensor) -> None:
+        known = values.isfinite()
+        zero = values.new_zeros(())
+        self._sums[key] = self._sums.get(key, zero) + torch.where(known, values, 0).sum()
+        self._counts[key] = self._counts.get(key, zero) + known.sum()
+
+    def mean(self, group: str) -> float:
+        """The mean multiplier of a group, retain loss units per loss unit of the group; NaN where none is known."""
+        return self._mean(group)
+
+    def _mean(self, key: str) -> float:
+        return float(self._sums[key] / self._counts[key]) if key in self._sums else torch.nan
+
+    def costs(self, protected: list[str], requests: list[str]) -> Tensor:
+        """The mean costs, `[n_protected, n_forget]`."""
+        return torch.tensor([[self._mean(f"{group}\n{request}") for request in requests] for group in protected])
+
+    def draw(self, trainer: Trainer, protected: list[str], requests: list[str]) -> None:
+        """Add the picture of the costs to the loggers that take one; nothing without matplotlib."""
+        doors = [getattr(logger.experiment, "add_figure", None) for logger in trainer.loggers]
+        if not (protected and requests and self._sums and any(map(callable, doors))):
+            return
+        try:
+            figure: Any = plot_costs(self.costs(protected, requests), protected, requests)
+        except MissingMatplotlibError:
+            return
+        for door in filter(callable, doors):
+            door(_FIGURE, figure, global_step=trainer.global_step, close=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, in tensors."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what `state_dict` returned."""
+        self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
