@@ -125,6 +125,11 @@ class Rule(ABC):
         """The rule's quota if it is one that `HAMUOptimizer` resolves at each step."""
         return None
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The names of the gradients that the rule combines, in the order of the Gramian's rows."""
+        return ("retain", "forget")
+
     def in_region(self, scale: float) -> Rule:
         """Return the rule with every radius multiplied by `scale`; a rule without a trust region returns itself."""
         return self

@@ -55,7 +55,9 @@ class Backend:
             For each question its answer, or None if there is no such point, or none was found.
         """
         inside = [question.is_target_inside for question in questions]
-        guesses = self._guess([question for question, is_inside in zip(questions, inside, strict=True) if not is_inside])
+        guesses = self._guess(
+            [question for question, is_inside in zip(questions, inside, strict=True) if not is_inside]
+        )
         nothing = [np.zeros(question.bounds.size, dtype=bool) for question in questions]
         return [
             Projected(question.target, none)
