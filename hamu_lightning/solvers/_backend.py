@@ -13,7 +13,7 @@ import qpsolvers
 from scipy import sparse
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.solvers._projection import Array, Mask, Projected, Projection, find_active_set, make_exact
+from hamu_lightning.solvers._projection import Array, Projected, Projection, find_active_set, make_exact
 
 # At their default tolerances the solvers cannot tell a small multiplier from none. The names differ between them; a
 # backend that is not listed keeps its own settings, since every answer is checked.

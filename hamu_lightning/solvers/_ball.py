@@ -112,7 +112,7 @@ class Candidate:
         # As for two gradients: along what is collinear to within the rounding, no step is taken.
         if slope <= SMALLEST_SINE:
             return cls(shortest, np.inf, active)
-        tau = float(np.sqrt(max(1 - shortest @ shortest, 0.0))) / slope
+        tau = float(np.sqrt(max(1 - float(shortest @ shortest), 0.0))) / slope
         return cls(shortest + tau * downhill, tau, active)
 
     def prove(self, problem: BallProblem, solves: int) -> QPSolution | None:

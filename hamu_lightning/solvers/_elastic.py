@@ -83,11 +83,11 @@ class ElasticProblem:
             return False
         direction = pull * point - self.soft.T @ violation
         _, distance = solve_multipliers(self.hard[slack <= KKT_TOLERANCE], direction)
-        return distance <= KKT_TOLERANCE * (1 + pull + violation.sum())
+        return distance <= KKT_TOLERANCE * (1 + pull + float(violation.sum()))
 
 
 def search_least_violation(problem: ElasticProblem) -> Repair:
-    """Find the active set by Newton's method on lambda, inside a bracket. Returns None if no answer passes the check."""
+    """Find the active set by Newton's method on lambda, inside a bracket; None if no answer passes the check."""
     low, high, pull = 0.0, np.inf, 1.0
     for solves in range(1, MOST_SOLVES + 1):
         answer = yield problem.project(pull)
@@ -112,7 +112,7 @@ def _solve_on(problem: ElasticProblem, active: Mask) -> tuple[Array, float]:
     left, sizes, right = np.linalg.svd(soft @ free.T, full_matrices=False)
     kept = sizes > _RANK_TOLERANCE
     sizes, pushes = sizes[kept], sizes[kept] * (left.T @ missing)[kept]
-    pull = _solve_secular(sizes**2, pushes, max(1 - fixed @ fixed, _LEAST_ROOM))
+    pull = _solve_secular(sizes**2, pushes, max(1 - float(fixed @ fixed), _LEAST_ROOM))
     along = np.divide(pushes, sizes**2 + pull)
     return fixed + (along @ right[kept]) @ free, pull
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from hamu_lightning.rules import Branch
 from hamu_lightning.solvers._ball import QPSolution, SolveStatus
 from hamu_lightning.solvers._diagnosis import compute_costs
 from hamu_lightning.solvers._problem import GroupProblem, make_problem
 from hamu_lightning.solvers._projection import Array, Mask
+
+Indices: TypeAlias = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +25,10 @@ class Posed:
     Args:
         gramians: `[P, n, n]`.
         radii: `[P]`.
+        members: `[B]`, the problem of each block.
         block_gramians: `[B, n, n]`.
         block_radii: `[B]`.
-        members: `[B]`, the problem of each block.
+        moves: `[B]`, whether the block takes part; not if its learning rate is 0.
         n_floors: How many constraints are floors.
         threshold: The squared sine up to which gradients count as parallel.
         bounds: `[n-1]`, floors and quotas of the whole step, loss units.
@@ -31,9 +36,10 @@ class Posed:
 
     gramians: Array
     radii: Array
+    members: Indices
     block_gramians: Array
     block_radii: Array
-    members: Array
+    moves: Mask
     n_floors: int
     threshold: float
     bounds: Array
@@ -61,13 +67,13 @@ class Posed:
         return problems
 
 
-def pose_global(gramian: Array, radius: Array, is_moving: Mask) -> tuple[Array, Array, Array]:
+def pose_global(gramian: Array, radius: Array, is_moving: Mask) -> tuple[Array, Array, Indices]:
     """One problem for all blocks that may move: `[1, n, n]`, `[1]`, and the number of each block's problem `[B]`."""
     together = gramian[is_moving].sum(axis=0, keepdims=True)
     return together, np.sqrt(np.square(radius[is_moving]).sum(keepdims=True)), np.zeros(radius.size, dtype=np.intp)
 
 
-def pose_blocks(gramian: Array, radius: Array) -> tuple[Array, Array, Array]:
+def pose_blocks(gramian: Array, radius: Array) -> tuple[Array, Array, Indices]:
     """One problem for each block."""
     return gramian, radius, np.arange(radius.size)
 
@@ -93,7 +99,7 @@ def tabulate(posed: Posed, problems: Sequence[GroupProblem], solutions: Sequence
             multipliers[p] = problem.spread(solution.multipliers) * problem.prices
             costs[p], retain_costs[p] = compute_costs(problem, solution)
     feasible = ~np.isin(status, (SolveStatus.INFEASIBLE, SolveStatus.FAILED))
-    moves = posed.block_radii > 0
+    moves = posed.moves & posed.can_move[posed.members]
     per_block = {
         "values": np.where(moves[:, None], values[posed.members], 0.0),
         "branch": np.where(moves, branch[posed.members], int(Branch.NO_RADIUS)),
@@ -135,4 +141,5 @@ def _share_quota(posed: Posed) -> Array:
 def _divide(numerator: Array, denominator: Array, otherwise: Array) -> Array:
     """Divide, and take `otherwise` where the denominator is 0."""
     result = np.broadcast_to(otherwise, np.broadcast_shapes(numerator.shape, denominator.shape)).astype(float)
-    return np.divide(numerator, denominator, out=result, where=np.broadcast_to(denominator > 0, result.shape))
+    np.divide(numerator, denominator, out=result, where=np.broadcast_to(denominator > 0, result.shape))
+    return result

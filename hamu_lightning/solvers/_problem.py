@@ -64,8 +64,8 @@ def make_problem(gramian: Array, radius: float, shares: Array, n_floors: int, th
     Args:
         gramian: `[n, n]`, in the order retain, floors, quotas.
         radius: R, positive.
-        shares: `[n-1]`, `U_j / (R |g_j|)` and `Q_i / (R |g_i|)`; -inf for what is not asked at all. Where the gradient is
-            zero, a positive number says that it cannot be served, any other that there is nothing to ask.
+        shares: `[n-1]`, `U_j / (R |g_j|)` and `Q_i / (R |g_i|)`; -inf for what is not asked at all. Where the
+            gradient is zero, a positive number says that it cannot be served, any other that there is nothing to ask.
         n_floors: How many of the constraints are floors.
         threshold: The squared sine up to which two gradients count as parallel.
     """

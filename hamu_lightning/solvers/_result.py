@@ -65,8 +65,8 @@ class GroupCoefficients(Coefficients):
         >>> from hamu_lightning.solvers import FeasibleDirection
         >>> rule = FeasibleDirection({"alice": 0.6}, {"rare": 0.0}, radius=FixedRadius(1.0))
         >>> step = rule.coefficients(torch.eye(3, dtype=torch.float64)[None], lr=0.1)
-        >>> {name: round(float(value), 3) for name, value in step.improvements.items()}
-        {'retain': 0.8, 'rare': 0.0, 'alice': 0.6}
+        >>> step.improvements["retain"], step.improvements["alice"]
+        (tensor(0.8000, dtype=torch.float64), tensor(0.6000, dtype=torch.float64))
         >>> step.conflict()
         ()
     """
@@ -107,7 +107,7 @@ class GroupCoefficients(Coefficients):
         """The most forgetting, in the proportion of the quotas, that does not raise the retain loss, 0-d.
 
         The largest theta such that some step gives theta times each quota, serves the floors and does not raise the
-        retain loss, times the sum of the quotas (DESIGN 1.4). 0 where nothing can move. Computed on the host when asked.
+        retain loss, times the sum of the quotas (DESIGN 1.4). 0 where nothing can move. Computed when asked.
         """
         account = self.account
         bound = (

@@ -21,7 +21,7 @@ from hamu_lightning.solvers._backend import Backend
 from hamu_lightning.solvers._ball import SolveStatus
 from hamu_lightning.solvers._pose import Posed, compute_capacity, pose_blocks, pose_global, tabulate
 from hamu_lightning.solvers._problem import search
-from hamu_lightning.solvers._projection import Array, Mask
+from hamu_lightning.solvers._projection import Array
 from hamu_lightning.solvers._result import Account, GroupCoefficients
 from hamu_lightning.solvers._together import run_searches
 from hamu_lightning.solvers._transfer import to_device, to_host
@@ -102,7 +102,7 @@ class FeasibleDirection(Rule):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """ "retain", the protected groups, the forget groups: the order of the Gramian's rows."""
+        """The names of the Gramian's rows in their order: "retain", the protected groups, the forget groups."""
         return (RETAIN, *self.floor, *self.quota)
 
     @property
@@ -160,13 +160,18 @@ class FeasibleDirection(Rule):
         account = Account(tuple(problems), capacity, posed.bounds)
         device = dict(zip(table, to_device(list(table.values()), gramian.device), strict=True))
         return GroupCoefficients(
-            **{name: device[name] for name in ("values", "quota", "radius", "group_quota", "costs", "retain_costs")},
+            values=device["values"],
             branch=device["branch"].long(),
+            quota=device["quota"],
             total_quota=device["total"][0],
+            radius=device["radius"],
             block_feasible=device["block_feasible"] > 0,
             gramian=torch.where(gramian.isfinite().all(), gramian, 0).to(device["values"].dtype),
             groups=names,
             n_protected=posed.n_floors,
+            group_quota=device["group_quota"],
+            costs=device["costs"],
+            retain_costs=device["retain_costs"],
             multipliers=dict(zip(names[1:], device["multipliers"].unbind(dim=1), strict=True)),
             status=device["status"].long(),
             solutions=tuple(solutions),
@@ -185,13 +190,14 @@ class FeasibleDirection(Rule):
         is_finite = is_finite and bool(radius.isfinite().all())
         radius = torch.where(lr != 0, radius, 0) if is_finite else torch.zeros_like(radius)
         blocks, radii = gramian.numpy(), radius.numpy()
-        pose = pose_global(blocks, radii, radii > 0) if self.blocks == "global" else pose_blocks(blocks, radii)
+        moves = (lr != 0).numpy() & is_finite
+        pose = pose_global(blocks, radii, moves) if self.blocks == "global" else pose_blocks(blocks, radii)
         bounds = self._compute_bounds(compute_capacity(*pose[:2]).sum(axis=0), host, names)
         if np.isnan(bounds).any() or (bounds == np.inf).any():
-            is_finite, radii, bounds = False, np.zeros_like(radii), np.zeros_like(bounds)
-            pose = (pose[0], np.zeros_like(pose[1]), pose[2])
+            is_finite, radii, moves, bounds = False, 0 * radii, moves & False, np.zeros_like(bounds)
+            pose = (pose[0], 0 * pose[1], pose[2])
         n_floors = sum(name in self.floor for name in names)
-        return Posed(*pose[:2], blocks, radii, pose[2], n_floors, threshold, bounds), is_finite
+        return Posed(*pose, blocks, radii, moves, n_floors, threshold, bounds), is_finite
 
     def _compute_bounds(self, capacity: Array, host: dict[str, Tensor], names: tuple[str, ...]) -> Array:
         """`[n-1]`, the floors and the quotas, loss units per step."""

@@ -16,7 +16,7 @@ def to_host(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     there = [index for index, tensor in enumerate(tensors) if tensor.device == device]
     wide = [tensors[index].detach().reshape(-1).to(widest_float(device)) for index in there]
     packed = torch.cat(wide).cpu().double() if wide else torch.empty(0)
-    pieces = dict(zip(there, packed.split([piece.numel() for piece in wide]), strict=True))
+    pieces = dict(zip(there, torch.split_with_sizes(packed, [piece.numel() for piece in wide]), strict=True))
     return [
         pieces[index].view(tensor.shape) if index in pieces else tensor.detach().cpu().double()
         for index, tensor in enumerate(tensors)
@@ -29,5 +29,5 @@ def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     packed = torch.cat([piece.reshape(-1) for piece in host]).to(device)
     return [
         piece.view(like.shape)
-        for piece, like in zip(packed.split([piece.numel() for piece in host]), host, strict=True)
+        for piece, like in zip(torch.split_with_sizes(packed, [piece.numel() for piece in host]), host, strict=True)
     ]
