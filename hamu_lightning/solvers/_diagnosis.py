@@ -142,7 +142,7 @@ def compute_costs(problem: GroupProblem, solution: QPSolution) -> tuple[Array, A
     """Split the multiplier of each floor into what each request causes, and the rest.
 
     With the rows `A` and bounds `q` of the constraints that have a multiplier, `l + lambda y = A' mu` and `A y = q`
-    give `mu = (A A')^-1 (A l + lambda q)`: linear in the bounds. Row j of the part `lambda (A A')^-1 q` says how much of
+    give `mu = (A A')^-1 (A l + lambda q)`: linear in the bounds. Row j of `lambda (A A')^-1 q` says how much of
     floor j's multiplier each quota causes. The rest is caused by the floors, and by retain's own step.
 
     Returns:

@@ -114,7 +114,7 @@ def make_exact(question: Projection, guess: Mask) -> Projected | None:
 def find_active_set(question: Projection) -> Mask | None:
     """Solve by non-negative least squares (Lawson and Hanson 1974, chapter 23): exact, finite, and dense.
 
-    With `z = x - target` and `h = bounds - rows target` the residual of `min |[rows'; h'] u - (0, .., 0, 1)|`, `u >= 0`,
+    For `z = x - target`, `h = bounds - rows target` the residual of `min |[rows'; h'] u - (0, .., 0, 1)|`, `u >= 0`,
     is proportional to `(z, -1)`, and its length is `1 / sqrt(1 + |z|^2)`.
 
     Returns:
