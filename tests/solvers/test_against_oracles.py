@@ -59,9 +59,9 @@ def test_two_groups_agree_with_the_closed_form(kind: str, on_infeasible: str) ->
         assert distance <= 1e-6 * pair.radius, seed
         assert result.block_feasible.equal(expected.block_feasible), seed
         assert result.total_quota == expected.total_quota
-        # The certificate is exact to 1e-9 of the capacity.
+        # For parallel gradients the closed form takes the root of a rounding: 2e-8 instead of 0.
         given = result.feasible_improvement.item()
-        assert given == pytest.approx(expected.feasible_improvement.item(), abs=1e-8 * pair.reach[1], rel=0), seed
+        assert given == pytest.approx(expected.feasible_improvement.item(), abs=1e-7 * pair.reach[1], rel=0), seed
 
 
 @pytest.mark.slow
