@@ -274,7 +274,7 @@ def test_nothing_else_reads_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rule_module, "to_host", copy_in)
     monkeypatch.setattr(rule_module, "to_device", copy_out)
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         pretended, lr, quota = torch.empty(3, 4, 4), torch.empty(3), torch.empty(())
     step = make_rule(blocks="tensor").coefficients(pretended, lr=lr, quota={"alice": quota})
     assert calls == ["to_host", "to_device"]
