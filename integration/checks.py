@@ -33,7 +33,7 @@ def check_no_trace(run: Run, forget: Iterable[Any]) -> None:
 
 def check_self_cancellation(run: Run, forget: Iterable[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """I2: given the retain batch and its random state, the forget pass has the retain gradient bit for bit."""
-    monkeypatch.setattr("hamu_lightning.callbacks._fit.RandomStream", SameRandomState)
+    monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
     monkeypatch.setattr(ForgetPass, "_next_batch", lambda self, retain: copied(retain))
     check = GradientsAreEqual()
     run([HAMUCallback(forget, FineTune(), batchnorm="retain"), check])

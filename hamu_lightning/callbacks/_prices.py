@@ -50,7 +50,7 @@ class Prices:
 
     def draw(self, trainer: Trainer, protected: list[str], requests: list[str]) -> None:
         """Add the picture of the costs to the loggers that take one; nothing without matplotlib."""
-        doors = [getattr(logger.experiment, "add_figure", None) for logger in trainer.loggers]
+        doors = [getattr(getattr(logger, "experiment", None), "add_figure", None) for logger in trainer.loggers]
         if not (protected and requests and self._sums and any(map(callable, doors))):
             return
         try:

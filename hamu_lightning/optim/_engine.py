@@ -253,7 +253,8 @@ class Engine:
         known: dict[str, Any] = {}
         if rule.radius.needs_weights:
             known = {"weight_norms": layout.weight_norms(), "sizes": layout.vector(layout.sizes)}
-        known |= rule.step_arguments(groups, {n: self.find_aim(n).resolve(q) for n, q in rule.target_quotas.items()})
+        targets = {name: quota for name, quota in rule.target_quotas.items() if name in groups}
+        known |= rule.step_arguments(groups, {n: self.find_aim(n).resolve(quota) for n, quota in targets.items()})
         lr = layout.learning_rates(self.base.param_groups)
         return StepReport(gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels)
 

@@ -86,7 +86,7 @@ class Coefficients:
     # The names of the gradients, in the order of the Gramian; not a field, since two-gradient rules have no choice.
     groups = GROUPS
 
-    @property
+    @cached_property
     def pair_gramian(self) -> Tensor:
         """`[B, 2, 2]`, the Gramians of retain and of the sum of all that is to be forgotten."""
         return self.gramian

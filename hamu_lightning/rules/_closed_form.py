@@ -10,12 +10,12 @@ from torch import Tensor
 from hamu_lightning.rules._base import Branch
 
 # A quota that exceeds the capacity by no more than rounding is feasible.
-_CAPACITY_SLACK = 1e-9
+CAPACITY_SLACK = 1e-9
 # |p|^2 / |g_r|^2 is known to this many roundings of the Gramian's own dtype: each of its three sums is off by a few.
 _ROUNDINGS = 16
 # Where the sine of the angle is smaller, c_r g_r and c_f g_f cancel so far that even float64 misses the quota by more
 # than 1e-10 of the capacity. Counting as collinear gives up at most this share of the step.
-_SMALLEST_SINE = 1e-5
+SMALLEST_SINE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BlockProblem:
     @property
     def is_collinear(self) -> Tensor:
         """Whether the gradients are parallel to within the rounding: a relative test."""
-        return (1 - self.cosine) * (1 + self.cosine) <= max(self.rounding, _SMALLEST_SINE**2)
+        return (1 - self.cosine) * (1 + self.cosine) <= max(self.rounding, SMALLEST_SINE**2)
 
     @property
     def safe_sine(self) -> Tensor:
@@ -86,7 +86,7 @@ def make_block_problem(gramian: Tensor, radius: Tensor, rounding: float) -> Bloc
 
 def is_within_capacity(quota: Tensor, problem: BlockProblem) -> Tensor:
     """Whether each block can give its quota inside its radius, `[B]`."""
-    return quota <= problem.capacity * (1 + _CAPACITY_SLACK)
+    return quota <= problem.capacity * (1 + CAPACITY_SLACK)
 
 
 def label_branches(problem: BlockProblem, quota: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class CheckpointedReentrant(Checkpointed):
 def test_gradient_checkpointing(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
     """I1 and I2: the forward pass that backward repeats belongs to the forget pass too."""
     assert_no_trace(kind, accumulate_grad_batches=4)
-    monkeypatch.setattr("hamu_lightning.callbacks._fit.RandomStream", SameRandomState)
+    monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
     batches, check = list(DataLoader(make_data(), batch_size=16)), GradientsAreEqual()
     fit(build(kind), HAMUCallback(batches, FineTune()), check, loader=DataLoader(make_data(), batch_size=16))
     assert check.steps == 12

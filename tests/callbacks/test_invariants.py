@@ -80,7 +80,7 @@ class GradientsAreEqual(Callback):
 def assert_self_cancellation(
     monkeypatch: pytest.MonkeyPatch, kind: type[Base], batchnorm: Any = "freeze", **settings: Any
 ) -> None:
-    monkeypatch.setattr("hamu_lightning.callbacks._fit.RandomStream", SameRandomState)
+    monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
     same = DataLoader(make_data(), batch_size=16)
     check = GradientsAreEqual()
     # A list of batches: `iter()` of a DataLoader would draw from the random state that is to be the same.

@@ -89,15 +89,15 @@ class Watch(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if trainer.global_step == 2:
-            apply, core = optimizer._apply, self
-            self.seen = WatchStep()
+            engine, seen = optimizer._core, WatchStep()
+            step, self.seen = engine.step, seen
 
             def watched() -> None:
-                with core.seen:
-                    apply()
-                del optimizer._apply
+                with seen:
+                    step()
+                del engine.step
 
-            optimizer._apply = watched
+            engine.step = watched
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -79,7 +79,7 @@ def test_i1(kind: type[Base], optimizer: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_i2(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hamu_lightning.callbacks._fit.RandomStream", SameRandomState)
+    monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
     check = GradientsAreEqual()
     callback = HAMUCallback(list(DataLoader(make_data(), batch_size=16)), FineTune())
     fit(build(kind), callback, check, loader=DataLoader(make_data(), batch_size=16))

@@ -108,7 +108,7 @@ def test_i1_no_trace_under_pytorch_lightning(settings: dict[str, Any]) -> None:
 
 
 def test_i2_self_cancellation_under_pytorch_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hamu_lightning.callbacks._fit.RandomStream", SameRandomState)
+    monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
     check = GradientsAreEqual()
     run("pytorch_lightning", HAMUCallback(list(train_loader()), FineTune()), check)
     assert check.steps == 12

@@ -1,0 +1,302 @@
+"""`FeasibleDirection` as a rule: settings, quotas, blocks, what is not finite, copies to the host and back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.rules import Branch, FixedRadius, RelativeQuota, TargetQuota
+from hamu_lightning.solvers import FeasibleDirection, SolveStatus
+from hamu_lightning.solvers import _rule as rule_module
+from hamu_lightning.solvers._backend import Backend
+from hamu_lightning.solvers._problem import make_problem, search
+from hamu_lightning.solvers._together import run_searches
+from hamu_lightning.solvers._transfer import to_device, to_host
+from tests.solvers.cones import draw_requests
+
+EYE = torch.eye(4, dtype=torch.float64)[None]
+
+
+def make_rule(**settings: Any) -> FeasibleDirection:
+    settings = {"floor": {"rare": 0.0}, "radius": FixedRadius(1.0), **settings}
+    return FeasibleDirection({"alice": 0.3, "bob": 0.2}, **settings)
+
+
+def draw_gramians(seed: int, blocks: int, n: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    grads = torch.randn(blocks, n, 6, generator=generator, dtype=torch.float64)
+    return grads @ grads.mT
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quota": {"alice": -1.0}}, r"Expected `quota\['alice'\]` to be a finite number, not negative"),
+        ({"quota": {"alice": float("nan")}}, r"`quota\['alice'\]`"),
+        ({"floor": {"rare": float("nan")}}, r"Expected `floor\['rare'\]` to be a finite number"),
+        ({"floor": {"alice": 0.0}}, "'alice' in `quota` and in `floor`"),
+        ({"quota": {"retain": 0.1}}, "not 'retain', but got 'retain'"),
+        ({"quota": {"": 0.1}}, "not empty"),
+        ({"floor": {3: 0.1}}, "strings, .* but got 3"),
+        ({"quota": {}}, "at least one forget group"),
+        ({"radius": 0.1}, "Expected `radius` to be a radius"),
+        ({"on_infeasible": "raise"}, "Expected `on_infeasible` to be one of"),
+        ({"blocks": "model"}, "Expected `blocks`"),
+        ({"solver": "nonesuch"}, r"installed ones, .*osqp.*pip install 'qpsolvers\[nonesuch\]'"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(HAMUValueError, match=message):
+        FeasibleDirection(**{"quota": {"alice": 0.1}, **settings})
+
+
+@pytest.mark.parametrize(
+    ("gramian", "known", "message"),
+    [
+        (EYE[:, :3, :3], {}, r"shape \[B, 4, 4\]"),
+        (EYE[0], {}, r"shape \[B, 4, 4\]"),
+        (EYE.half(), {}, "float32 or float64"),
+        (EYE, {"quota": {"carol": torch.tensor(0.1)}}, "but got 'carol'"),
+        (EYE, {"quota": torch.tensor(0.1)}, "2 forget groups"),
+        (EYE, {"groups": ("retain", "carol")}, "Expected `groups`"),
+        (EYE, {"groups": ("alice", "retain")}, "in this order"),
+    ],
+)
+def test_arguments_are_checked(gramian: Tensor, known: dict[str, Any], message: str) -> None:
+    with pytest.raises(HAMUValueError, match=message):
+        make_rule().coefficients(gramian, lr=0.1, **known)
+
+
+def test_groups_and_targets() -> None:
+    rule = FeasibleDirection({"alice": TargetQuota(2.0), "bob": 0.1}, {"rare": 0.0})
+    assert rule.groups == ("retain", "rare", "alice", "bob")
+    assert rule.target_quotas == {"alice": TargetQuota(2.0)}
+    assert rule.target_quota is None
+
+
+def test_quota_objects() -> None:
+    """A share of the capacity; a target that is capped at 0.9 of it; a tensor for a single group."""
+    rule = FeasibleDirection({"alice": RelativeQuota(0.25), "bob": TargetQuota(2.0)}, radius=FixedRadius(2.0))
+    step = rule.coefficients(EYE[:, :3, :3], lr=0.1, quota={"bob": torch.tensor(9.0)})
+    assert step.group_quota.tolist() == [[0.5, pytest.approx(1.8)]]
+    with pytest.raises(HAMUValueError, match="a target needs the forget loss"):
+        rule.coefficients(EYE[:, :3, :3], lr=0.1)
+    single = FeasibleDirection({"alice": TargetQuota(2.0)}, radius=FixedRadius(1.0))
+    assert single.coefficients(EYE[:, :2, :2], lr=0.1, quota=torch.tensor(0.5)).total_quota == 0.5
+
+
+def test_a_quota_of_minus_infinity_is_no_constraint() -> None:
+    given = {name: torch.tensor(-torch.inf) for name in ("alice", "bob")}
+    step = make_rule().coefficients(EYE, lr=0.1, quota=given)
+    torch.testing.assert_close(step.values, torch.tensor([[-1.0, 0, 0, 0]], dtype=torch.float64))
+    assert step.branch.tolist() == [Branch.DIRECT]
+    assert step.multipliers["alice"].item() == 0
+
+
+def test_a_request_that_is_done_leaves_the_problem() -> None:
+    names = ("retain", "rare", "bob")
+    few = make_rule().coefficients(EYE[:, :3, :3], lr=0.1, groups=names)
+    assert few.groups == names
+    assert few.improvements["bob"].item() == pytest.approx(0.2)
+    assert set(few.multipliers) == {"rare", "bob"}
+    none = make_rule().coefficients(EYE[:, :2, :2], lr=0.1, groups=names[:2])
+    assert none.forget_improvement == 0
+    assert none.retain_improvement == 1
+
+
+@pytest.mark.parametrize("where", ["gramian", "lr", "quota", "infinite quota"])
+def test_what_is_not_finite_moves_nothing(where: str) -> None:
+    gramian, lr, given = draw_gramians(0, 2), 0.1, {}
+    if where == "gramian":
+        gramian[1, 0, 2] = torch.nan
+    elif where == "lr":
+        lr = float("nan")
+    else:
+        given = {"alice": torch.tensor(torch.nan if where == "quota" else torch.inf)}
+    rule = FeasibleDirection({"alice": 0.1, "bob": 0.1}, {"rare": 0.0})
+    step = rule.coefficients(gramian, lr=lr, quota=given)
+    assert not step.values.any()
+    assert not step.is_finite
+    assert step.status.tolist() == [SolveStatus.NOT_FINITE]
+    assert step.gramian.isfinite().all()
+    assert step.conflict() == ()
+    assert step.feasible_improvement == 0
+
+
+@pytest.mark.parametrize("blocks", ["global", "tensor"])
+def test_no_radius_no_step(blocks: Any) -> None:
+    step = make_rule(blocks=blocks).coefficients(draw_gramians(0, 2), lr=0.0)
+    assert not step.values.any()
+    assert (step.status == SolveStatus.NO_RADIUS).all()
+    assert (step.branch == Branch.NO_RADIUS).all()
+
+
+def test_skip_rests() -> None:
+    rule = make_rule(radius=FixedRadius(0.1))
+    assert rule.coefficients(EYE, lr=0.1).values.any()
+    skipped = replace(rule, on_infeasible="skip").coefficients(EYE, lr=0.1)
+    assert not skipped.values.any()
+    assert skipped.status.tolist() == [SolveStatus.INFEASIBLE]
+    assert skipped.multipliers["alice"].isnan().all()
+
+
+def test_blocks_are_solved_like_each_alone() -> None:
+    """Quotas are shared by capacity; a floor of 0 stays 0; a floor above is shared likewise."""
+    gramian = draw_gramians(1, 5)
+    rule = make_rule(blocks="tensor", floor={"rare": 0.2})
+    step = rule.coefficients(gramian, lr=0.1)
+    capacity = gramian.diagonal(dim1=1, dim2=2).sqrt()[:, 1:]  # R = 1
+    shares = torch.tensor([0.2, 0.3, 0.2]).double() * capacity / capacity.sum(dim=0)
+    torch.testing.assert_close(step.group_quota, shares)
+    torch.testing.assert_close(step.quota, shares[:, 1:].sum(dim=1))
+    for block in range(5):
+        alone = make_rule(floor={"rare": shares[block, 0].item()}).coefficients(
+            gramian[block : block + 1], lr=0.1, quota={"alice": shares[block, 1], "bob": shares[block, 2]}
+        )
+        torch.testing.assert_close(step.values[block : block + 1], alone.values)
+        torch.testing.assert_close(step.multipliers["alice"][block : block + 1], alone.multipliers["alice"])
+
+
+@pytest.mark.parametrize("size", [0.1, 0.6])
+def test_together_and_one_by_one_agree(size: float) -> None:
+    """One sparse program for all blocks, or one for each: the closed form on the active set is the same."""
+    problems = []
+    for seed in range(40):
+        requests = draw_requests(seed, size)
+        shares = np.concatenate((requests.floors, requests.quotas)) / requests.reach[1:]
+        problems.append(make_problem(requests.grads @ requests.grads.T, 1.0, shares, len(requests.floors), 1e-10))
+    backend = Backend("osqp")
+    one, other = (
+        run_searches([search(problem, True) for problem in problems], backend, together=together)
+        for together in (True, False)
+    )
+    for a, b in zip(one, other, strict=True):
+        assert a.status is b.status
+        np.testing.assert_allclose(a.point, b.point, atol=1e-9)  # the tolerance of the optimality conditions
+
+
+def test_one_problem_for_two_learning_rates() -> None:
+    """The blocks that move count as one vector; the one at rest does not count at all."""
+    gramian = draw_gramians(2, 3)
+    rule = make_rule()
+    step = rule.coefficients(gramian, lr=torch.tensor([0.1, 0.0, 0.3]))
+    together = rule.in_region(2**0.5).coefficients(gramian[[0, 2]].sum(dim=0, keepdim=True), lr=0.1)
+    torch.testing.assert_close(step.values, together.values * torch.tensor([[1.0], [0], [1]]).double())
+    assert step.status.shape == (1,)
+    assert step.branch.tolist() == [Branch.RECTIFIED, Branch.NO_RADIUS, Branch.RECTIFIED]
+    torch.testing.assert_close(step.improvements["alice"], together.improvements["alice"])
+
+
+@pytest.mark.parametrize("other", ["clarabel", "scs"])
+def test_other_solvers_lead_to_the_same_step(other: str) -> None:
+    for seed in range(5):
+        gramian = draw_gramians(seed, 1)
+        one, two = (make_rule(solver=name).coefficients(gramian, lr=0.1) for name in ("osqp", other))
+        torch.testing.assert_close(one.values, two.values, rtol=1e-9, atol=1e-9)  # both closed forms
+
+
+def test_the_same_numbers_give_the_same_step_bit_by_bit() -> None:
+    rule = make_rule()
+    first = rule.coefficients(draw_gramians(0, 1), lr=0.1)
+    rule.coefficients(draw_gramians(1, 1), lr=0.1)
+    assert rule.coefficients(draw_gramians(0, 1), lr=0.1).values.equal(first.values)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_rule_and_result_are_copied(clone: Any) -> None:
+    rule = make_rule()
+    step = rule.coefficients(draw_gramians(0, 1), lr=0.1)
+    assert clone(rule) == rule
+    again = clone(step)
+    assert again.values.equal(step.values)
+    assert again.feasible_improvement == step.feasible_improvement
+    stopped = replace(step, values=torch.zeros_like(step.values), branch=torch.full_like(step.branch, 7))
+    assert not stopped.is_finite
+    assert stopped.improvements["alice"] == 0
+
+
+class CopyCounter(TorchDispatchMode):
+    """Counts the copies between devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.device != args[0].device:
+            self.copies.append((args[0].device.type, result.device.type))
+        return result
+
+
+def test_one_copy_each_way() -> None:
+    """On tensors that only pretend to be on an accelerator."""
+    cuda = torch.device("cuda", 0)
+    with FakeTensorMode(), CopyCounter() as counter:
+        inputs = [torch.empty(3, 4, 4, dtype=torch.float64, device=cuda), torch.empty(3, device=cuda), torch.empty(())]
+        on_host = to_host(inputs, cuda)
+        assert [tensor.device.type for tensor in on_host] == ["cpu"] * 3
+        assert [tensor.shape for tensor in on_host] == [tensor.shape for tensor in inputs]
+        assert counter.copies == [("cuda", "cpu")]
+        on_device = to_device([np.zeros((3, 4)), np.zeros(3)], cuda)
+        assert [(tensor.device, tensor.shape) for tensor in on_device] == [(cuda, (3, 4)), (cuda, (3,))]
+        assert counter.copies == [("cuda", "cpu"), ("cpu", "cuda")]
+
+
+def test_packing_keeps_order_and_shape() -> None:
+    arrays = [np.arange(6.0).reshape(2, 3), np.zeros((0, 2)), np.array([7.0])]
+    cpu = torch.device("cpu")
+    for array, tensor in zip(arrays, to_host(to_device(arrays, cpu), cpu), strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), array)
+
+
+def test_nothing_else_reads_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended tensor raises whenever its values are asked for: only the two packed copies may do that."""
+    gramian, calls = draw_gramians(0, 3), []
+
+    def copy_in(tensors: Any, device: torch.device) -> list[Tensor]:
+        calls.append("to_host")
+        return [gramian, *(torch.full(tensor.shape, 0.1, dtype=torch.float64) for tensor in tensors[1:])]
+
+    def copy_out(arrays: Any, device: torch.device) -> list[Tensor]:
+        calls.append("to_device")
+        return to_device(arrays, torch.device("cpu"))
+
+    monkeypatch.setattr(rule_module, "to_host", copy_in)
+    monkeypatch.setattr(rule_module, "to_device", copy_out)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pretended, lr, quota = torch.empty(3, 4, 4), torch.empty(3), torch.empty(())
+    step = make_rule(blocks="tensor").coefficients(pretended, lr=lr, quota={"alice": quota})
+    assert calls == ["to_host", "to_device"]
+    assert isinstance(step.gramian, FakeTensor)
+
+
+def test_a_solver_that_guesses_wrong_costs_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make_rule().coefficients(draw_gramians(0, 1), lr=0.1)
+
+    def guess_nothing(self: Backend, questions: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(10), np.zeros(10)
+
+    monkeypatch.setattr(Backend, "_solve", guess_nothing)
+    result = make_rule().coefficients(draw_gramians(0, 1), lr=0.1)
+    torch.testing.assert_close(result.values, expected.values)
+
+
+def test_without_a_proved_answer_there_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backend, "project", lambda self, questions: [None for _ in questions])
+    step = make_rule().coefficients(EYE, lr=0.1)
+    assert step.status.tolist() == [SolveStatus.FAILED]
+    assert step.solutions[0].point is None
+    assert not step.values.any()
+    assert not step.block_feasible.any()
+    assert step.is_finite
