@@ -8,10 +8,11 @@ from enum import IntEnum
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.gramian import Blocks
+from hamu_lightning.gramian import Blocks, widest_float
 from hamu_lightning.rules._certificate import compute_feasible_improvement
 from hamu_lightning.rules._quota import TargetQuota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius
@@ -173,3 +174,8 @@ def check_gramian(gramian: Tensor) -> None:
             f"Expected `gramian` to be float32 or float64, but got {gramian.dtype}. "
             "Squares of gradients overflow in narrower types; `compute_gramian` sums in float32 or wider."
         )
+
+
+def as_wide(value: float | Tensor, gramian: Tensor) -> Tensor:
+    """The number as a tensor in the widest float of the Gramian's device."""
+    return torch.as_tensor(value, dtype=widest_float(gramian.device), device=gramian.device)
