@@ -12,7 +12,7 @@ from hamu_lightning.rules._combination import CombinationRule
 
 @dataclass(frozen=True)
 class GradAscent(CombinationRule):
-    """Gradient ascent on the forget loss alone (Jang et al. 2023, Knowledge Unlearning, eq. 1 with its sign turned).
+    """Gradient ascent on the forget loss alone (Jang et al. 2023, Knowledge Unlearning).
 
         d = +lr g_f
 
@@ -22,8 +22,8 @@ class GradAscent(CombinationRule):
         blocks: As for `CombinationRule`; they only matter for what is logged.
 
     Example:
-        >>> GradAscent().coefficients(torch.eye(2).expand(1, 2, 2), lr=0.1).values
-        tensor([[-0.0000, 0.1000]], dtype=torch.float64)
+        >>> GradAscent().coefficients(torch.eye(2).expand(1, 2, 2), lr=0.1).forget_improvement
+        tensor(0.1000, dtype=torch.float64)
     """
 
     def weigh(self, retain: Tensor, forget: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
