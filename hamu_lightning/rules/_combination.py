@@ -105,7 +105,7 @@ def make_coefficients(gramian: Tensor, weights: Tensor, rate: Tensor) -> Coeffic
         weights: `[B, 2]`, or `[1, 2]` for all blocks: of the descent gradients.
         rate: `[B, 1]`, learning rates.
     """
-    values = torch.where(rate == 0, 0, -rate * weights * descent_signs(gramian))
+    values = -rate * weights * descent_signs(gramian)
     square = ((gramian @ values.unsqueeze(2)).squeeze(2) * values).sum(dim=1)  # [B]: |d|^2
     is_finite = gramian.isfinite().all() & values.isfinite().all()
     radius = torch.where(is_finite, square.clamp(min=0).sqrt(), 0)

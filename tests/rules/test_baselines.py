@@ -324,8 +324,9 @@ def test_scale_of_both_losses(rule: CombinationRule, conflict: bool) -> None:
 
 @every_rule
 def test_one_bad_number_stops_every_block(rule: CombinationRule) -> None:
+    rests = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.0], dtype=torch.float64)  # a rest does not excuse a bad number
     for bad in (math.nan, math.inf, -math.inf):
-        for lr, entries in ((0.1, [(0, 0)]), (0.1, [(1, 1)]), (0.1, [(0, 1), (1, 0)]), (bad, [])):
+        for lr, entries in ((0.1, [(0, 0)]), (0.1, [(1, 1)]), (0.1, [(0, 1), (1, 0)]), (rests, [(0, 0)]), (bad, [])):
             gramian = gramian_of(*draw_vectors(5))
             for i, j in entries:
                 gramian[5, i, j] = bad
