@@ -72,7 +72,7 @@ class CombinationRule(Rule):
         cosine = torch.where(shape.is_collinear, shape.cosine.sign(), shape.cosine)
         weights = torch.stack(self.weigh(shape.retain_norm, shape.forget_norm, cosine), dim=1)  # [B, 2] or [1, 2]
         weights = torch.where(problems.isfinite().all(), weights, torch.nan)
-        return make_coefficients(gramian, weights, rate)
+        return make_coefficients(gramian, descend(gramian, weights, rate))
 
 
 def descent_signs(gramian: Tensor, forget: int = 1) -> Tensor:
@@ -97,15 +97,20 @@ def join_blocks(gramian: Tensor, rate: Tensor) -> Tensor:
     return torch.where(rate.unsqueeze(2) == 0, 0, gramian).sum(dim=0, keepdim=True)
 
 
-def make_coefficients(gramian: Tensor, weights: Tensor, rate: Tensor) -> Coefficients:
-    """Make the result for the step `d = -lr sum_k w_k a_k`.
+def descend(gramian: Tensor, weights: Tensor, rate: Tensor, forget: int = 1) -> Tensor:
+    """The coefficients `[B, n]` of the raw gradients in the step `d = -lr sum_k w_k a_k`.
 
     Args:
-        gramian: `[B, 2, 2]`, float64, of the raw gradients.
-        weights: `[B, 2]`, or `[1, 2]` for all blocks: of the descent gradients.
+        gramian: `[B, n, n]`.
+        weights: `[B, n]`, or `[1, n]` for all blocks: of the descent gradients.
         rate: `[B, 1]`, learning rates.
+        forget: How many of the gradients, the last ones, are of losses that are to rise.
     """
-    values = -rate * weights * descent_signs(gramian)
+    return -rate * weights * descent_signs(gramian, forget)
+
+
+def make_coefficients(gramian: Tensor, values: Tensor) -> Coefficients:
+    """Make the result for the step `d = values[:, 0] g_r + values[:, 1] g_f`: `[B, 2, 2]` and `[B, 2]`, float64."""
     square = ((gramian @ values.unsqueeze(2)).squeeze(2) * values).sum(dim=1)  # [B]: |d|^2
     is_finite = gramian.isfinite().all() & values.isfinite().all()
     radius = torch.where(is_finite, square.clamp(min=0).sqrt(), 0)
