@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Coefficients:
 class Rule(ABC):
     """Maps the Gramians of the retain and the forget gradient to coefficients: one unlearning method.
 
-    A rule never sees a weight or a gradient, holds no state and reads nothing on the host.
+    A rule never sees a weight or a gradient. It reads nothing on the host and remembers nothing, unless it says so.
     """
 
     is_plain: ClassVar[bool] = False
@@ -129,6 +130,13 @@ class Rule(ABC):
     def in_region(self, scale: float) -> Rule:
         """Return the rule with every radius multiplied by `scale`; a rule without a trust region returns itself."""
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule remembers from step to step, as a checkpoint can hold it; most remember nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # noqa: B027  # nothing to load is the usual case
+        """Load what `state_dict` returned."""
 
     @abstractmethod
     def coefficients(

@@ -13,11 +13,12 @@ from hamu_lightning.rules._combination import CombinationRule
 
 @dataclass(frozen=True)
 class GRU(CombinationRule):
-    """Ascend on the forget loss, in the direction nearest to it that does not harm retain (Wang et al. 2025, GRU, 3.1).
+    """Take the step nearest to gradient ascent that does not harm retain (Wang et al. 2025, GRU, section 3).
 
-        d = -lr a',   a' = argmin |a - a_f|^2  subject to  a·a_r >= 0  =  a_f - min(a_f·a_r, 0) / |a_r|^2 a_r
+        d = -lr a',   a' = argmin |a - a_f|^2  subject to  a·a_r >= 0
+                         = a_f - min(a_f·a_r, 0) / |a_r|^2 a_r
 
-    with `a_r = g_r`, `a_f = -g_f`. The paper's running mean of the retain gradient and its clipping are left out.
+    with `a_r = g_r`, `a_f = -g_f`. The paper's running mean of the retain gradient is left out.
 
     Args:
         blocks: As for `CombinationRule`.

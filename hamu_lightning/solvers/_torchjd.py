@@ -110,7 +110,8 @@ class FromTorchJD(Rule):
         rate = as_wide(lr, gramian).expand(gramian.shape[0]).unsqueeze(1)  # [B, 1]
         gramian = gramian.to(rate.dtype)
         problems = join_blocks(gramian, rate) if self.blocks == "global" else gramian
-        problems = descent_gramian(problems, self.forget_groups).to("cpu", torch.float64)  # the step's host read
+        problems = torch.where(gramian.isfinite().all(), descent_gramian(problems, self.forget_groups), torch.nan)
+        problems = problems.to("cpu", torch.float64)  # the step's only copy to the host
         if problems.isfinite().all():
             weights = torch.stack([_ask(w, k) for w, k in zip(self._weightings(len(problems)), problems, strict=True)])
         else:

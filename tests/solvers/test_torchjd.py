@@ -239,14 +239,15 @@ def test_blocks_do_not_mix_their_states(make: Callable[[], Any]) -> None:
 
 @stateful
 def test_one_bad_number_stops_the_step_and_is_not_remembered(make: Callable[[], Any]) -> None:
-    rule, untouched = FromTorchJD(make(), blocks="tensor"), FromTorchJD(make(), blocks="tensor")
+    rule, untouched = FromTorchJD(make()), FromTorchJD(make())
     walk(rule, 0, 2)
     for bad in (math.nan, math.inf):
         gramian = gramian_of(*torch.randn(2, 2, 5, dtype=torch.float64))
         gramian[1, 0, 0] = bad
-        result = rule.coefficients(gramian, lr=0.1)
-        assert (result.values == 0).all()
-        assert (result.branch == Branch.NOT_FINITE).all()
+        for lr in (0.1, torch.tensor([0.1, 0.0])):  # in a block at rest as well
+            result = rule.coefficients(gramian, lr=lr)
+            assert (result.values == 0).all()
+            assert (result.branch == Branch.NOT_FINITE).all()
     walk(untouched, 0, 2)
     assert torch.equal(walk(rule, 2, 4), walk(untouched, 2, 4))
 
