@@ -149,9 +149,8 @@ def find_weighting(method: Any) -> Any:
         return method
     if isinstance(method, NashMTL):
         return NashMTLOnGramian(method.weighting)
-    weighting = inner = getattr(method, "gramian_weighting", method)
-    while isinstance(inner, CRMOGMWeighting):
-        inner = inner.weighting
+    weighting = getattr(method, "gramian_weighting", method)
+    inner = weighting.weighting if isinstance(weighting, CRMOGMWeighting) else weighting
     # A weighting says in its bases what it acts on: Weighting[PSDMatrix] or Weighting[Matrix].
     bases = [base for kind in type(inner).__mro__ for base in vars(kind).get("__orig_bases__", ())]
     if not isinstance(inner, Weighting) or not any(PSDMatrix in get_args(base) for base in bases):

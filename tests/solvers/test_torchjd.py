@@ -204,11 +204,16 @@ def test_the_state_survives_a_checkpoint(make: Callable[[], Any], blocks: Any, s
     whole = walk(FromTorchJD(make(), blocks=blocks), 0, 8)
     first = FromTorchJD(make(), blocks=blocks)
     walk(first, 0, steps)
-    resumed = FromTorchJD(make(), blocks=blocks)
-    walk(resumed, 90, 93)  # what it remembers before is forgotten
-    resumed.load_state_dict(through_a_checkpoint(first.state_dict()))
-    assert torch.equal(walk(resumed, steps, 8), whole[steps:])
+    state = first.state_dict()
+    saved = through_a_checkpoint(state)
     assert torch.equal(walk(copy.deepcopy(first), steps, 8), whole[steps:])
+    assert torch.equal(walk(first, steps, 8), whole[steps:])
+    for checkpoint in (saved, state, state):  # what was returned and loaded does not change with the steps after that
+        fresh, used = FromTorchJD(make(), blocks=blocks), FromTorchJD(make(), blocks=blocks)
+        walk(used, 90, 93)  # what it remembers before is forgotten
+        for resumed in (fresh, used):
+            resumed.load_state_dict(checkpoint)
+            assert torch.equal(walk(resumed, steps, 8), whole[steps:])
 
 
 @stateful
