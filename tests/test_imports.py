@@ -15,7 +15,16 @@ import pytest
 import hamu_lightning
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "qpsolvers", "osqp", "matplotlib"}
+HEAVY = {
+    "lightning",
+    "pytorch_lightning",
+    "lightning_fabric",
+    "torchmetrics",
+    "qpsolvers",
+    "osqp",
+    "torchjd",
+    "matplotlib",
+}
 PUBLIC = sorted(
     "hamu_lightning" if path.parent == ROOT / "hamu_lightning" else f"hamu_lightning.{path.parent.name}"
     for path in (ROOT / "hamu_lightning").rglob("__init__.py")
@@ -37,6 +46,10 @@ def test_rules_load_torch_alone() -> None:
 
 def test_optim_loads_no_lightning() -> None:
     assert not loaded_after("import hamu_lightning.optim") & (HEAVY - {"qpsolvers", "osqp"})
+
+
+def test_solvers_load_torchjd_only_when_asked() -> None:
+    assert "torchjd" not in loaded_after("import hamu_lightning.solvers")
 
 
 def test_the_root_loads_nothing() -> None:

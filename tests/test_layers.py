@@ -33,6 +33,7 @@ HOMES = {
     "matplotlib": {"report"},
     "qpsolvers": {"solvers"},
     "osqp": {"solvers"},
+    "torchjd": {"solvers"},
 }
 # Layers that import torch, the standard library and the backport of typing, and nothing else.
 PURE = {"errors", "gramian", "rules"}

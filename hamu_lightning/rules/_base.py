@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.gramian import Blocks
+from hamu_lightning.gramian import Blocks, widest_float
 from hamu_lightning.rules._certificate import compute_feasible_improvement
 from hamu_lightning.rules._quota import TargetQuota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius
@@ -147,7 +147,7 @@ class Coefficients:
 class Rule(ABC):
     """Maps the Gramians of the retain and the forget gradient to coefficients: one unlearning method.
 
-    A rule never sees a weight or a gradient. Those in this package hold no state and read nothing on the host.
+    A rule never sees a weight or a gradient. It reads nothing on the host and remembers nothing, unless it says so.
     """
 
     is_plain: ClassVar[bool] = False
@@ -175,16 +175,16 @@ class Rule(ABC):
         """
         return {"quota": quotas["forget"]} if quotas else {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a rule keeps from step to step, in tensors, numbers and strings: nothing, for ours."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most rules have nothing to load
-        """Go on with what `state_dict` returned."""
-
     def in_region(self, scale: float) -> Rule:
         """Return the rule with every radius multiplied by `scale`; a rule without a trust region returns itself."""
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule remembers from step to step, as a checkpoint can hold it; most remember nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # noqa: B027  # nothing to load is the usual case
+        """Load what `state_dict` returned."""
 
     @abstractmethod
     def coefficients(
@@ -230,3 +230,8 @@ def check_gramian(gramian: Tensor) -> None:
             f"Expected `gramian` to be float32 or float64, but got {gramian.dtype}. "
             "Squares of gradients overflow in narrower types; `compute_gramian` sums in float32 or wider."
         )
+
+
+def as_wide(value: float | Tensor, gramian: Tensor) -> Tensor:
+    """The number as a tensor in the widest float of the Gramian's device."""
+    return torch.as_tensor(value, dtype=widest_float(gramian.device), device=gramian.device)

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.gramian import Blocks, assign_blocks, widest_float
+from hamu_lightning.gramian import Blocks, assign_blocks
 from hamu_lightning.rules._allocation import Allocation, allocate_quota, solve_jointly
-from hamu_lightning.rules._base import FORGET, RETAIN, Branch, Coefficients, Rule, check_gramian, exchange_objectives
+from hamu_lightning.rules._base import (
+    FORGET,
+    RETAIN,
+    Branch,
+    Coefficients,
+    Rule,
+    as_wide,
+    check_gramian,
+    exchange_objectives,
+)
 from hamu_lightning.rules._closed_form import (
     BlockProblem,
     compute_rounding,
@@ -94,7 +103,7 @@ class HAMUQ(Rule):
     ) -> Coefficients:
         """Compute the step of each block; see `Rule.coefficients`."""
         check_gramian(gramian)
-        return self._solve(gramian, _as_wide(lr, gramian), weight_norms, sizes, quota)
+        return self._solve(gramian, as_wide(lr, gramian), weight_norms, sizes, quota)
 
     def _solve(
         self, gramian: Tensor, lr: Tensor, weight_norms: Tensor | None, sizes: Tensor | None, quota: Tensor | None
@@ -108,7 +117,7 @@ class HAMUQ(Rule):
         is_finite = is_finite & radius.isfinite().all()
         radius = torch.where(is_finite & (lr != 0), radius, 0)  # a block whose lr is 0 cannot move
         problem = make_block_problem(gramian, radius, rounding)
-        given = None if quota is None else _as_wide(quota, gramian)
+        given = None if quota is None else as_wide(quota, gramian)
         total = as_quota(self.quota).compute(problem.capacity.sum(), given)
         is_finite, total = is_finite & ~total.isnan(), torch.where(is_finite & ~total.isnan(), total, 0)
         values, branch, shares = self._share_and_solve(problem, total)
@@ -214,7 +223,7 @@ class FineTune(Rule):
     ) -> Coefficients:
         """Return `[-lr, 0]` for each block; see `Rule.coefficients`. The quota is reported as 0."""
         check_gramian(gramian)
-        rate = _as_wide(lr, gramian).expand(gramian.shape[0])
+        rate = as_wide(lr, gramian).expand(gramian.shape[0])
         gramian = gramian.to(rate.dtype)
         nothing = torch.zeros_like(rate)
         return Coefficients(
@@ -238,8 +247,3 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless the value is one of the choices."""
     if value not in choices:
         raise HAMUValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
-
-
-def _as_wide(value: float | Tensor, gramian: Tensor) -> Tensor:
-    """The number as a tensor in the widest float of the Gramian's device."""
-    return torch.as_tensor(value, dtype=widest_float(gramian.device), device=gramian.device)

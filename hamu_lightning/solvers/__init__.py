@@ -1,7 +1,8 @@
-"""Several requests to forget and several groups to protect: the quadratic program, and the rule built on it."""
+"""Rules that need a solver or another package: many groups, and TorchJD's weightings. They read the host once per step."""
 
 from hamu_lightning.solvers._ball import QPSolution, SolveStatus
 from hamu_lightning.solvers._result import GroupCoefficients
 from hamu_lightning.solvers._rule import FeasibleDirection
+from hamu_lightning.solvers._torchjd import FromTorchJD
 
-__all__ = ["FeasibleDirection", "GroupCoefficients", "QPSolution", "SolveStatus"]
+__all__ = ["FeasibleDirection", "FromTorchJD", "GroupCoefficients", "QPSolution", "SolveStatus"]

@@ -26,6 +26,7 @@ from hamu_lightning.rules import (
     Rule,
 )
 from tests.oracles import draw_vectors, gramian_of
+from tests.rules.test_baselines import RULES as BASELINES
 
 ALLOCATIONS = ("proportional", "uniform", "softmax", "optimal")
 RADII = (LearningRateRadius(), FixedRadius(0.1), RelativeRadius(0.1))
@@ -38,7 +39,7 @@ HAMU_RULES = [
 SCALARS = ("forget_improvement", "retain_improvement", "feasible_improvement", "margin")
 PER_BLOCK = ("branch", "quota", "radius", "block_feasible")
 
-every_rule = pytest.mark.parametrize("rule", [*HAMU_RULES, FineTune()], ids=repr)
+every_rule = pytest.mark.parametrize("rule", [*HAMU_RULES, FineTune(), *BASELINES], ids=repr)
 hamu_rules = pytest.mark.parametrize("rule", HAMU_RULES, ids=repr)
 kinds = pytest.mark.parametrize("kind", [HAMUQ, HAMUU])
 
@@ -217,14 +218,14 @@ def test_the_relative_radius_needs_the_weights(kind: type[HAMUQ] | type[HAMUU], 
         kind(0.1, radius=RelativeRadius(0.1)).coefficients(torch.eye(2).expand(3, 2, 2), lr=0.1, **arguments)
 
 
-@pytest.mark.parametrize("rule", [HAMUQ(0.1), HAMUU(0.1), FineTune()], ids=repr)
+@pytest.mark.parametrize("rule", [HAMUQ(0.1), HAMUU(0.1), FineTune(), *BASELINES], ids=repr)
 @pytest.mark.parametrize("shape", [(2, 2), (3, 2), (3, 3, 3), (3, 2, 3), (1, 3, 2, 2), ()])
 def test_bad_shape(rule: Rule, shape: tuple[int, ...]) -> None:
     with pytest.raises(HAMUValueError, match=r"Expected `gramian` to have shape \[B, 2, 2\], but got"):
         rule.coefficients(torch.ones(shape), lr=0.1)
 
 
-@pytest.mark.parametrize("rule", [HAMUQ(0.1), HAMUU(0.1), FineTune()], ids=repr)
+@pytest.mark.parametrize("rule", [HAMUQ(0.1), HAMUU(0.1), FineTune(), *BASELINES], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
 def test_bad_dtype(rule: Rule, dtype: torch.dtype) -> None:
     """Half precision sums overflow and underflow; whoever has such a Gramian should hear of it."""
