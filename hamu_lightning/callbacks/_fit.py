@@ -244,7 +244,7 @@ class Fit:
             return ""
         names = ["retain", *protected, *requests]
         width = max(map(len, (*names, "group")))
-        lines = [f"{'group':<{width}}  {'':<9}  {'loss':>9} -> {'end':<9}  price"]
+        lines = [f"{'group':<{width}}  {'is':<9}  {'loss':>9} -> {'at end':<9}  price"]
         for name in names:
             role = "retained" if name == "retain" else "protected" if name in protected else "forgotten"
             start, end = self._journal.path(name)

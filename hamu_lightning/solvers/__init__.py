@@ -1,4 +1,4 @@
-"""Rules that need a solver or another package: many groups, and TorchJD's weightings. They read the host once per step."""
+"""Rules that read the host once per step: FeasibleDirection for many groups, and TorchJD's weightings."""
 
 from hamu_lightning.solvers._ball import QPSolution, SolveStatus
 from hamu_lightning.solvers._result import GroupCoefficients

@@ -1,0 +1,298 @@
+"""Many requests and protected groups through the callback."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from typing_extensions import override
+
+from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps, preflight
+from hamu_lightning.callbacks import HAMUMisconfigurationError, StopReason
+from hamu_lightning.callbacks._prices import Prices
+from hamu_lightning.errors import HAMUError
+from hamu_lightning.rules import FixedRadius, TargetQuota
+from hamu_lightning.solvers import FeasibleDirection, GroupCoefficients
+from tests.callbacks.modules import Base, StatefulLSTM, WithBatchNorm, WithDropout, build, fit, make_data
+from tests.distributed import run_ranks
+
+RADIUS = FixedRadius(0.1)
+DATA = {name: make_data(40, seed=seed) for seed, name in enumerate(("rare", "a", "b", "c"), start=20)}
+GROUPS = ("rare/", "a/", "b/")
+RULE = FeasibleDirection({"a": 0.01, "b": 0.005}, {"rare": 0.0}, radius=RADIUS)
+
+
+def loader(name: str, batch_size: int = 20, shuffle: bool = True) -> DataLoader[Any]:
+    return DataLoader(DATA[name], batch_size=batch_size, shuffle=shuffle)
+
+
+def make_callback(rule: Any = RULE, **options: Any) -> HAMUCallback:
+    forget = {name: loader(name) for name in rule.quota}
+    return HAMUCallback(forget, rule, protect={name: loader(name) for name in rule.floor}, **options)
+
+
+class Steps(Callback):
+    """Notes the numbers of each step."""
+
+    def __init__(self, hamu: HAMUCallback) -> None:
+        self.hamu, self.steps = hamu, []  # type: ignore[var-annotated]
+
+    @override
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        step = self.hamu.last_step
+        assert step is not None and isinstance(step.coefficients, GroupCoefficients)
+        self.steps.append({name: float(value) for name, value in step.coefficients.improvements.items()})
+
+
+def flat(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("kind", [Base, WithBatchNorm, WithDropout, StatefulLSTM])
+def test_every_step_promises_each_group_its_due(kind: type[Base]) -> None:
+    hamu = make_callback()
+    steps = Steps(hamu)
+    fit(build(kind), hamu, steps)
+    assert hamu.combined_steps == 12 and hamu.forget_passes == 36
+    for step in steps.steps:
+        assert step["a"] >= 0.01 * (1 - 1e-6) and step["b"] >= 0.005 * (1 - 1e-6)
+        assert step["rare"] >= -1e-9  # rounding of float32 gradients
+
+
+def test_one_group_is_the_plain_callback() -> None:
+    """Named or not: with one request the same weights."""
+    ends = []
+    for forget in (loader("a"), {"forget": loader("a")}):
+        module = build(Base)
+        fit(module, HAMUCallback(forget, FeasibleDirection({"forget": 0.01}, radius=RADIUS)))
+        ends.append(flat(module))
+    assert torch.equal(*ends)
+    module = build(Base)
+    fit(module, HAMUCallback(loader("a"), HAMUQ(0.01, radius=RADIUS, blocks="global")))
+    torch.testing.assert_close(flat(module), ends[0], rtol=0, atol=1e-5)  # float32, 12 steps
+
+
+@pytest.mark.parametrize("kind", [WithBatchNorm, WithDropout])
+def test_the_groups_leave_no_trace(kind: type[Base]) -> None:
+    """With no radius worth speaking of the retain stream sees what it would see alone: I1 for many groups."""
+    rule = FeasibleDirection({"a": 0.0, "b": 0.0}, {"rare": 0.0}, radius=FixedRadius(1e-30))
+    module, plain = build(kind), build(kind)
+    _, recorder = fit(module, make_callback(rule, batchnorm="retain"))
+    _, expected = fit(plain, _Rests())
+    own = [{name: v for name, v in row.items() if not name.startswith(GROUPS)} for row in recorder.values]
+    assert own == expected.values
+    assert all(torch.equal(a, b) for a, b in zip(module.buffers(), plain.buffers(), strict=True))
+
+
+class _Rests(Callback):
+    """Plain training at a learning rate of 0."""
+
+    @override
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"), [({}, 36), ({"accumulate_grad_batches": 3}, 36), ({"max_epochs": 1}, 18)]
+)
+def test_passes(settings: dict[str, Any], passes: int) -> None:
+    """One for each group and micro-batch."""
+    hamu = make_callback()
+    fit(build(Base), hamu, **settings)
+    assert hamu.forget_passes == passes
+
+
+def test_groups_in_turn() -> None:
+    """All in the first step, then so many per step, one after the other, whatever their number."""
+    hamu = make_callback(groups_per_step=2)
+    fit(build(Base), hamu, max_epochs=1)
+    state = hamu.state_dict()["groups"]
+    assert {name: group["passes"] for name, group in state.items()} == {"rare": 4, "a": 4, "b": 5}
+    assert hamu.last_step is not None and hamu.last_step.coefficients.groups == ("retain", "rare", "a", "b")
+
+
+def test_a_request_leaves_when_it_has_met_its_target() -> None:
+    """The other goes on without it, and the fit ends with the last one."""
+    targets = {"a": TargetQuota(1.4, steps=15), "b": TargetQuota(1.8, steps=15)}
+    rule = FeasibleDirection(targets, {"rare": 0.0}, radius=FixedRadius(0.2))
+    module = build(Base)
+    hamu = make_callback(rule)
+    fit(module, hamu, max_epochs=40)
+    state = hamu.state_dict()["groups"]
+    assert hamu.stop_reason is StopReason.TARGET_REACHED
+    assert hamu.stop_message is not None and hamu.stop_message.startswith("a: forget loss 1.")
+    assert [state[name]["is_done"] for name in ("a", "b")].count(True) == 1
+    first, last = ("a", "b") if state["a"]["is_done"] else ("b", "a")
+    assert state[first]["passes"] < state[last]["passes"]
+    x, y = DATA[last].tensors
+    loss = float(nn.functional.cross_entropy(module(x), y).detach())
+    assert loss == pytest.approx(targets[last].target, rel=0.15)
+
+
+def test_a_request_is_added_between_epochs() -> None:
+    hamu = make_callback()
+
+    class Adds(Callback):
+        @override
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.current_epoch == 0:
+                hamu.add_request("c", loader("c"), 0.004)
+
+    steps = Steps(hamu)
+    fit(build(Base), hamu, Adds(), steps)
+    assert "c" not in steps.steps[5] and steps.steps[6]["c"] >= 0.004 * (1 - 1e-6)
+    assert hamu.state_dict()["groups"]["c"]["passes"] == 6
+    # The others have not noticed: a fit with all of them from the start draws the same batches.
+    twin = make_callback()
+    twin.add_request("c", loader("c"), 0.004)
+    fit(build(Base), twin)
+    assert twin.state_dict()["groups"]["a"] == hamu.state_dict()["groups"]["a"]
+
+
+def test_resumed_in_the_middle(tmp_path: Path) -> None:
+    """Bit by bit, with a request that was added before the interruption."""
+
+    def run(max_epochs: int, ckpt_path: Any = None) -> tuple[Tensor, Any, Any]:
+        hamu, module = make_callback(), build(Base)
+        hamu.add_request("c", loader("c"), 0.002)
+        data = DataLoader(make_data(), batch_size=16)
+        trainer, _ = fit(module, hamu, loader=data, max_epochs=max_epochs, ckpt_path=ckpt_path)
+        return flat(module), trainer, hamu
+
+    expected, _, whole = run(4)
+    _, trainer, _ = run(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _, hamu = run(4, tmp_path / "half.ckpt")
+    assert torch.equal(resumed, expected)
+    assert hamu.state_dict()["groups"] == whole.state_dict()["groups"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.filterwarnings("ignore:The base optimizer")
+def test_verified_steps_judge_every_group(optimizer: str, tmp_path: Path) -> None:
+    """A radius that is far too large: without verification the protected loss explodes."""
+    rule = FeasibleDirection({"a": 0.05, "b": 0.05}, {"rare": 0.0}, radius=FixedRadius(5.0))
+    verify = VerifySteps(max_tries=8, ledger=tmp_path / "ledger.csv")
+    ends = []
+    for option in (verify, None):
+        module = build(Base, optimizer)
+        hamu = make_callback(rule, verify=option, exact=True)
+        fit(module, hamu, max_epochs=3)
+        x, y = DATA["rare"].tensors
+        ends.append(float(nn.functional.cross_entropy(module(x), y).detach()))
+    assert ends[0] < 1.3 and ends[1] > 3
+    head = (tmp_path / "ledger.csv").read_text().splitlines()[0].split(",")
+    assert [n for n in head if n.startswith("promised")] == [f"promised_{n}" for n in ("retain", "rare", "a", "b")]
+
+
+def test_what_is_logged_and_shown(tmp_path: Path) -> None:
+    """Scalars of each group, the table at the end, the picture in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    hamu = make_callback(progress_bar=True)
+    trainer, _ = fit(build(Base), hamu, logger=logger, log_every_n_steps=1)
+    names = {n for n in trainer.callback_metrics if n.startswith(("hamu/", "a/", "b/", "rare/", "retain/"))}
+    assert {"a/loss", "b/loss", "rare/loss", "retain/loss", "a/train_loss_step"} <= names
+    assert {"hamu/quota/a", "hamu/improvement/rare", "hamu/multiplier/b", "hamu/margin", "hamu/kappa"} <= names
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["hamu/costs"]
+    assert len(events.Images("hamu/costs")) >= 2  # each epoch, and the end
+
+
+def test_the_table_at_the_end() -> None:
+    hamu = make_callback()
+
+    class Reads(Callback):
+        @override
+        def on_train_end(self, *_: Any) -> None:
+            assert hamu._fit is not None
+            self.table = hamu._fit.summary()
+
+    reads = Reads()
+    fit(build(Base), hamu, reads)
+    lines = reads.table.splitlines()
+    assert [line.split()[:2] for line in lines[2:6]] == [
+        ["retain", "retained"],
+        ["rare", "protected"],
+        ["a", "forgotten"],
+        ["b", "forgotten"],
+    ]
+    assert max(map(len, lines[1:])) <= 120
+
+
+def test_mean_prices_leave_out_what_is_not_known() -> None:
+    prices, gramian = Prices(), torch.eye(4, dtype=torch.float64)[None]
+    steps = [
+        RULE.coefficients(gramian, lr=0.1),
+        FeasibleDirection({"a": 9.0, "b": 9.0}, {"rare": 0.0}).coefficients(gramian, lr=0.1),
+    ]
+    for step in steps:
+        prices.add(step)
+    assert prices.mean("a") == pytest.approx(float(steps[0].multipliers["a"]))
+    other = Prices()
+    other.load_state_dict(prices.state_dict())
+    assert torch.equal(other.costs(["rare"], ["a", "b"]), prices.costs(["rare"], ["a", "b"]))
+
+
+TWO = FeasibleDirection({"a": 0.01, "b": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HAMUCallback({"a": loader("a")}, TWO), r"there is none for \['b'\]"),
+        (lambda: HAMUCallback({"a": loader("a"), "x": loader("b")}, TWO), r"knows nothing of \['x'\]"),
+        (
+            lambda: HAMUCallback(loader("a"), TWO, protect={"rare": loader("rare")}),
+            "Expected `forget` to name its groups",
+        ),
+        (lambda: HAMUCallback({"a": loader("a")}, HAMUQ(0.1)), "Several loaders become one by CombinedLoader"),
+        (lambda: make_callback(groups_per_step=0), "Expected `groups_per_step` to be at least 1"),
+        (lambda: FeasibleDirection({"a": 0.1}, {"rare": -1.0}), "not negative"),
+        (lambda: FeasibleDirection({"a": 0.1}, solver="nonesuch"), "nonesuch"),
+        (lambda: make_callback().add_request("a", loader("a"), 0.1), "Expected a new name for the request"),
+        (lambda: make_callback().add_request("c", loader("c")), "Expected either `quota` or `target`"),
+        (lambda: HAMUCallback(loader("a"), HAMUQ(0.1)).add_request("c", loader("c"), 0.1), "Expected named requests"),
+    ],
+)
+def test_what_cannot_be(make: Any, message: str) -> None:
+    with pytest.raises(HAMUError, match=message):
+        make()
+
+
+def test_what_is_refused_at_the_start() -> None:
+    shared = HAMUCallback({"a": loader("a"), "b": loader("b")}, RULE, protect={"rare": Subset(DATA["a"], range(5))})
+    module = build(Base)
+    before = flat(module)
+    with pytest.raises(HAMUMisconfigurationError, match="'a' and 'rare' to have no sample in common, but they share 5"):
+        fit(module, shared)
+    with pytest.raises(HAMUMisconfigurationError, match="Expected a rule with one group to forget for the preflight"):
+        fit(module, make_callback(preflight=True))
+    with pytest.raises(HAMUMisconfigurationError, match="Expected a rule with one group"):
+        preflight(module, loader("a"), loader("b"), RULE)
+    assert torch.equal(before, flat(module))
+
+
+def fit_on_ranks(rank: int) -> tuple[list[float], int]:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    warnings.simplefilter("ignore")
+    module, hamu = build(Base).double(), make_callback()
+    strategy = DDPStrategy(process_group_backend="gloo")
+    fit(module, hamu, strategy=strategy, devices=2, precision="64-true", max_epochs=1)
+    return flat(module).tolist(), hamu.combined_steps
+
+
+def test_processes_take_the_same_steps() -> None:
+    first, second = run_ranks(fit_on_ranks, 2)
+    assert first == second
+    assert first[1] == 3
