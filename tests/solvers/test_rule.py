@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.rules import Branch, FixedRadius, RelativeQuota, TargetQuota
+from hamu_lightning.rules import HAMUQ, Branch, FixedRadius, RelativeQuota, TargetQuota
 from hamu_lightning.solvers import FeasibleDirection, SolveStatus
 from hamu_lightning.solvers import _rule as rule_module
 from hamu_lightning.solvers._backend import Backend
@@ -139,6 +139,14 @@ def test_no_radius_no_step(blocks: Any) -> None:
     assert not step.values.any()
     assert (step.status == SolveStatus.NO_RADIUS).all()
     assert (step.branch == Branch.NO_RADIUS).all()
+
+
+def test_the_learning_rate_radius_is_that_of_the_closed_form() -> None:
+    gramian = draw_gramians(0, 1, n=2)
+    step = FeasibleDirection({"alice": 0.05}).coefficients(gramian, lr=0.1)
+    expected = HAMUQ(0.05, blocks="global").coefficients(gramian, lr=0.1)
+    torch.testing.assert_close(step.values, expected.values, rtol=1e-12, atol=0)  # float64, well conditioned
+    torch.testing.assert_close(step.radius, expected.radius, rtol=1e-15, atol=0)
 
 
 def test_skip_rests() -> None:
