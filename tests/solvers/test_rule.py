@@ -300,6 +300,14 @@ def test_a_solver_that_guesses_wrong_costs_time_alone(monkeypatch: pytest.Monkey
     torch.testing.assert_close(result.values, expected.values)
 
 
+def test_the_guesses_of_the_solver_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of feasible problems, that is; none needs the second method, although all share one sparse program."""
+    monkeypatch.setattr("hamu_lightning.solvers._backend._solve_again", lambda question: None)
+    step = make_rule(blocks="tensor").coefficients(draw_gramians(0, 30), lr=0.1)
+    assert (step.status == SolveStatus.SOLVED).all()
+    assert any(solution.solves for solution in step.solutions)
+
+
 def test_without_a_proved_answer_there_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backend, "project", lambda self, questions: [None for _ in questions])
     step = make_rule().coefficients(EYE, lr=0.1)
