@@ -175,6 +175,18 @@ def test_blocks_are_solved_like_each_alone() -> None:
         torch.testing.assert_close(step.multipliers["alice"][block : block + 1], alone.multipliers["alice"])
 
 
+def test_a_block_without_a_request_s_gradient_is_not_asked() -> None:
+    """The other block serves all of it; only if no block has a gradient is the request infeasible."""
+    gramian = draw_gramians(3, 2)
+    gramian[1, 2], gramian[1, :, 2] = 0, 0
+    step = make_rule(blocks="tensor").coefficients(gramian, lr=0.1)
+    assert step.group_quota[:, 1].tolist() == [0.3, 0.0]
+    assert step.status.tolist() == [SolveStatus.SOLVED] * 2
+    assert step.improvements["alice"] >= 0.3 * (1 - 1e-9)  # the tolerance of the optimality conditions
+    gramian[0, 2], gramian[0, :, 2] = 0, 0
+    assert not make_rule(blocks="tensor").coefficients(gramian, lr=0.1).block_feasible.any()
+
+
 @pytest.mark.parametrize("size", [0.1, 0.6])
 def test_together_and_one_by_one_agree(size: float) -> None:
     """One sparse program for all blocks, or one for each: the closed form on the active set is the same."""
