@@ -73,7 +73,7 @@ def compute_feasible_improvement(
     is_asking = is_quota & (bounds > 0)
     quotas = np.where(is_asking, bounds, 0.0) if is_asking.any() else np.where(is_quota, total, 0.0)
     others = np.where(is_asking | (is_quota & ~is_asking.any()), 0.0, bounds)
-    if not quotas.any() or any(problem.unserved.any() for problem in problems):
+    if not problems or not quotas.any() or any(problem.unserved.any() for problem in problems):
         return 0.0
     if len(problems) == 1:
         in_shares = [np.divide(x, total, out=np.zeros_like(total), where=total > 0) for x in (others, quotas)]
@@ -152,7 +152,9 @@ def compute_costs(problem: GroupProblem, solution: QPSolution) -> tuple[Array, A
     costs, rest = np.zeros((count, count)), np.zeros(count)
     assert solution.multipliers is not None
     is_needed = solution.multipliers > 0
-    if is_needed.any():
+    if np.isinf(solution.multipliers).any():
+        costs, rest = costs + np.nan, rest + np.nan  # the constraints need the whole radius: no finite prices
+    elif is_needed.any():
         numbers, rows = problem.numbers[is_needed], problem.ball.rows[is_needed]
         inverse, _ = split_space(rows)  # A^+ = A' (A A')^-1
         costs[np.ix_(numbers, numbers)] = solution.pull * (inverse.T @ inverse) * problem.ball.bounds[is_needed]

@@ -88,27 +88,19 @@ def split_space(rows: Array) -> tuple[Array, Array]:
     return (right[:rank].T / sizes[:rank]) @ left[:, :rank].T, right[rank:]
 
 
-def make_exact(question: Projection, guess: Mask) -> Projected | None:
-    """Return the projection that the guessed active set leads to, or None if its proof fails.
-
-    A guess with a few errors is mended: what is violated is added, what has no multiplier is dropped.
-    """
-    scale, active = question.scale, guess
+def make_exact(question: Projection, active: Mask) -> Projected | None:
+    """Return the projection if these constraints are active, or None if the proof of that fails."""
+    scale, rows = question.scale, question.rows[active]
     target, bounds = question.target / scale, question.bounds / scale
-    for _ in range(2 * bounds.size + 2):
-        rows = question.rows[active]
-        inverse, _ = split_space(rows)
-        point = target + inverse @ (bounds[active] - rows @ target)
-        multipliers = np.zeros_like(bounds)
-        multipliers[active], distance = solve_multipliers(rows, point - target)
-        slack = question.rows @ point - bounds
-        is_served, is_needed = slack >= -KKT_TOLERANCE, multipliers > 0
-        if distance <= KKT_TOLERANCE and is_served.all() and (np.abs(slack[is_needed]) <= KKT_TOLERANCE).all():
-            return Projected(point * scale, is_needed)
-        active, last = is_needed | ~is_served, active
-        if (active == last).all():
-            return None
-    return None
+    inverse, _ = split_space(rows)
+    point = target + inverse @ (bounds[active] - rows @ target)
+    multipliers = np.zeros_like(bounds)
+    multipliers[active], distance = solve_multipliers(rows, point - target)
+    slack, is_needed = question.rows @ point - bounds, multipliers > 0
+    is_proved = distance <= KKT_TOLERANCE and (slack >= -KKT_TOLERANCE).all()
+    if not is_proved or (np.abs(slack[is_needed]) > KKT_TOLERANCE).any():
+        return None
+    return Projected(point * scale, is_needed)
 
 
 def find_active_set(question: Projection) -> Mask | None:

@@ -54,7 +54,7 @@ class GroupCoefficients(Coefficients):
             Infinite where the constraints need the whole radius, NaN where the problem was not solved to optimality.
         status: `[P]`, codes of `SolveStatus`.
         costs: `[P, n_protected, n_forget]`: how much of each floor's multiplier each request causes, in the unit of the
-            multiplier. It may be negative: a request can make protection cheaper.
+            multiplier. It may be negative: a request can make protection cheaper. NaN where the multiplier is infinite.
         retain_costs: `[P, n_protected]`, the rest of the multiplier: what retain's own step and the floors cause.
         solutions: The solver's answers, on the host.
         account: What the host knows of the step.
@@ -116,12 +116,7 @@ class GroupCoefficients(Coefficients):
         The largest theta such that some step gives theta times each quota, serves the floors and does not raise the
         retain loss, times the sum of the quotas (DESIGN 1.4). 0 where nothing can move. Computed when asked.
         """
-        account = self.account
-        bound = (
-            compute_feasible_improvement(account.problems, account.capacity, account.bounds, self.n_protected)
-            if account.problems
-            else 0.0
-        )
+        bound = compute_feasible_improvement(*self.account, self.n_protected)
         return torch.full_like(self.total_quota, bound)
 
     def conflict(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from hamu_lightning.rules._hamu import OnInfeasible, as_quota, check_choice
 from hamu_lightning.rules._quota import check_quota
 from hamu_lightning.rules._radius import ScaledRadius
 from hamu_lightning.solvers._backend import Backend
-from hamu_lightning.solvers._ball import SolveStatus
+from hamu_lightning.solvers._ball import QPSolution, SolveStatus
 from hamu_lightning.solvers._pose import Posed, compute_capacity, pose_blocks, pose_global, tabulate
 from hamu_lightning.solvers._problem import search
 from hamu_lightning.solvers._projection import Array
@@ -149,9 +149,9 @@ class FeasibleDirection(Rule):
         names = self._check_groups(groups)
         check_group_gramian(gramian, names)
         given = self._check_given(quota, names)
-        known = {"lr": torch.as_tensor(lr), "weight_norms": weight_norms, "sizes": sizes}
-        known |= {f"quota {name}": torch.as_tensor(number) for name, number in given.items()}
-        present = {name: tensor for name, tensor in {"gramian": gramian, **known}.items() if tensor is not None}
+        known = {"gramian": gramian, "lr": _as_tensor(lr), "weight_norms": weight_norms, "sizes": sizes}
+        known |= {f"quota {name}": _as_tensor(number) for name, number in given.items()}
+        present = {name: tensor for name, tensor in known.items() if tensor is not None}
         host = dict(zip(present, to_host(list(present.values()), gramian.device), strict=True))
         posed, is_finite = self._pose(host, names, max(compute_rounding(gramian.dtype), SMALLEST_SINE**2))
         problems = posed.make_problems()
@@ -161,25 +161,13 @@ class FeasibleDirection(Rule):
         if not is_finite:
             _mark_not_finite(table)
         capacity = compute_capacity(posed.gramians, posed.radii)[posed.can_move]
-        account = Account(tuple(problems), capacity, posed.bounds)
-        device = dict(zip(table, to_device(list(table.values()), gramian.device), strict=True))
-        return GroupCoefficients(
-            values=device["values"],
-            branch=device["branch"].long(),
-            quota=device["quota"],
-            total_quota=device["total"][0],
-            radius=device["radius"],
-            block_feasible=device["block_feasible"] > 0,
-            gramian=torch.where(gramian.isfinite().all(), gramian, 0).to(device["values"].dtype),
-            groups=names,
-            n_protected=posed.n_floors,
-            group_quota=device["group_quota"],
-            costs=device["costs"],
-            retain_costs=device["retain_costs"],
-            multipliers=dict(zip(names[1:], device["multipliers"].unbind(dim=1), strict=True)),
-            status=device["status"].long(),
-            solutions=tuple(solutions),
-            account=account,
+        return _make_coefficients(
+            dict(zip(table, to_device(list(table.values()), gramian.device), strict=True)),
+            gramian,
+            names,
+            posed.n_floors,
+            tuple(solutions),
+            Account(tuple(problems), capacity, posed.bounds),
         )
 
     def _pose(self, host: dict[str, Tensor], names: tuple[str, ...], threshold: float) -> tuple[Posed, bool]:
@@ -266,6 +254,39 @@ def _check_names(quota: Mapping[str, object], floor: Mapping[str, object]) -> No
         raise HAMUValueError(
             f"Expected each group to be forgotten or protected, but got {both[0]!r} in `quota` and in `floor`."
         )
+
+
+def _make_coefficients(
+    table: dict[str, Tensor],
+    gramian: Tensor,
+    names: tuple[str, ...],
+    n_floors: int,
+    solutions: tuple[QPSolution, ...],
+    account: Account,
+) -> GroupCoefficients:
+    """Make the result from what was copied back."""
+    return GroupCoefficients(
+        values=table["values"],
+        branch=table["branch"].long(),
+        quota=table["quota"],
+        total_quota=table["total"][0],
+        radius=table["radius"],
+        block_feasible=table["block_feasible"] > 0,
+        gramian=torch.where(gramian.isfinite().all(), gramian, 0).to(table["values"].dtype),
+        groups=names,
+        n_protected=n_floors,
+        group_quota=table["group_quota"],
+        multipliers=dict(zip(names[1:], table["multipliers"].unbind(dim=1), strict=True)),
+        status=table["status"].long(),
+        costs=table["costs"],
+        retain_costs=table["retain_costs"],
+        solutions=solutions,
+        account=account,
+    )
+
+
+def _as_tensor(number: float | Tensor) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
 
 
 def _mark_not_finite(table: dict[str, Array]) -> None:

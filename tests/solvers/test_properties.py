@@ -195,6 +195,17 @@ def test_retain_bounded_by_the_constraints_leaves_the_radius_slack() -> None:
     assert result.multipliers["f0"].item() == pytest.approx(0.5)
 
 
+@seeds
+def test_a_remainder_that_is_rounding_is_not_followed(seed: int) -> None:
+    """Retain lies in the plane of two requests. What is left of it there is 1e-17, in a direction without meaning."""
+    turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(4, 4)))[0]
+    grads = np.array([[0.6, 0.8, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]) @ turn
+    requests = Requests(grads, np.zeros(0), np.array([0.3, 0.3, -0.9]), 1.0)
+    result = requests.solve()
+    assert result.status == SolveStatus.SLACK_RADIUS
+    np.testing.assert_allclose(turn @ requests.step(result), [0.3, 0.3, 0, 0], atol=CLOSE)
+
+
 @pytest.mark.parametrize("others", [[0.3], []])
 def test_a_request_without_gradient_rests_only_if_it_is_alone(others: list[float]) -> None:
     grads = np.vstack((EYE[0], 0 * EYE[0], EYE[1 : 1 + len(others)]))
@@ -210,6 +221,16 @@ def test_floors_come_before_quotas() -> None:
     """A floor at the whole radius and a request across it: nothing is left for the request."""
     requests = Requests(EYE[:3], np.array([1.0]), np.array([0.5]), 1.0)
     np.testing.assert_allclose(requests.step(requests.solve()), [0, -1.0, 0, 0], atol=1e-6)  # the root of CLOSE
+
+
+def test_constraints_that_need_the_whole_radius_have_no_finite_price() -> None:
+    requests = Requests(EYE[:3], np.array([0.6]), np.array([0.8]), 1.0)
+    result = requests.solve()
+    np.testing.assert_allclose(requests.step(result), [0, -0.6, 0.8, 0], atol=1e-7)  # the root of a rounding
+    assert bool(result.block_feasible.all())
+    exact = Requests(EYE[:3], np.array([0.0]), np.array([1.0]), 1.0).solve()
+    assert exact.multipliers["f0"].item() == np.inf
+    assert exact.costs.isnan().all()
 
 
 def test_fixed_radius_of_blocks_adds_up_globally() -> None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.rules import Branch, FixedRadius, RelativeQuota, TargetQuota
+from hamu_lightning.rules import HAMUQ, Branch, FixedRadius, RelativeQuota, TargetQuota
 from hamu_lightning.solvers import FeasibleDirection, SolveStatus
 from hamu_lightning.solvers import _rule as rule_module
 from hamu_lightning.solvers._backend import Backend
@@ -141,6 +141,14 @@ def test_no_radius_no_step(blocks: Any) -> None:
     assert (step.branch == Branch.NO_RADIUS).all()
 
 
+def test_the_learning_rate_radius_is_that_of_the_closed_form() -> None:
+    gramian = draw_gramians(0, 1, n=2)
+    step = FeasibleDirection({"alice": 0.05}).coefficients(gramian, lr=0.1)
+    expected = HAMUQ(0.05, blocks="global").coefficients(gramian, lr=0.1)
+    torch.testing.assert_close(step.values, expected.values, rtol=1e-12, atol=0)  # float64, well conditioned
+    torch.testing.assert_close(step.radius, expected.radius, rtol=1e-15, atol=0)
+
+
 def test_skip_rests() -> None:
     rule = make_rule(radius=FixedRadius(0.1))
     assert rule.coefficients(EYE, lr=0.1).values.any()
@@ -165,6 +173,18 @@ def test_blocks_are_solved_like_each_alone() -> None:
         )
         torch.testing.assert_close(step.values[block : block + 1], alone.values)
         torch.testing.assert_close(step.multipliers["alice"][block : block + 1], alone.multipliers["alice"])
+
+
+def test_a_block_without_a_request_s_gradient_is_not_asked() -> None:
+    """The other block serves all of it; only if no block has a gradient is the request infeasible."""
+    gramian = draw_gramians(3, 2)
+    gramian[1, 2], gramian[1, :, 2] = 0, 0
+    step = make_rule(blocks="tensor").coefficients(gramian, lr=0.1)
+    assert step.group_quota[:, 1].tolist() == [0.3, 0.0]
+    assert step.status.tolist() == [SolveStatus.SOLVED] * 2
+    assert step.improvements["alice"] >= 0.3 * (1 - 1e-9)  # the tolerance of the optimality conditions
+    gramian[0, 2], gramian[0, :, 2] = 0, 0
+    assert not make_rule(blocks="tensor").coefficients(gramian, lr=0.1).block_feasible.any()
 
 
 @pytest.mark.parametrize("size", [0.1, 0.6])
@@ -290,6 +310,14 @@ def test_a_solver_that_guesses_wrong_costs_time_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Backend, "_solve", guess_nothing)
     result = make_rule().coefficients(draw_gramians(0, 1), lr=0.1)
     torch.testing.assert_close(result.values, expected.values)
+
+
+def test_the_guesses_of_the_solver_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of feasible problems, that is; none needs the second method, although all share one sparse program."""
+    monkeypatch.setattr("hamu_lightning.solvers._backend._solve_again", lambda question: None)
+    step = make_rule(blocks="tensor").coefficients(draw_gramians(0, 30), lr=0.1)
+    assert (step.status == SolveStatus.SOLVED).all()
+    assert any(solution.solves for solution in step.solutions)
 
 
 def test_without_a_proved_answer_there_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
