@@ -16,6 +16,7 @@ from hamu_lightning.callbacks._approach import Approach
 from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_stale_best, wrap_optimizer
 from hamu_lightning.callbacks._forget_pass import ForgetPass, detached_loss, split_pair
 from hamu_lightning.callbacks._journal import Journal
+from hamu_lightning.callbacks._objective import check_target, wrap_step
 from hamu_lightning.callbacks._preflight import FitPreflight
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._random import RandomStream
@@ -26,6 +27,7 @@ from hamu_lightning.callbacks._streams import ForgetStream
 from hamu_lightning.callbacks._verification import Verifier, VerifySteps
 from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
 from hamu_lightning.rules import Rule
 
@@ -49,6 +51,14 @@ class FitSettings:
     track_actual: bool
     preflight: bool
     verify: VerifySteps | None
+    objective: Objective | None = None
+    retain_objective: Objective | None = None
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """The objectives that are not the module's own loss."""
+        pair = {"forget": self.objective, "retain": self.retain_objective}
+        return {name: objective for name, objective in pair.items() if objective is not None}
 
 
 class Fit:
@@ -65,6 +75,7 @@ class Fit:
         base = trainer.optimizers[0]
         options = {"exact": settings.exact, "track_actual": settings.track_actual}
         self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, **options)
+        check_target(settings.objective, self.optimizer.rule)
         self._has_wrapped = self.optimizer is not base
         if self._has_wrapped:
             # Schedulers hold the base optimizer, whose groups the wrapper shares.
@@ -100,6 +111,8 @@ class Fit:
         self._before = self._counts()
         self._random.draw = self._forget_passes
         self._journal.load_state_dict(state.get("journal", {}))
+        for name, objective in self._settings.objectives.items():
+            objective.load_state_dict(state.get("objectives", {}).get(name, {}))
         # Other settings may go on where these had to stop.
         stopped = state["stop"] if state.get("stopped_under") == self._stopping_settings() else {}
         self._stopper = Stopper(self._trainer, self.optimizer, self._settings.stop_on, stopped)
@@ -124,10 +137,12 @@ class Fit:
                 self._verifier.load_state_dict(self._state["verifier"])
         self._watchdog = Watchdog([p for group in self.optimizer.param_groups for p in group["params"]])
 
-    def _run_preflight(self, preflight: FitPreflight, step: Callable[..., Any]) -> None:
+    def _run_preflight(
+        self, preflight: FitPreflight, step: Callable[..., Any], retain_step: Callable[..., Any]
+    ) -> None:
         """Predict what the run will do, and say so; leaves no trace."""
         self._preflight = None
-        self.preflight_report = preflight.run(step)
+        self.preflight_report = preflight.run(step, retain_step)
         rank_zero_info(f"\n{self.preflight_report}")  # not behind a progress bar
 
     def start_epoch(self) -> None:
@@ -235,6 +250,7 @@ class Fit:
             "stop": self._stopper.state_dict(),
             "stopped_under": self._stopping_settings(),
             "journal": self._journal.state_dict(),
+            "objectives": {name: objective.state_dict() for name, objective in self._settings.objectives.items()},
             **({} if self._verifier is None else {"verifier": self._verifier.state_dict()}),
         }
 
@@ -266,8 +282,12 @@ class Fit:
             self._combines = trainer.global_step % settings.every_n_steps == 0
             self._retain_losses, self._forget_losses = [], []
         self._window += 1
+        forget_step, step = (
+            wrap_step(step, settings.objective, trainer),
+            wrap_step(step, settings.retain_objective, trainer),
+        )
         if self._combines:
-            self._run_forget(step, args, kwargs, forget)
+            self._run_forget(forget_step, step, args, kwargs, forget)
         if self._verifier is not None and self._combines and self._verifier.is_due:
             output = self._verifier.run_retain(step, args, kwargs)
         else:
@@ -275,14 +295,21 @@ class Fit:
         self._note_retain(detached_loss(output))
         return output
 
-    def _run_forget(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], forget: Any) -> None:
+    def _run_forget(
+        self,
+        step: Callable[..., Any],
+        retain_step: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        forget: Any,
+    ) -> None:
         """Measure what is to be measured before the step, then run the forget pass."""
         if self._approach is not None and self._window == 1:
             self._approach.look(step, args, kwargs)
         if self._preflight is not None:
-            self._run_preflight(self._preflight, step)
+            self._run_preflight(self._preflight, step, retain_step)
         if self._verifier is not None and self._window == 1:
-            self._verifier.open_window(step)
+            self._verifier.open_window(step, retain_step)
         loss = self._forget_pass.run(step, args, kwargs, forget)
         self._forget_passes += 1
         self._forget_losses.append(loss)

@@ -130,7 +130,7 @@ class Verifier:
     def __init__(self, trainer: Trainer, forget_pass: ForgetPass, settings: VerifySteps) -> None:
         self._trainer, self._forget_pass, self._settings = trainer, forget_pass, settings
         self._recordings: dict[str, list[Recording]] = {"retain": [], "forget": []}
-        self._step: Callable[..., Any] | None = None
+        self._steps: dict[str, Callable[..., Any]] = {}
         self.region = 1.0
         self.outcome: Outcome | None = None
         self.verified, self.kept, self.retried, self.dropped = 0, 0, 0, 0
@@ -144,9 +144,9 @@ class Verifier:
         """Whether the step of the present window is to be judged."""
         return self._windows % self._settings.every == 0
 
-    def open_window(self, step: Callable[..., Any]) -> None:
-        """Begin the window of a combined step; `step` is the strategy's `training_step`."""
-        self._step, self.outcome = step, None
+    def open_window(self, forget_step: Callable[..., Any], retain_step: Callable[..., Any]) -> None:
+        """Begin the window of a combined step; what runs a batch is the strategy's `training_step`, or an objective."""
+        self._steps, self.outcome = {"retain": retain_step, "forget": forget_step}, None
         self._let_go()
         self._forget_pass.records = self.record_forget if self.is_due else None
 
@@ -224,10 +224,9 @@ class Verifier:
             recordings.clear()
 
     def _measure(self, report: StepReport) -> Outcome:
-        assert self._step is not None
         before = [mean_of([r.loss for r in self._recordings[name]]) for name in ("retain", "forget")]
         after = [
-            mean_of([self._forget_pass.replay(self._step, r) for r in self._recordings[name]])
+            mean_of([self._forget_pass.replay(self._steps[name], r) for r in self._recordings[name]])
             for name in ("retain", "forget")
         ]
         step, actual = report.coefficients, report.actual_improvements
