@@ -243,14 +243,15 @@ class Fit:
     def state_dict(self) -> dict[str, Any]:
         """Return the state in tensors, numbers, strings, lists and dicts."""
         stream = {} if self._stream is None else {"stream": self._stream.state_dict()}
+        objectives = {name: objective.state_dict() for name, objective in self._settings.objectives.items()}
         return {
             **stream,
+            **({"objectives": objectives} if objectives else {}),
             "optimizer": self.optimizer.hamu_state_dict(),
             **self._counts(),
             "stop": self._stopper.state_dict(),
             "stopped_under": self._stopping_settings(),
             "journal": self._journal.state_dict(),
-            "objectives": {name: objective.state_dict() for name, objective in self._settings.objectives.items()},
             **({} if self._verifier is None else {"verifier": self._verifier.state_dict()}),
         }
 

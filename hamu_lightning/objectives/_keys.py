@@ -75,7 +75,7 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
 
 def _shift(numbers: Tensor, bits: int) -> Tensor:
     """Shift to the right and fill with zeros; `>>` would fill with the sign."""
-    return (numbers >> bits) & (2 ** (64 - bits) - 1)
+    return torch.bitwise_and(numbers >> bits, 2 ** (64 - bits) - 1)
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
