@@ -283,16 +283,14 @@ class Fit:
             self._combines = trainer.global_step % settings.every_n_steps == 0
             self._retain_losses, self._forget_losses = [], []
         self._window += 1
-        forget_step, step = (
-            wrap_step(step, settings.objective, trainer),
-            wrap_step(step, settings.retain_objective, trainer),
-        )
+        objectives = settings.objective, settings.retain_objective
+        forget_step, retain_step = (wrap_step(step, objective, trainer) for objective in objectives)
         if self._combines:
-            self._run_forget(forget_step, step, args, kwargs, forget)
+            self._run_forget(forget_step, retain_step, args, kwargs, forget)
         if self._verifier is not None and self._combines and self._verifier.is_due:
-            output = self._verifier.run_retain(step, args, kwargs)
+            output = self._verifier.run_retain(retain_step, args, kwargs)
         else:
-            output = step(*args, **kwargs)
+            output = retain_step(*args, **kwargs)
         self._note_retain(detached_loss(output))
         return output
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
+from hamu_lightning.callbacks._streams import copied
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import BatchPass, ModuleLoss, Objective
 from hamu_lightning.rules import Rule
@@ -42,18 +43,19 @@ def wrap_step(step: Callable[..., Any], objective: Objective | None, trainer: Tr
 @contextmanager
 def _replaced_training_step(module: LightningModule, objective: Objective) -> Iterator[None]:
     """Put an objective in the place of the module's `training_step`, for one call of the strategy."""
-    own, before = module.training_step, module.__dict__.get("training_step")
+    attributes, own = vars(module), module.training_step
+    before = {name: value for name, value in attributes.items() if name == "training_step"}  # torch.compile's, if any
 
     def training_step(batch: Any, *args: Any) -> Any:
-        return objective(BatchPass(module, batch, lambda: _compat.split_step_output(own(batch, *args))))
+        # A copy, since modules edit their batches in place, and other terms of a sum need them.
+        return objective(BatchPass(module, batch, lambda: _compat.split_step_output(own(copied(batch), *args))))
 
-    module.__dict__["training_step"] = training_step
+    attributes["training_step"] = training_step
     try:
         yield
     finally:
-        del module.__dict__["training_step"]
-        if before is not None:
-            module.__dict__["training_step"] = before
+        del attributes["training_step"]
+        attributes.update(before)
 
 
 def check_objectives(objective: object, retain_objective: object) -> None:
