@@ -250,7 +250,7 @@ def test_a_target_is_reached_by_an_objective_that_can() -> None:
     fit(module, max_epochs=20)
     rule = HAMUQ(TargetQuota(1.3), radius=RelativeRadius(1e-2))
     callback = HAMUCallback(forget_loader(), rule, objective=LossCap(CrossEntropy(), 3.0))
-    fit(module, callback, max_epochs=10)
+    fit(module, callback, max_epochs=30)
     assert callback.stop_reason == "target_reached"
 
 
