@@ -40,9 +40,10 @@ class ReferenceKL(Objective):
     al. 2023, arXiv 2302.09880) and of the KL baseline of TOFU (Maini et al. 2024, arXiv 2401.06121). SCRUB,
     `min alpha d(retain) + gamma CE(retain) - d(forget)`, is in its simultaneous form
 
+        reference = FrozenCopy()
         HAMUCallback(
-            objective=ReferenceKL(),
-            retain_objective=WeightedSum((alpha, ReferenceKL()), (gamma, CrossEntropy())),
+            objective=ReferenceKL(reference),
+            retain_objective=WeightedSum((alpha, ReferenceKL(reference)), (gamma, CrossEntropy())),
         )
 
     At its minimum, where the module is the reference, it has no gradient, and this is where unlearning starts. On the

@@ -165,5 +165,6 @@ def _restore_forward(original: nn.Module, part: nn.Module) -> None:
 
 
 def _moved(given: nn.Module, module: nn.Module) -> nn.Module:
-    device = next((weight.device for weight in module.parameters()), None)
-    return given if device is None else given.to(device)
+    """The given model on the device of the trained one."""
+    here, there = (next((weight.device for weight in m.parameters()), None) for m in (given, module))
+    return given if there is None or here == there else given.to(there)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer
+from hamu_lightning.callbacks import StopReason
 from hamu_lightning.callbacks._objective import wrap_step
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import (
@@ -251,7 +252,7 @@ def test_a_target_is_reached_by_an_objective_that_can() -> None:
     rule = HAMUQ(TargetQuota(1.3), radius=RelativeRadius(1e-2))
     callback = HAMUCallback(forget_loader(), rule, objective=LossCap(CrossEntropy(), 3.0))
     fit(module, callback, max_epochs=30)
-    assert callback.stop_reason == "target_reached"
+    assert callback.stop_reason == StopReason.TARGET_REACHED
 
 
 def test_none_from_the_module_is_an_error_inside_a_sum() -> None:

@@ -8,9 +8,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.objectives import BatchPass, CrossEntropy, ModuleOutputs
+from hamu_lightning.objectives import (
+    NPO,
+    RMU,
+    UNDIAL,
+    BatchPass,
+    CrossEntropy,
+    FrozenCopy,
+    IdkDPO,
+    LossCap,
+    ModuleOutputs,
+    RandomLabels,
+    ReferenceKL,
+    RMURetain,
+    SimNPO,
+    UniformLabels,
+    WeightedSum,
+)
 from tests.objectives.models import CLASSES, LanguageModel, make_batch, make_model
 
 
@@ -98,14 +115,27 @@ def test_a_copy_is_moved_in_a_pair_too_unless_told_otherwise() -> None:
     assert torch.equal(ModuleOutputs(shift=False)(model, (ids, ids.clone()))[1], ids)
 
 
-def test_the_decision_reads_nothing_on_the_host() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r: WeightedSum((1.0, CrossEntropy()), (1.0, LossCap(ReferenceKL(r), 1.0))),
+        lambda r: NPO(reference=r),
+        lambda r: SimNPO(),
+        lambda r: IdkDPO([[1, 2], [3]], reference=r),
+        lambda r: UNDIAL(reference=r),
+        lambda r: RandomLabels(),
+        lambda r: UniformLabels(),
+        lambda r: RMU("body", 1.0),
+        lambda r: RMURetain("body", reference=r),
+    ],
+)
+def test_nothing_is_read_on_the_host(make: Any) -> None:
+    """Fake tensors have no values, and raise where somebody wants one."""
     with FakeTensorMode():
         model = LanguageModel()
         ids = torch.ones(2, 5, dtype=torch.int64)
         batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-        assert CrossEntropy()(BatchPass(model, batch)).shape == ()
+        assert make(FrozenCopy(LanguageModel()))(BatchPass(model, batch)).shape == ()
 
 
 @pytest.mark.parametrize("wrap", [lambda z: z, lambda z: SimpleNamespace(logits=z), lambda z: {"logits": z, "loss": 0}])
@@ -145,8 +175,6 @@ def test_what_cannot_be_known_is_refused(model: nn.Module, batch: Any, message: 
 
 
 def test_terms_share_one_forward_pass() -> None:
-    from hamu_lightning.objectives import UniformLabels, WeightedSum
-
     model, batch = make_model("classes"), make_batch("classes")
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
