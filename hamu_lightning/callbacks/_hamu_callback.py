@@ -81,7 +81,7 @@ class HAMUCallback(Callback):
             One process only.
         objective: What is raised on the forget data instead of the module's own loss, such as `NPO(beta=0.1)`; see
             `hamu_lightning.objectives`. The module's `training_step` then does not run on this stream, and logs nothing
-            there, unless the objective asks for its loss. `forget/loss`, quotas and `verify` are in the objective's
+            there, unless the objective asks for its loss. `forget/loss`, quotas and ceilings are in the objective's
             units; a target needs one that is at least 0.
         retain_objective: What is lowered on the retain data instead, such as
             `WeightedSum((1.0, ReferenceKL()), (0.1, CrossEntropy()))`; likewise.

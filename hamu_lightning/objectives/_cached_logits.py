@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives._base import BatchPass
-from hamu_lightning.objectives._keys import mix, sample_keys
+from hamu_lightning.objectives._keys import Key, mix, sample_keys
 from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
 from hamu_lightning.objectives._reference import Reference, evaluating
 
@@ -37,7 +37,7 @@ class CachedLogits(Reference):
             set. One folder then belongs to one data set.
     """
 
-    def __init__(self, folder: str | Path, *, key: Callable[[Any], Tensor] | None = None) -> None:
+    def __init__(self, folder: str | Path, *, key: Key | None = None) -> None:
         self._folder, self._key = Path(folder), key or sample_keys
         self._rows: dict[int, Tensor] = {}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
+
+# A function of a batch that gives a number for each of its N samples, int64 `[N]`.
+Key: TypeAlias = Callable[[Any], Tensor]
 
 # The multipliers of splitmix64 (Steele, Lea, Flood 2014) as signed numbers: integer tensors wrap round.
 _STEP = 0x9E3779B97F4A7C15 - 2**64

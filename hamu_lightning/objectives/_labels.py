@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from hamu_lightning.objectives._base import BatchPass, Objective, to_raise
-from hamu_lightning.objectives._keys import draw_places, sample_keys
+from hamu_lightning.objectives._keys import Key, draw_places, sample_keys
 from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs, Prediction
 
 
@@ -52,9 +50,7 @@ class RandomLabels(Objective):
         outputs: How to ask the module.
     """
 
-    def __init__(
-        self, seed: int = 0, *, key: Callable[[Any], Tensor] | None = None, outputs: Outputs | None = None
-    ) -> None:
+    def __init__(self, seed: int = 0, *, key: Key | None = None, outputs: Outputs | None = None) -> None:
         self.seed, self.key, self.outputs = seed, key or sample_keys, outputs or ModuleOutputs()
 
     @override
@@ -63,7 +59,7 @@ class RandomLabels(Objective):
         classes, places = prediction.logits.shape[-1], prediction.labels.shape[1]
         keys = self.key(batch.batch).to(prediction.labels.device)
         # Added to the label modulo the classes, 1 ... C - 1 gives all labels but the own one.
-        offsets = 1 + draw_places(max(classes - 1, 1), keys, places, self.seed)
+        offsets = 1 + draw_places(classes - 1, keys, places, self.seed)
         wrong = Prediction(prediction.logits, (prediction.labels + offsets) % classes, prediction.mask)
         return to_raise(wrong.mean_over_places(-wrong.log_likelihoods()))
 

@@ -12,11 +12,9 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives._base import BatchPass, Objective, check_positive, to_raise
-from hamu_lightning.objectives._keys import draw_below, sample_keys
+from hamu_lightning.objectives._keys import Key, draw_below, sample_keys
 from hamu_lightning.objectives._outputs import IGNORED, ModuleOutputs, Outputs
 from hamu_lightning.objectives._reference import FrozenCopy, Reference
-
-Key = Callable[[Any], Tensor]
 
 
 class NPO(Objective):
