@@ -36,9 +36,9 @@ class ReferenceKL(Objective):
         forward   KL(reference || module)     the default
         reverse   KL(module || reference)
 
-    per token, the mean over a sample's tokens, the mean over samples. Forward is the distance d of SCRUB (Kurmanji et
-    al. 2023, arXiv 2302.09880) and of the KL baseline of TOFU (Maini et al. 2024, arXiv 2401.06121). SCRUB,
-    `min alpha d(retain) + gamma CE(retain) - d(forget)`, is in its simultaneous form
+    per token that has a label, the mean over a sample's tokens, the mean over samples. Forward is the distance d of
+    SCRUB (Kurmanji et al. 2023, arXiv 2302.09880) and of the KL baseline of TOFU (Maini et al. 2024, arXiv 2401.06121).
+    SCRUB, `min alpha d(retain) + gamma CE(retain) - d(forget)`, is in its simultaneous form
 
         reference = FrozenCopy()
         HAMUCallback(

@@ -130,8 +130,8 @@ class DPO(Objective):
 class IdkDPO(DPO):
     """DPO whose preferred answers are "I do not know" (TOFU, Maini et al. 2024, arXiv 2401.06121).
 
-    For token batches with `input_ids`, `attention_mask` and `labels` (-100 on the question): each sample's answer is
-    replaced by one of the given ones, the same one in each epoch.
+    For token batches with `input_ids`, `attention_mask` and `labels` (-100 on the question and the padding, on the
+    answer the input ids themselves): each sample's answer is replaced by one of the given ones, the same in each epoch.
 
     Args:
         answers: Token ids of each answer, with the token that ends it.
