@@ -27,8 +27,9 @@ class Reference(ABC):
     def logits(self, batch: BatchPass, outputs: Outputs) -> Tensor:
         """The reference model's logits of a batch, `[N, C]` or `[N, T, V]`.
 
-        To be called after the module itself has run: where both share weights, autocast keeps the copies of the first
-        pass, and those of a pass without gradients would take the gradients of the second one away.
+        To be called after the module itself has run: where both share weights, autocast keeps the 16-bit copies of the
+        first pass, and those of a pass without gradients would take the gradients of the second one away
+        (https://github.com/pytorch/pytorch/issues/112583; mended in newer versions of torch than our oldest).
         """
         with torch.no_grad(), self.using(batch.module) as reference:
             return outputs(reference, batch.batch)[0]

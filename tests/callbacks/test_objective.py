@@ -145,6 +145,7 @@ def test_the_modules_step_runs_where_its_loss_is_asked_for(settings: dict[str, A
     module = build(Counts)
     trainer, _ = fit(module, HAMUCallback(forget_loader(), RULE, **settings))
     assert module.steps == steps
+    assert "training_step" not in vars(module)
     assert ("train_loss" in trainer.callback_metrics) == (steps > 0)
     assert ("forget/train_loss" in trainer.callback_metrics) == ("objective" not in settings)
     assert {"forget/loss", "retain/loss", "hamu/kappa"} <= trainer.callback_metrics.keys()

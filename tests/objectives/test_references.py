@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import (
+    DPO,
     NPO,
+    UNDIAL,
     AdaptersDisabled,
     BadTeacher,
     BatchPass,
@@ -179,13 +181,32 @@ def test_adapters_are_switched_off_for_the_reference_alone() -> None:
         logits_of(AdaptersDisabled(), make_model("classes"), batch)
 
 
-def test_shared_weights_keep_their_gradient_under_autocast() -> None:
-    """Autocast keeps 16-bit copies of weights; those of a pass without gradients must not be the ones that are used."""
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: NPO(**options),
+        lambda **options: ReferenceKL(**options),
+        lambda **options: UNDIAL(**options),
+        lambda **options: DPO(lambda batch: batch, **options),
+        lambda **options: RMURetain("base.body", **options),
+    ],
+)
+def test_shared_weights_keep_their_gradient_under_autocast(make: Callable[..., Objective]) -> None:
+    """Autocast keeps 16-bit copies of weights; a pass without gradients must not come before one with them."""
     model, (x, y) = Adapted(Classifier()), make_batch("classes")
+    passes = []
+
+    def outputs(module: nn.Module, batch: Any) -> Any:
+        passes.append("module" if torch.is_grad_enabled() else "reference")
+        return ModuleOutputs()(module, batch)
+
     with torch.autocast("cpu", torch.bfloat16):
-        value = NPO(reference=AdaptersDisabled())(BatchPass(model, (x.float(), y)))
-    assert all(bool(grad.any()) for grad in grads(value, model))
+        objective = make(reference=AdaptersDisabled(), outputs=outputs)
+        value = objective(BatchPass(model, (x.float(), y)))
+    assert passes[:2] == ["module", "reference"]
     assert value.dtype == torch.float32
+    if not isinstance(objective, DPO):  # with the same answers preferred and not, it rests
+        assert bool(grads(value, model)[1].any())
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens"])
