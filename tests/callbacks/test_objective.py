@@ -23,6 +23,7 @@ from hamu_lightning.callbacks._objective import wrap_step
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import (
     NPO,
+    CachedLogits,
     CrossEntropy,
     LossCap,
     ModuleLoss,
@@ -195,6 +196,17 @@ def test_a_resumed_run_is_the_whole_run(kind: type[Base], tmp_path: Path) -> Non
     kept = saved["callbacks"]["HAMUCallback"]["objectives"]["forget"]["0"]["reference"]["weights"]
     torch.testing.assert_close(kept, dict(build(kind).state_dict()), atol=0, rtol=0)
     assert_same_weights(run(3, tmp_path / "1.ckpt"), whole)
+
+
+def test_stored_logits_do_as_well_as_a_second_model(tmp_path: Path) -> None:
+    live, stored, retain = build(Base), build(Base), DataLoader(make_data(), batch_size=16)
+    fit(live, HAMUCallback(forget_loader(), RULE, objective=NPO(), retain_objective=scrub()), loader=retain)
+    cache = CachedLogits(tmp_path).fill(stored, forget_loader()).fill(stored, retain)
+    kept = WeightedSum((0.5, ReferenceKL(cache)), (2.0, CrossEntropy()))
+    callback = HAMUCallback(forget_loader(), RULE, objective=NPO(reference=cache), retain_objective=kept)
+    fit(stored, callback, loader=retain)
+    assert_same_weights(live, stored)
+    assert callback.state_dict()["objectives"] == {"forget": {}, "retain": {}}
 
 
 def test_a_new_callback_takes_a_new_reference() -> None:
