@@ -290,7 +290,7 @@ class Shortening:
 def test_keys_tell_samples_apart_and_nothing_else() -> None:
     x = torch.randn(1000, 3, 2)
     y = torch.randint(0, 5, (1000,))
-    keys = sample_keys({"x": x, "nested": [y, "text"], "scalar": torch.tensor(1.0)})
+    keys = sample_keys({"x": x, "nested": [y, "text"], "scalar": torch.tensor(1.0), "other": torch.ones(3)})
     assert len(set(keys.tolist())) == 1000
     order = torch.randperm(1000)
     assert torch.equal(sample_keys({"x": x[order], "nested": [y[order], "text"], "s": torch.tensor(2.0)}), keys[order])
