@@ -115,7 +115,7 @@ class Prediction:
                 f"Expected the other model's logits to be of shape {list(self.logits.shape)}, but got "
                 f"{list(places.shape)}. Both models need the same classes, and samples padded to the same length."
             )
-        return _blanked(places.detach(), self.mask)
+        return _blanked(places, self.mask)
 
     def log_likelihoods(self, logits: Tensor | None = None) -> Tensor:
         """The log p of each label, `[N, T]` in nats, 0 where there is none; `logits` may be those of another model."""
