@@ -17,6 +17,7 @@ from hamu_lightning.callbacks._forget_pass import detached_loss, split_batch
 from hamu_lightning.callbacks._group import Group
 from hamu_lightning.callbacks._groups import Groups
 from hamu_lightning.callbacks._journal import Journal
+from hamu_lightning.callbacks._objective import check_target, wrap_step
 from hamu_lightning.callbacks._preflight import FitPreflight
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._prices import Prices
@@ -25,6 +26,7 @@ from hamu_lightning.callbacks._stopping import StopCondition, StopReason
 from hamu_lightning.callbacks._verification import Verifier, VerifySteps
 from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
 from hamu_lightning.optim._engine import Plan
 from hamu_lightning.rules import Rule
@@ -52,6 +54,14 @@ class FitSettings:
     track_actual: bool
     preflight: bool
     verify: VerifySteps | None
+    objective: Objective | None = None
+    retain_objective: Objective | None = None
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """The objectives that are not the module's own loss."""
+        pair = {"forget": self.objective, "retain": self.retain_objective}
+        return {name: objective for name, objective in pair.items() if objective is not None}
 
 
 class Fit:
@@ -70,6 +80,7 @@ class Fit:
         if settings.groups_per_step is not None:
             options["reuse_groups"] = True
         self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, **options)
+        check_target(settings.objective, self.optimizer.rule)
         self._has_wrapped = self.optimizer is not base
         self.groups = Groups(trainer, self.optimizer, settings)
         if self._has_wrapped:
@@ -102,6 +113,8 @@ class Fit:
         self._before = self._counts()
         self._journal.load_state_dict(state.get("journal", {}))
         self._prices.load_state_dict(state.get("prices", {}))
+        for name, objective in self._settings.objectives.items():
+            objective.load_state_dict(state.get("objectives", {}).get(name, {}))
         # Other settings may go on where these had to stop.
         stopped = state["stop"] if state.get("stopped_under") == self._stopping_settings() else {}
         self._stopper = Stopper(self._trainer, self.optimizer, self._settings.stop_on, stopped)
@@ -127,10 +140,12 @@ class Fit:
         if settings.rule.target_quotas:
             self.optimizer.approve = self._approve
 
-    def _run_preflight(self, preflight: FitPreflight, step: Callable[..., Any]) -> None:
+    def _run_preflight(
+        self, preflight: FitPreflight, step: Callable[..., Any], retain_step: Callable[..., Any]
+    ) -> None:
         """Predict what the run will do, and say so; leaves no trace."""
         self._preflight = None
-        self.preflight_report = preflight.run(step)
+        self.preflight_report = preflight.run(step, retain_step)
         rank_zero_info(f"\n{self.preflight_report}")  # not behind a progress bar
 
     def start_epoch(self) -> None:
@@ -265,8 +280,10 @@ class Fit:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in tensors, numbers, strings, lists and dicts."""
+        objectives = {name: objective.state_dict() for name, objective in self._settings.objectives.items()}
         return {
             "groups": self.groups.state_dict(),
+            **({"objectives": objectives} if objectives else {}),
             "optimizer": self.optimizer.hamu_state_dict(),
             **self._counts(),
             "stop": self._stopper.state_dict(),
@@ -305,28 +322,38 @@ class Fit:
             self._combines = trainer.global_step % settings.every_n_steps == 0
             self._retain_losses = []
         self._window += 1
+        objectives = settings.objective, settings.retain_objective
+        forget_step, retain_step = (wrap_step(step, objective, trainer) for objective in objectives)
         if self._combines:
-            self._run_groups(step, args, kwargs, batches)
+            self._run_groups(forget_step, retain_step, args, kwargs, batches)
         if self._verifier is not None and self._combines and self._verifier.is_due:
-            output = self._verifier.run_retain(step, args, kwargs)
+            output = self._verifier.run_retain(retain_step, args, kwargs)
         else:
-            output = step(*args, **kwargs)
+            output = retain_step(*args, **kwargs)
         self._note_retain(detached_loss(output))
         return output
 
     def _run_groups(
-        self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batches: Mapping[str, Any]
+        self,
+        forget_step: Callable[..., Any],
+        retain_step: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batches: Mapping[str, Any],
     ) -> None:
         """Measure what is to be measured before the step, then run the pass of each group."""
         if self._window == 1:
-            for group in self.groups.open_window(step, args, kwargs):
+            for group in self.groups.open_window(forget_step, args, kwargs):
                 self._say_done(group)
         if self._preflight is not None:
-            self._run_preflight(self._preflight, step)
+            self._run_preflight(self._preflight, forget_step, retain_step)
+        protected = self._settings.protect
+        steps = {name: retain_step if name in ("retain", *protected) else forget_step for name in self.groups.names}
         if self._verifier is not None and self._window == 1:
-            self._verifier.open_window(step, {group.name: group.run for group in self.groups.present})
+            passes = {group.name: group.run for group in self.groups.present}
+            self._verifier.open_window(steps, passes)
         for group in self.groups.present:
-            loss = group.run_batch(step, args, kwargs, batches.get(group.name))
+            loss = group.run_batch(steps[group.name], args, kwargs, batches.get(group.name))
             self._journal.add_loss(group.name, loss)
 
     def _say_done(self, group: Group) -> None:

@@ -14,11 +14,13 @@ from typing_extensions import override
 from hamu_lightning.callbacks._checks import HAMUMisconfigurationError, check_setup, check_strategy, refusing
 from hamu_lightning.callbacks._fit import Fit, FitSettings
 from hamu_lightning.callbacks._group import name_sources
+from hamu_lightning.callbacks._objective import check_objectives
 from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._stopping import StopCondition, StopOn, StopReason, as_conditions
 from hamu_lightning.callbacks._targets import as_target
 from hamu_lightning.callbacks._verification import VerifySteps
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
 from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, TargetQuota
 from hamu_lightning.solvers import FeasibleDirection
@@ -80,6 +82,12 @@ class HAMUCallback(Callback):
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
             bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.
             One process only.
+        objective: What is raised on the forget data instead of the module's own loss, such as `NPO(beta=0.1)`; see
+            `hamu_lightning.objectives`. The module's `training_step` then does not run on this stream, and logs nothing
+            there, unless the objective asks for its loss. `forget/loss`, quotas and ceilings are in the objective's
+            units; a target needs one that is at least 0.
+        retain_objective: What is lowered on the retain data instead, such as
+            `WeightedSum((1.0, ReferenceKL()), (0.1, CrossEntropy()))`; likewise.
         verify: `VerifySteps()`, or True, measures both losses again after each step, and takes back a step that breaks
             its promise. Default: with `target`, and not else.
 
@@ -110,6 +118,8 @@ class HAMUCallback(Callback):
         track_actual: bool = False,
         preflight: bool = False,
         verify: VerifySteps | bool | None = None,
+        objective: Objective | None = None,
+        retain_objective: Objective | None = None,
     ) -> None:
         super().__init__()
         if target is not None:
@@ -132,6 +142,7 @@ class HAMUCallback(Callback):
                 raise HAMUValueError(f"Expected `{name}` to be at least 1, but got {number}.")
         if rule is not None and (protect or isinstance(forget, Mapping)):
             name_sources(rule, forget, protect or {})
+        check_objectives(objective, retain_objective)
         self.settings = FitSettings(
             forget,
             dict(protect or {}),
@@ -147,6 +158,8 @@ class HAMUCallback(Callback):
             track_actual,
             preflight,
             _choose_verification(verify, has_target=target is not None),
+            objective,
+            retain_objective,
         )
         self._requests: list[str] = []
         self._preflight_report: PreflightReport | None = None

@@ -289,15 +289,18 @@ class FitPreflight:
         self._batch: Any = None
         self._index = -1
 
-    def run(self, step: Callable[..., Any]) -> PreflightReport:
+    def run(self, forget_step: Callable[..., Any], retain_step: Callable[..., Any]) -> PreflightReport:
         """Measure, before the first forget pass: all hooks that prepare the module have run, BatchNorm is frozen.
 
         Args:
-            step: The strategy's `training_step`.
+            forget_step: Runs a forget batch: the strategy's `training_step`, or an objective.
+            retain_step: Runs a retain batch, likewise.
         """
         pairs = int(min(BATCHES, self._trainer.num_training_batches))
         self._probe.take_aim(self._aim)
-        return self._probe.measure(partial(self._run_forget, step), partial(self._run_retain, step), pairs)
+        return self._probe.measure(
+            partial(self._run_forget, forget_step), partial(self._run_retain, retain_step), pairs
+        )
 
     def _run_forget(self, step: Callable[..., Any]) -> Tensor:
         self._index += 1

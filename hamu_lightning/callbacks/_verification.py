@@ -150,7 +150,7 @@ class Verifier:
         self._trainer, self._settings = trainer, settings
         self._passes: dict[str, ForgetPass] = {}
         self._recordings: dict[str, list[Recording]] = {}
-        self._step: Callable[..., Any] | None = None
+        self._steps: Mapping[str, Callable[..., Any]] = {}
         self.region = 1.0
         self.outcome: Outcome | None = None
         self.verified, self.kept, self.retried, self.dropped = 0, 0, 0, 0
@@ -162,14 +162,14 @@ class Verifier:
         """Whether the step of the present window is to be judged."""
         return self._windows % self._settings.every == 0
 
-    def open_window(self, step: Callable[..., Any], passes: Mapping[str, ForgetPass]) -> None:
+    def open_window(self, steps: Mapping[str, Callable[..., Any]], passes: Mapping[str, ForgetPass]) -> None:
         """Begin the window of a combined step.
 
         Args:
-            step: The strategy's `training_step`.
+            steps: For each group, retain among them, what runs a batch: the strategy's `training_step` or an objective.
             passes: What runs the batches of each group other than retain, and will run them again.
         """
-        self._step, self.outcome = step, None
+        self._steps, self.outcome = steps, None
         self._passes = dict(passes)
         self._recordings = {"retain": []}
         for name, one in passes.items():
@@ -252,7 +252,7 @@ class Verifier:
         for name, recordings in self._recordings.items():
             run = self._passes.get(name, self._any_pass)
             before = mean_of([r.loss for r in recordings])
-            after = mean_of([run.replay(self._require_step(), r) for r in recordings])
+            after = mean_of([run.replay(self._steps[name], r) for r in recordings])
             known = (step.improvements[name].to(before), report.improvement(name).to(before))
             rows.append(torch.stack((before, *known, after)))
         numbers = self._trainer.strategy.reduce(torch.stack(rows), reduce_op="mean").tolist()
@@ -262,10 +262,6 @@ class Verifier:
             change = new - loss if is_forgotten else loss - new
             outcomes[name] = GroupOutcome(is_forgotten, loss, promised, due, change)
         return Outcome(outcomes)
-
-    def _require_step(self) -> Callable[..., Any]:
-        assert self._step is not None
-        return self._step
 
     def _write(self, outcome: Outcome, verdict: Verdict) -> None:
         if self._ledger is None:

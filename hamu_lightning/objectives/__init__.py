@@ -1,0 +1,36 @@
+"""Objectives: what is raised on the forget stream and lowered on the retain stream."""
+
+from hamu_lightning.objectives._base import BatchPass, LossCap, ModuleLoss, Objective, WeightedSum
+from hamu_lightning.objectives._cached_logits import CachedLogits
+from hamu_lightning.objectives._divergence import UNDIAL, BadTeacher, ReferenceKL
+from hamu_lightning.objectives._labels import CrossEntropy, RandomLabels, UniformLabels
+from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
+from hamu_lightning.objectives._preference import DPO, NPO, IdkDPO, SimNPO
+from hamu_lightning.objectives._reference import AdaptersDisabled, FrozenCopy, Reference
+from hamu_lightning.objectives._representation import RMU, RMURetain
+
+__all__ = [
+    "DPO",
+    "NPO",
+    "RMU",
+    "UNDIAL",
+    "AdaptersDisabled",
+    "BadTeacher",
+    "BatchPass",
+    "CachedLogits",
+    "CrossEntropy",
+    "FrozenCopy",
+    "IdkDPO",
+    "LossCap",
+    "ModuleLoss",
+    "ModuleOutputs",
+    "Objective",
+    "Outputs",
+    "RMURetain",
+    "RandomLabels",
+    "Reference",
+    "ReferenceKL",
+    "SimNPO",
+    "UniformLabels",
+    "WeightedSum",
+]

@@ -1,0 +1,197 @@
+"""What every objective is: a quantity that is raised on the forget stream or lowered on the retain stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.objectives._outputs import Outputs, Prediction, make_prediction
+
+
+class Stateful(Protocol):
+    """Has a state that belongs into a checkpoint: tensors, numbers and dicts of them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state over; an empty one makes a fresh start."""
+        ...
+
+
+def to_raise(loss: Tensor) -> Tensor:
+    """The quantity to raise where a paper has a forget loss to be *minimised*: its negative.
+
+    This is the only place where an objective turns a sign round. All others are in the rules, which raise the
+    forget quantity and lower the retain quantity.
+    """
+    return -loss
+
+
+@dataclass
+class BatchPass:
+    """One batch on its way through the module, as an objective sees it.
+
+    Args:
+        module: The module that is trained, in the mode that it is in.
+        batch: The batch, on the module's device.
+        training_step: Runs the module's own `training_step` on the batch and returns its loss; None where there is no
+            such step.
+    """
+
+    module: nn.Module
+    batch: Any
+    training_step: Callable[[], Any] | None = None
+    _predictions: list[tuple[Outputs, Prediction]] = field(default_factory=list, init=False, repr=False)
+
+    def predict(self, outputs: Outputs) -> Prediction:
+        """Run the module on the batch, once for all objectives that ask in the same way."""
+        for known, prediction in self._predictions:
+            if known == outputs:
+                return prediction
+        prediction = make_prediction(*outputs(self.module, self.batch))
+        self._predictions.append((outputs, prediction))
+        return prediction
+
+    def module_loss(self) -> Tensor:
+        """The loss of the module's own `training_step`, 0-d."""
+        loss = None if self.training_step is None else self.training_step()
+        if not isinstance(loss, Tensor):
+            raise HAMUStateError(
+                f"Expected the module's `training_step` to return a loss for this objective, but got {loss}. "
+                "Only ModuleLoss() on its own can skip a batch."
+            )
+        return loss.mean()
+
+
+class Objective(ABC):
+    """A quantity of the module and a batch, differentiable in the weights.
+
+    On the forget stream the rules *raise* it, on the retain stream they *lower* it. So a forget loss that its paper
+    minimises (NPO) is here its negative. Which it is stands in `is_forget_only`.
+
+    Attributes:
+        is_forget_only: Whether it makes sense on the forget stream alone.
+        is_nonnegative: Whether it is at least 0 and can reach a positive target (`TargetQuota`).
+    """
+
+    is_forget_only: bool = True
+    is_nonnegative: bool = False
+    _parts: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def samples(self, batch: BatchPass) -> Tensor:
+        """The quantity per sample, `[N]` in nats, or `[1]` where only the batch's mean is known."""
+
+    def __call__(self, batch: BatchPass) -> Tensor:
+        """The mean over the samples of a batch, 0-d."""
+        return self.samples(batch).mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has to be in a checkpoint: tensors, numbers and dicts of them."""
+        states = {name: part.state_dict() for name, part in self._stateful().items()}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what `state_dict` returned; an empty dict makes a fresh start."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state.get(name, {}))
+
+    def _stateful(self) -> dict[str, Stateful]:
+        return {name: getattr(self, name) for name in self._parts}
+
+
+class ModuleLoss(Objective):
+    """The loss that the module's own `training_step` returns: plain training, and the default.
+
+    Example:
+        >>> import torch
+        >>> float(ModuleLoss()(BatchPass(nn.Identity(), None, lambda: torch.tensor(2.0))))
+        2.0
+    """
+
+    is_forget_only = False
+    is_nonnegative = True
+
+    @override
+    def samples(self, batch: BatchPass) -> Tensor:
+        return batch.module_loss().reshape(1)
+
+
+class LossCap(Objective):
+    """An objective that stops rising: no gradient from samples whose value is above a level.
+
+    Per sample `min(value, level)`, and the mean of it. It bounds forgetting sample by sample: those that are forgotten
+    rest, the others go on. Around `ModuleLoss()`, which is one number, the batch counts as one sample; `CrossEntropy()`
+    is per sample.
+
+    Args:
+        objective: What is capped.
+        level: In the units of the objective (nats; the log of the number of classes is the cross-entropy of a guess).
+
+    Example:
+        >>> LossCap(ModuleLoss(), level=2.3).level
+        2.3
+    """
+
+    _parts = ("objective",)
+
+    def __init__(self, objective: Objective, level: float) -> None:
+        self.objective, self.level = objective, level
+        self.is_nonnegative = objective.is_nonnegative
+
+    @override
+    def samples(self, batch: BatchPass) -> Tensor:
+        return self.objective.samples(batch).clamp(max=self.level)
+
+
+class WeightedSum(Objective):
+    """A sum of objectives with positive weights, such as SCRUB's `alpha * KL + gamma * CE` on the retain stream.
+
+    Objectives that ask the module in the same way share one forward pass. With `ModuleLoss()` as a term the module's
+    `training_step` runs besides: a second forward pass, and what it logs is logged. `CrossEntropy()` needs neither.
+
+    Args:
+        *terms: Pairs of a weight and an objective.
+
+    Raises:
+        HAMUValueError: If there is no term, or a weight is not positive: what is to be raised and what is to be lowered
+            does not belong into one sum.
+
+    Example:
+        >>> WeightedSum((0.5, ModuleLoss()), (2, ModuleLoss())).weights
+        (0.5, 2)
+    """
+
+    def __init__(self, *terms: tuple[float, Objective]) -> None:
+        self.weights: Sequence[float] = tuple(weight for weight, _ in terms)
+        self.objectives: Sequence[Objective] = tuple(objective for _, objective in terms)
+        if not terms or not all(weight > 0 for weight in self.weights):
+            raise HAMUValueError(
+                f"Expected pairs of a positive weight and an objective, but got the weights {self.weights}. "
+                "Give what is to be raised to `objective`, and what is to be lowered to `retain_objective`."
+            )
+        self.is_forget_only = any(o.is_forget_only for o in self.objectives)
+        self.is_nonnegative = all(o.is_nonnegative for o in self.objectives)
+
+    @override
+    def samples(self, batch: BatchPass) -> Tensor:
+        first, *others = (w * o.samples(batch) for w, o in zip(self.weights, self.objectives, strict=True))
+        return sum(others, start=first)
+
+    @override
+    def _stateful(self) -> dict[str, Stateful]:
+        return {str(i): objective for i, objective in enumerate(self.objectives)}
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless a setting is positive."""
+    if not value > 0:
+        raise HAMUValueError(f"Expected `{name}` to be positive, but got {value}.")

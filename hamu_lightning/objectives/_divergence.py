@@ -1,0 +1,213 @@
+"""Objectives that compare distributions: with the reference, a teacher that knows nothing, or adjusted logits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.objectives._base import BatchPass, Objective, check_positive, to_raise
+from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
+from hamu_lightning.objectives._reference import FrozenCopy, Reference, copy_module
+
+Direction = Literal["forward", "reverse"]
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q) = sum over classes of p (log p - log q) in nats, for logits `[..., V]`.
+
+    p = softmax(p_logits / temperature), q likewise; not multiplied by the square of the temperature.
+
+    Example:
+        >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+        >>> round(float(kl_divergence(p.log(), q.log())), 4)
+        0.1438
+    """
+    log_p, log_q = (p_logits / temperature).log_softmax(-1), (q_logits / temperature).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class ReferenceKL(Objective):
+    """How far the module's predictions are from the reference's, in nats: lowered on retain, raised on forget.
+
+        forward   KL(reference || module)     the default
+        reverse   KL(module || reference)
+
+    per token that has a label, the mean over a sample's tokens, the mean over samples. Forward is the distance d of
+    SCRUB (Kurmanji et al. 2023, arXiv 2302.09880) and of the KL baseline of TOFU (Maini et al. 2024, arXiv 2401.06121).
+    SCRUB, `min alpha d(retain) + gamma CE(retain) - d(forget)`, is in its simultaneous form
+
+        reference = FrozenCopy()
+        HAMUCallback(
+            objective=ReferenceKL(reference),
+            retain_objective=WeightedSum((alpha, ReferenceKL(reference)), (gamma, CrossEntropy())),
+        )
+
+    At its minimum, where the module is the reference, it has no gradient, and this is where unlearning starts. On the
+    retain stream it therefore needs a radius that does not come from the retain gradient (`RelativeRadius`,
+    `FixedRadius`), or `CrossEntropy()` beside it: with `LearningRateRadius` the first step has length 0, and so have
+    all others. On the forget stream something else has to make the first difference: dropout (the reference has none),
+    or steps on the retain data.
+
+    Args:
+        reference: What to compare with.
+        direction: "forward" or "reverse".
+        temperature: Both models' logits are divided by it; the result is not multiplied by its square.
+        outputs: How to ask the models.
+
+    Raises:
+        HAMUValueError: If a setting is out of its range.
+    """
+
+    is_forget_only = False
+    is_nonnegative = True
+    _parts = ("reference",)
+
+    def __init__(
+        self,
+        reference: Reference | None = None,
+        *,
+        direction: Direction = "forward",
+        temperature: float = 1.0,
+        outputs: Outputs | None = None,
+    ) -> None:
+        check_positive("temperature", temperature)
+        if direction not in get_args(Direction):
+            raise HAMUValueError(f"Expected `direction` to be 'forward' or 'reverse', but got {direction!r}.")
+        self.reference, self.direction, self.temperature = reference or FrozenCopy(), direction, temperature
+        self.outputs = outputs or ModuleOutputs()
+
+    @override
+    def samples(self, batch: BatchPass) -> Tensor:
+        prediction = batch.predict(self.outputs)
+        reference = prediction.align(self.reference.logits(batch, self.outputs))
+        pair = (reference, prediction.logits) if self.direction == "forward" else (prediction.logits, reference)
+        return prediction.mean_over_places(kl_divergence(*pair, temperature=self.temperature))
+
+
+class BadTeacher(Objective):
+    """Predict what a randomly initialised teacher predicts; the forget half of Chundawat et al. 2023.
+
+        to raise   -KL(teacher || module) <= 0        arXiv 2205.08096: its loss where l_u = 1
+
+    per token, the mean over a sample's tokens, the mean over samples. The retain half, with l_u = 0, is
+    `retain_objective=ReferenceKL()`.
+
+    Args:
+        teacher: A module that knows nothing of the data. Default: a copy of the trained one with fresh weights.
+        temperature: As for `ReferenceKL`.
+        seed: Of the fresh weights. They follow from it and the module alone, so that no checkpoint holds them.
+        outputs: How to ask the models.
+
+    Raises:
+        HAMUValueError: If a setting is out of its range, or (at the first batch) weights cannot be drawn afresh.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None = None,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        outputs: Outputs | None = None,
+    ) -> None:
+        check_positive("temperature", temperature)
+        self.teacher: Reference = RandomTeacher(seed) if teacher is None else FrozenCopy(teacher)
+        self.temperature, self.outputs = temperature, outputs or ModuleOutputs()
+
+    @override
+    def samples(self, batch: BatchPass) -> Tensor:
+        prediction = batch.predict(self.outputs)
+        teacher = prediction.align(self.teacher.logits(batch, self.outputs))
+        divergence = kl_divergence(teacher, prediction.logits, self.temperature)
+        return to_raise(prediction.mean_over_places(divergence))
+
+
+class UNDIAL(Objective):
+    """Predict what the reference predicts with the label's logit turned down (Dong et al. 2024, arXiv 2402.10052).
+
+        to raise   -KL(softmax(z_ref - strength onehot(y)) || module) <= 0
+
+    per token, the mean over a sample's tokens, the mean over samples. The paper's loss is the cross-entropy with the
+    same targets: it differs by their entropy, which does not depend on the weights. The target is finite, so forgetting
+    ends by itself.
+
+    Args:
+        strength: What is taken from the label's logit.
+        reference: Whose logits are adjusted.
+        outputs: How to ask the models.
+
+    Raises:
+        HAMUValueError: If `strength` is not positive.
+    """
+
+    _parts = ("reference",)
+
+    def __init__(
+        self, strength: float = 10.0, *, reference: Reference | None = None, outputs: Outputs | None = None
+    ) -> None:
+        check_positive("strength", strength)
+        self.strength, self.reference = strength, reference or FrozenCopy()
+        self.outputs = outputs or ModuleOutputs()
+
+    @override
+    def samples(self, batch: BatchPass) -> Tensor:
+        prediction = batch.predict(self.outputs)
+        reference = prediction.align(self.reference.logits(batch, self.outputs))
+        taken = torch.full_like(reference[..., :1], -self.strength)
+        adjusted = reference.scatter_add(-1, prediction.labels.unsqueeze(-1), taken)
+        return to_raise(prediction.mean_over_places(kl_divergence(adjusted, prediction.logits)))
+
+
+class RandomTeacher(FrozenCopy):
+    """A copy of the module with all its weights drawn afresh, the same ones for the same seed.
+
+    Args:
+        seed: Of the weights.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_seed": self._seed}
+
+    @override
+    def _make(self, module: nn.Module) -> nn.Module:
+        teacher = copy_module(module)
+        device = next((weight.device for weight in teacher.parameters()), torch.device("cpu"))
+        # On the CPU, so that the weights are the same on every machine, and no other generator is touched.
+        teacher.to("cpu")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._seed)
+            draw_weights(teacher)
+        return teacher.to(device)
+
+
+def draw_weights(module: nn.Module) -> None:
+    """Initialise all weights as torch's layers do.
+
+    Raises:
+        HAMUValueError: If a weight belongs to a layer that does not say how: it would stay as it was trained.
+    """
+    left = []
+    for name, part in module.named_modules():
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+        else:
+            left += [f"{name}.{weight}".lstrip(".") for weight, _ in part.named_parameters(recurse=False)]
+    if left:
+        raise HAMUValueError(
+            f"Expected all layers to have `reset_parameters`, but the weights {left[:5]} have no such layer and would "
+            "stay as they were trained. Give BadTeacher(teacher=...) a module with fresh weights."
+        )

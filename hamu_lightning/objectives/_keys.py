@@ -1,0 +1,90 @@
+"""A number for each sample, the same in each epoch: random targets follow from it, stored results are found by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.errors import HAMUValueError
+
+# A function of a batch that gives a number for each of its N samples, int64 `[N]`.
+Key: TypeAlias = Callable[[Any], Tensor]
+
+# The multipliers of splitmix64 (Steele, Lea, Flood 2014) as signed numbers: integer tensors wrap round.
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+def mix(numbers: Tensor) -> Tensor:
+    """Scramble int64 numbers one by one (the finaliser of splitmix64); the same on every device."""
+    numbers = (numbers ^ _shift(numbers, 30)) * _FIRST
+    numbers = (numbers ^ _shift(numbers, 27)) * _SECOND
+    return numbers ^ _shift(numbers, 31)
+
+
+def sample_keys(batch: Any) -> Tensor:
+    """A key for each of the N samples of a batch, int64 `[N]`, from the bits of all its tensors of length N.
+
+    The same sample has the same key in every batch, epoch and process, as long as its tensors are the same: randomly
+    augmented, or padded to another length, it is another sample.
+
+    Raises:
+        HAMUValueError: If there is no tensor in the batch.
+
+    Example:
+        >>> keys = sample_keys((torch.tensor([[1.0], [2.0], [1.0]]), torch.tensor([0, 1, 0])))
+        >>> bool(keys[0] == keys[2]), bool(keys[0] == keys[1])
+        (True, False)
+    """
+    leaves = [leaf for leaf in tensors_in(batch) if leaf.dim()]
+    if not leaves:
+        raise HAMUValueError(
+            f"Expected a batch with tensors, to tell its samples apart, but got a {type(batch).__name__} without. "
+            "Pass `key=`, a function of the batch that returns a number for each sample."
+        )
+    n = len(leaves[0])
+    keys = torch.zeros(n, dtype=torch.int64, device=leaves[0].device)
+    for number, leaf in enumerate(leaves, start=1):
+        if len(leaf) == n:
+            bits = _bits_of(leaf.detach()).reshape(n, -1)
+            places = torch.arange(bits.shape[1], device=bits.device) + number * 2**40
+            keys = mix(keys + mix(bits ^ mix(places * _STEP)).sum(1))
+    return keys
+
+
+def draw_below(bound: int, keys: Tensor, seed: int) -> Tensor:
+    """A number in [0, bound) for each key, int64, as random as `mix`; follows from key and seed alone."""
+    offset = mix(torch.full_like(keys, seed) * _STEP + _STEP)
+    return torch.remainder(_shift(mix(keys ^ offset), 1), bound)
+
+
+def draw_places(bound: int, keys: Tensor, places: int, seed: int) -> Tensor:
+    """The same for each of a sample's places: keys `[N]` give `[N, places]`."""
+    numbers = torch.arange(places, device=keys.device) * _STEP
+    return draw_below(bound, mix(keys.unsqueeze(1) + numbers), seed)
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """All tensors of a nested batch, in order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_in(part)
+
+
+def _shift(numbers: Tensor, bits: int) -> Tensor:
+    """Shift to the right and fill with zeros; `>>` would fill with the sign."""
+    return torch.bitwise_and(numbers >> bits, 2 ** (64 - bits) - 1)
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_floating_point():
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        tensor = tensor.contiguous().view(integers[tensor.element_size()])
+    return tensor.long()

@@ -1,0 +1,171 @@
+"""The model that objectives compare with: the module as it was before unlearning."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.objectives._base import BatchPass
+from hamu_lightning.objectives._outputs import Outputs
+
+
+class Reference(ABC):
+    """A model in evaluation mode and without gradients, next to the one that is trained."""
+
+    @abstractmethod
+    def using(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """A context that gives the reference model; `module` is the one that is trained."""
+
+    def logits(self, batch: BatchPass, outputs: Outputs) -> Tensor:
+        """The reference model's logits of a batch, `[N, C]` or `[N, T, V]`.
+
+        To be called after the module itself has run: where both share weights, autocast keeps the 16-bit copies of the
+        first pass, and those of a pass without gradients would take the gradients of the second one away
+        (https://github.com/pytorch/pytorch/issues/112583; mended in newer versions of torch than our oldest).
+        """
+        with torch.no_grad(), self.using(batch.module) as reference:
+            return outputs(reference, batch.batch)[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has to be in a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most references have no state
+        """Go on with what `state_dict` returned; an empty dict makes a fresh start."""
+
+
+class FrozenCopy(Reference):
+    """A frozen copy of the module, made at its first use: the module as it was before the first step.
+
+    Costs the memory of a second model. The copy belongs to nobody's `state_dict` but to the callback's state: a resumed
+    run compares with the model from before the first step too, and checkpoints are so much larger. Give the same
+    `FrozenCopy` to both objectives to hold one copy.
+
+    Args:
+        module: A model to compare with instead of the copy. It is used as it is, in evaluation mode, on the trained
+            module's device, and is not saved.
+
+    Raises:
+        HAMUStateError: If the module cannot be copied.
+
+    Example:
+        >>> trained = nn.Linear(2, 2)
+        >>> with FrozenCopy().using(trained) as reference:
+        ...     _ = trained.weight.data.zero_()
+        ...     reference.training, bool(reference.weight.any())
+        (False, True)
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self._given = module
+        self._copy: nn.Module | None = None
+        self._weights: dict[str, Any] | None = None
+
+    @override
+    @contextmanager
+    def using(self, module: nn.Module) -> Iterator[nn.Module]:
+        if self._given is module:
+            raise HAMUValueError(
+                "Expected `module` of the reference to be another model, but it is the one that is trained. "
+                "FrozenCopy() without an argument takes a copy of it."
+            )
+        if self._copy is None:
+            self._copy = self._make(module) if self._given is None else _moved(self._given, module)
+        with evaluating(self._copy):
+            yield self._copy
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._given is not None:
+            return {}
+        weights = self._weights if self._copy is None else dict(self._copy.state_dict())
+        return {} if weights is None else {"weights": weights}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._copy, self._weights = None, state.get("weights")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of this object holds weights, and makes a model of them at its first use."""
+        return {"_given": self._given, "_copy": None, "_weights": self.state_dict().get("weights")}
+
+    def _make(self, module: nn.Module) -> nn.Module:
+        frozen = copy_module(module)
+        if self._weights is not None:
+            frozen.load_state_dict(self._weights)
+            self._weights = None
+        return frozen
+
+
+class AdaptersDisabled(Reference):
+    """The trained module itself with its adapters switched off (LoRA): no memory at all.
+
+    Right where only adapters are trained, and all of them were new when unlearning began. The first submodule with a
+    method `disable_adapter` (PEFT's models) is asked.
+    """
+
+    @override
+    @contextmanager
+    def using(self, module: nn.Module) -> Iterator[nn.Module]:
+        adapted = next((m for m in module.modules() if callable(getattr(m, "disable_adapter", None))), None)
+        if adapted is None:
+            raise HAMUValueError(
+                f"Expected a module with `disable_adapter`, as PEFT's models have it, but {type(module).__name__} has "
+                "none. FrozenCopy() works with every module."
+            )
+        with evaluating(module), adapted.disable_adapter():  # type: ignore[operator]
+            yield module
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each submodule back in its own mode at the end."""
+    modes = [(part, part.training) for part in module.modules()]
+    for part, _ in modes:
+        part.training = False  # not by `eval()`, which modules override to do more
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """A copy of a module that shares nothing with it, frozen and in evaluation mode."""
+    try:
+        twin = copy.deepcopy(module)
+    except Exception as error:  # what a module refuses with is its own choice
+        raise HAMUStateError(
+            f"Expected to be able to copy {type(module).__name__} for the reference, but it refused: {error}. "
+            "Give the reference a model of its own, FrozenCopy(model), or stored results, CachedLogits(folder)."
+        ) from error
+    for original, part in zip(module.modules(), twin.modules(), strict=True):
+        _restore_forward(original, part)
+    return twin.requires_grad_(False).eval()
+
+
+def _restore_forward(original: nn.Module, part: nn.Module) -> None:
+    """Undo a replaced `forward` that was not copied: it would run the weights of the original."""
+    forward = vars(part).get("forward")
+    if forward is None or forward is not vars(original).get("forward"):
+        return
+    if not hasattr(forward, "_torchdynamo_orig_callable"):
+        raise HAMUStateError(
+            f"Expected `forward` of {type(part).__name__} to be a method, but it was replaced by {forward}, which a "
+            "copy would share. Give the reference a model of its own, FrozenCopy(model)."
+        )
+    del part.__dict__["forward"]  # torch.compile of a LightningModule; the copy runs uncompiled
+
+
+def _moved(given: nn.Module, module: nn.Module) -> nn.Module:
+    """The given model on the device of the trained one."""
+    here, there = (next((weight.device for weight in m.parameters()), None) for m in (given, module))
+    return given if there is None or here == there else given.to(there)
