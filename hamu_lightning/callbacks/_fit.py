@@ -237,6 +237,10 @@ class Fit:
         if self._trainer.is_global_zero:
             self._prices.draw(self._trainer, *self.groups.names_by_role())
 
+    def mean_costs(self) -> Tensor:
+        """For each protected group and each request, the mean of `GroupCoefficients.costs`."""
+        return self._prices.costs(*self.groups.names_by_role())
+
     def totals(self) -> dict[str, Tensor]:
         """What was done, in numbers for `trainer.callback_metrics`."""
         numbers = {**self._counts(), "has_stopped": self._stopper.reason is not None}

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
@@ -162,6 +163,8 @@ class HAMUCallback(Callback):
             retain_objective,
         )
         self._requests: list[str] = []
+        self._summary: str | None = None
+        self._costs: Tensor | None = None
         self._preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
         self._state: dict[str, Any] = {}
@@ -243,6 +246,16 @@ class HAMUCallback(Callback):
         return self._fit.optimizer.last_step if self._fit else self._last_step
 
     @property
+    def summary(self) -> str | None:
+        """What the last fit did, in words: counts, the way of each loss, and a table where there are several groups."""
+        return self._summary
+
+    @property
+    def mean_costs(self) -> Tensor | None:
+        """`[n_protected, n_forget]`, means of `GroupCoefficients.costs` over the steps of the last fit."""
+        return self._costs
+
+    @property
     def preflight_report(self) -> PreflightReport | None:
         """What `preflight=True` found; None before the first batch."""
         return (self._fit and self._fit.preflight_report) or self._preflight_report
@@ -289,7 +302,8 @@ class HAMUCallback(Callback):
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(self._running.totals())
         self._running.draw_costs()
-        rank_zero_info(self._running.summary())
+        self._summary, self._costs = self._running.summary(), self._running.mean_costs()
+        rank_zero_info(self._summary)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

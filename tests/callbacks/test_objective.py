@@ -112,7 +112,7 @@ def test_the_forget_objective_leaves_no_trace(kind: type[Base]) -> None:
 @pytest.mark.parametrize("kind", [Base, WithBatchNorm, WithDropout])
 def test_gradients_cancel_on_the_same_batch(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
     """I2, with the same objective on both streams."""
-    monkeypatch.setattr("hamu_lightning.callbacks._fit.RandomStream", SameRandomState)
+    monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
     check, same = GradientsAreEqual(), list(DataLoader(make_data(), batch_size=16))
     callback = HAMUCallback(same, FineTune(), objective=scrub(), retain_objective=scrub())
     fit(build(kind), callback, check, loader=DataLoader(make_data(), batch_size=16))
