@@ -1,0 +1,71 @@
+"""The reference: a model that has never seen the data to forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from hamu_lightning.callbacks._random import RandomStream
+from hamu_lightning.methods._data import in_order
+from hamu_lightning.methods._fingerprint import fingerprint, hash_batches, hash_tensors
+from hamu_lightning.methods._fitting import fit
+from hamu_lightning.methods._protocol import DataSource, Forget
+from hamu_lightning.methods._storage import load_weights, save_weights
+
+
+@dataclass(frozen=True)
+class Retrain:
+    """Trains a fresh module on the retain data: what exact unlearning gives, and what the others are measured by.
+
+    With `cache`, weights that were trained before are read from there. The file's name is a hash of the content of all
+    retain samples, the batch size, the fresh module's weights, hyper-parameters and plain attributes, the code of the
+    factory, the options, the seed, and the versions of torch and Lightning. Code that is merely called is not seen:
+    empty the folder after a change to `training_step`, say. An option whose `repr` differs in each process trains anew.
+
+    Args:
+        module_factory: Makes a fresh module.
+        options: Arguments of the Trainer, such as `{"max_epochs": 12}`. Its progress bar is on.
+        seed: Seed of the initial weights and of the fit.
+        cache: A folder for the weights; None keeps none.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> Retrain(BoringModel, {"max_epochs": 12}).seed
+        0
+    """
+
+    module_factory: Callable[[], LightningModule]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    cache: Path | str | None = None
+
+    def __call__(
+        self, module: LightningModule | None, datamodule: DataSource, forget: Forget | None = None
+    ) -> LightningModule:
+        """Return a fresh module trained on the retain data. The module and the data to forget are not looked at."""
+        with RandomStream(self.seed).active():
+            fresh = self.module_factory()
+        if self.cache is None:
+            fit(fresh, datamodule, self.options, self.seed)
+            return fresh
+        path = Path(self.cache) / f"{self._key(fresh, datamodule)}.pt"
+        weights = load_weights(path)
+        if weights is None:
+            fit(fresh, datamodule, self.options, self.seed)
+            save_weights(path, fresh.state_dict())
+        else:
+            fresh.load_state_dict(weights)
+        return fresh
+
+    def _key(self, fresh: LightningModule, datamodule: DataSource) -> str:
+        loader = datamodule.train_dataloader()
+        data = (hash_batches(in_order(loader)), *(repr(getattr(loader, n, None)) for n in ("batch_size", "drop_last")))
+        plain = {k: v for k, v in vars(fresh).items() if isinstance(v, bool | int | float | str)}
+        weights = hash_tensors(list(fresh.state_dict().items()))
+        return fingerprint(
+            data, weights, dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed
+        )
