@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
+from hamu_lightning.callbacks import _compat
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods._protocol import DataSource, Forget
 
@@ -36,6 +37,22 @@ def in_order(source: Forget, like: Any = None) -> Iterable[Any]:
     if not isinstance(source, Dataset):
         return source
     return DataLoader(source, **_options(like), shuffle=False)
+
+
+def hooked(source: DataSource, batches: Iterable[Any]) -> Iterable[Any]:
+    """Return the batches as a LightningDataModule with transfer hooks of its own hands them on; others as they are."""
+    names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    is_plain = all(getattr(type(source), name, None) is getattr(LightningDataModule, name) for name in names)
+    return batches if is_plain or not isinstance(source, LightningDataModule) else _Hooked(source, batches)
+
+
+class _Hooked:
+    def __init__(self, source: LightningDataModule, batches: Iterable[Any]) -> None:
+        self._source, self._batches = source, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        device = torch.device("cpu")
+        return (_compat.transfer_batch_alone(self._source, batch, device) for batch in self._batches)
 
 
 def joined(retain: Any, forget: Forget) -> DataLoader[Any]:

@@ -28,8 +28,8 @@ def fingerprint(*parts: Any) -> str:
 def describe(value: Any) -> str:
     """Return a text that is the same in another process and differs where the settings do.
 
-    Functions count by their code, defaults and closure, dataclasses and containers by what they hold, tensors by their
-    elements, everything else by its `repr` without addresses.
+    Functions count by their code, defaults and closure, dataclasses, containers and objects without a `repr` of their
+    own by what they hold, tensors by their elements, everything else by its `repr` without addresses.
     """
     if isinstance(value, Tensor):
         return hash_tensors([value])
@@ -43,6 +43,9 @@ def describe(value: Any) -> str:
     if hasattr(value, "__code__"):
         closure = [cell.cell_contents for cell in value.__closure__ or ()]
         return describe([_describe_code(value.__code__), value.__defaults__, value.__kwdefaults__, closure])
+    kind: Any = type(value)
+    if kind.__repr__ is object.__repr__ and hasattr(value, "__dict__"):
+        return f"{type(value).__qualname__}{describe(vars(value))}"
     return _ADDRESS.sub("", repr(value))
 
 

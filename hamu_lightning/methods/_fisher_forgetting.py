@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.methods._data import copy_module, in_order
+from hamu_lightning.methods._data import copy_module, hooked, in_order
 from hamu_lightning.methods._fisher import expected_fisher
 from hamu_lightning.methods._protocol import DataSource, Forget
 
@@ -53,7 +53,7 @@ class FisherForgetting:
 
     def __call__(self, module: LightningModule, datamodule: DataSource, forget: Forget) -> LightningModule:
         """Return a copy with noise on its weights. Only the retain data are looked at."""
-        fisher = expected_fisher(module, in_order(datamodule.train_dataloader()))
+        fisher = expected_fisher(module, hooked(datamodule, in_order(datamodule.train_dataloader())))
         deviations = noise_deviations(fisher, self.alpha, self.damping)
         generator = torch.Generator().manual_seed(self.seed)
         result = copy_module(module)

@@ -24,7 +24,7 @@ class Retrain:
     With `cache`, weights that were trained before are read from there. The file's name is a hash of the content of all
     retain samples, the batch size, the fresh module's weights, hyper-parameters and plain attributes, the code of the
     factory, the options, the seed, and the versions of torch and Lightning. Code that is merely called is not seen:
-    empty the folder after a change to `training_step`, say. An option whose `repr` differs in each process trains anew.
+    empty the folder after a change to `training_step`, say.
 
     Args:
         module_factory: Makes a fresh module.
@@ -47,25 +47,32 @@ class Retrain:
         self, module: LightningModule | None, datamodule: DataSource, forget: Forget | None = None
     ) -> LightningModule:
         """Return a fresh module trained on the retain data. The module and the data to forget are not looked at."""
-        with RandomStream(self.seed).active():
-            fresh = self.module_factory()
-        if self.cache is None:
-            fit(fresh, datamodule, self.options, self.seed)
-            return fresh
-        path = Path(self.cache) / f"{self._key(fresh, datamodule)}.pt"
-        weights = load_weights(path)
-        if weights is None:
-            fit(fresh, datamodule, self.options, self.seed)
-            save_weights(path, fresh.state_dict())
-        else:
+        fresh = self._build()
+        path = self._find_path(fresh, datamodule)
+        weights = load_weights(path) if path else None
+        if weights is not None:
             fresh.load_state_dict(weights)
+            return fresh
+        fit(fresh, datamodule, self.options, self.seed)
+        if path:
+            save_weights(path, fresh.state_dict())
         return fresh
 
-    def _key(self, fresh: LightningModule, datamodule: DataSource) -> str:
+    def is_cached(self, datamodule: DataSource) -> bool:
+        """Say whether the cache has the weights."""
+        path = self._find_path(self._build(), datamodule)
+        return path is not None and path.exists()
+
+    def _build(self) -> LightningModule:
+        with RandomStream(self.seed).active():
+            return self.module_factory()
+
+    def _find_path(self, fresh: LightningModule, datamodule: DataSource) -> Path | None:
+        if self.cache is None:
+            return None
         loader = datamodule.train_dataloader()
         data = (hash_batches(in_order(loader)), *(repr(getattr(loader, n, None)) for n in ("batch_size", "drop_last")))
         plain = {k: v for k, v in vars(fresh).items() if isinstance(v, bool | int | float | str)}
         weights = hash_tensors(list(fresh.state_dict().items()))
-        return fingerprint(
-            data, weights, dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed
-        )
+        settings = (dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed)
+        return Path(self.cache) / f"{fingerprint(data, weights, *settings)}.pt"

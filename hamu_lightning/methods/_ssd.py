@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.methods._data import copy_module, in_order
+from hamu_lightning.methods._data import copy_module, hooked, in_order
 from hamu_lightning.methods._fisher import SampleLosses, classifier_losses, empirical_fisher
 from hamu_lightning.methods._protocol import DataSource, Forget
 
@@ -53,8 +53,10 @@ class SSD:
     def __call__(self, module: LightningModule, datamodule: DataSource, forget: Forget) -> LightningModule:
         """Return a copy with some weights dampened."""
         retain = datamodule.train_dataloader()
-        on_retain, n_retain = empirical_fisher(module, in_order(retain), self.losses)
-        on_forget, n_forget = empirical_fisher(module, in_order(forget, like=retain), self.losses)
+        sets = (in_order(retain), in_order(forget, like=retain))
+        (on_retain, n_retain), (on_forget, n_forget) = (
+            empirical_fisher(module, hooked(datamodule, batches), self.losses) for batches in sets
+        )
         result = copy_module(module)
         with torch.no_grad():
             for name, weight in result.named_parameters():
