@@ -8,15 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hamu_lightning.methods._bench import Run
 from hamu_lightning.methods._evaluation import GAPS, average_gap
 from hamu_lightning.methods._storage import save_json
 from hamu_lightning.report import plot_comparison
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 REFERENCES = ("retrained", "original")
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; with more, the expansion in `_student`.
@@ -76,8 +73,8 @@ class Comparison:
         seed = self.runs[0].seed if seed is None else seed
         return {name: run.path for name in self.ranking() for run in self.best(name) if run.seed == seed}
 
-    def plot(self, seed: int | None = None) -> Figure:
-        """Draw the paths of one seed in the plane of the two improvements, with `report.plot_comparison`."""
+    def plot(self, seed: int | None = None) -> Any:
+        """Draw the paths of one seed with `hamu_lightning.report.plot_comparison`; returns a matplotlib figure."""
         seed = self.runs[0].seed if seed is None else seed
         (origin,) = (run.numbers for run in self.best("original") if run.seed == seed)
         (end,) = (run.numbers for run in self.best("retrained") if run.seed == seed)
