@@ -145,6 +145,8 @@ def _cell(values: Sequence[float], digits: int) -> str:
     if not all(map(math.isfinite, values)):
         return "-"
     middle, half = confidence(values)
+    if abs(middle) >= 1000:
+        return f"{middle:.1e}"
     digits = digits if abs(middle) < 10 else min(digits, 1)
     return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ±{half:.{digits}f}")
 

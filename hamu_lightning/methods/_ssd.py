@@ -29,7 +29,8 @@ class SSD:
 
     Args:
         alpha: How many times more important a weight must be for the forget set to be selected. The paper has 10 for
-            ResNet-18 and 5 for ViT. Smaller forgets more; the one to tune.
+            ResNet-18 and 5 for ViT. Smaller forgets more; the one to tune. From `N / N_f` on, the number of all samples
+            by that of the forget set, nothing is selected: `I_D,i >= (N_f / N) I_f,i`.
         lambda_: Strength of the dampening, 1 in the paper. Smaller dampens more.
         losses: One loss per sample: `losses(forward, batch) -> [N]`. Default: the cross-entropy of batches `(x, y)`.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's without black, which is the original's, and yellow, which is too light for lines.
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5539")
-# From here on, in units of the median end, an axis is not linear.
+# From here on, in units of the median end or of the reference, an axis is not linear.
 _FAR = 10.0
 _MARKERS = ("o", "v", "D", "^", "p")
 
@@ -64,7 +64,8 @@ def plot_comparison(
     figure = make_figure(8.4, 4.8 + 0.18 * max(0, len(points) - 20))
     axes = figure.add_subplot()
     style_axes(axes, title, *LABELS)
-    _scale(axes, np.concatenate(list(points.values())), np.stack([array[-1] for array in points.values()]))
+    ends = np.stack([array[-1] for array in points.values()])
+    _scale(axes, np.concatenate(list(points.values())), ends, np.abs(reference or (0.0, 0.0)))
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
     mark(axes, 0.0, 0.0, "s", BLACK, "original")
@@ -76,13 +77,13 @@ def plot_comparison(
     return figure
 
 
-def _scale(axes: Axes, points: Any, ends: Any) -> None:
-    """Choose linear or mixed axes from all points and the ends, `[., 2]` each."""
+def _scale(axes: Axes, points: Any, ends: Any, reference: Any) -> None:
+    """Choose linear or mixed axes from all points and the ends, `[., 2]` each, and the reference, `[2]`."""
     for column, set_scale, axis in ((0, axes.set_xscale, axes.xaxis), (1, axes.set_yscale, axes.yaxis)):
-        sizes, usual = np.abs(points[:, column]), np.abs(ends[:, column])
-        usual = np.median(usual[np.isfinite(usual)]) if np.isfinite(usual).any() else 0.0
-        if usual > 0 and sizes[np.isfinite(sizes)].max() > _FAR * usual:
-            set_scale("symlog", linthresh=10 ** np.ceil(np.log10(usual)), linscale=2)
+        sizes, usual = (np.abs(array[np.isfinite(array[:, column]), column]) for array in (points, ends))
+        scale = max(np.median(usual), reference[column]) if usual.size else 0.0
+        if scale > 0 and sizes.max() > _FAR * scale:
+            set_scale("symlog", linthresh=10 ** np.ceil(np.log10(scale)), linscale=2)
             axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
