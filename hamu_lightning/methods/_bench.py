@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from hamu_lightning.callbacks._random import RandomStream
-from hamu_lightning.methods._data import joined, with_train_loader
+from hamu_lightning.methods._data import copy_module, joined, with_train_loader
 from hamu_lightning.methods._evaluation import Parts, evaluate_parts, measure
 from hamu_lightning.methods._fingerprint import fingerprint
 from hamu_lightning.methods._metering import Meter, PathRecorder
@@ -103,9 +103,11 @@ class Bench:
         recorder = PathRecorder(problem.parts.retain, problem.parts.forget, problem.path_every)
         if isinstance(method, TrainingRun):
             method = method.observed_by(recorder)
+        # One that breaks its promise not to change the module must not spoil the others.
+        module = copy_module(self._original)
         # Methods without a seed of their own draw from the global generators.
         with RandomStream(self._seed).active(), Meter() as meter:
-            module = method(self._original, problem.datamodule, problem.forget)
+            module = method(module, problem.datamodule, problem.forget)
         return self._finish(name, trial, value, module, meter.seconds - recorder.seconds, meter.peak, recorder.path)
 
     def _train(self, datamodule: DataSource) -> tuple[LightningModule, tuple[float, float]]:

@@ -68,7 +68,9 @@ def joined(retain: Any, forget: Forget) -> DataLoader[Any]:
                 f"Expected {name} to come from a Dataset with a length, but got {type(part).__name__}. The original is "
                 "trained on both sets together: give a DataLoader over a map-style Dataset."
             )
-    return DataLoader(ConcatDataset(parts), **_options(retain), shuffle=True, drop_last=retain.drop_last)
+    return DataLoader(
+        ConcatDataset(parts), **_options(retain), shuffle=True, drop_last=getattr(retain, "drop_last", False)
+    )
 
 
 def with_train_loader(source: _Source, loader: Any) -> _Source:

@@ -25,27 +25,34 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256("\n".join(map(describe, (*parts, versions))).encode()).hexdigest()[:16]
 
 
-def describe(value: Any) -> str:
+def describe(value: Any, inside: tuple[int, ...] = ()) -> str:
     """Return a text that is the same in another process and differs where the settings do.
 
     Functions count by their code, defaults and closure, dataclasses, containers and objects without a `repr` of their
     own by what they hold, tensors by their elements, everything else by its `repr` without addresses.
+
+    Args:
+        value: The settings.
+        inside: The identities of what `value` is a part of.
     """
     if isinstance(value, Tensor):
         return hash_tensors([value])
+    if id(value) in inside:
+        return f"itself, {len(inside) - inside.index(id(value))} levels up"
+    inside = (*inside, id(value))
     if is_dataclass(value) and not isinstance(value, type):
-        inside = {field.name: getattr(value, field.name) for field in fields(value)}
-        return f"{type(value).__qualname__}{describe(inside)}"
+        held = {field.name: getattr(value, field.name) for field in fields(value)}
+        return f"{type(value).__qualname__}{describe(held, inside)}"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {describe(item, inside)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(describe, value)) + "]"
+        return "[" + ", ".join(describe(item, inside) for item in value) + "]"
     if hasattr(value, "__code__"):
         closure = [cell.cell_contents for cell in value.__closure__ or ()]
-        return describe([_describe_code(value.__code__), value.__defaults__, value.__kwdefaults__, closure])
+        return describe([_describe_code(value.__code__), value.__defaults__, value.__kwdefaults__, closure], inside)
     kind: Any = type(value)
     if kind.__repr__ is object.__repr__ and hasattr(value, "__dict__"):
-        return f"{type(value).__qualname__}{describe(vars(value))}"
+        return f"{type(value).__qualname__}{describe(vars(value), inside)}"
     return _ADDRESS.sub("", repr(value))
 
 

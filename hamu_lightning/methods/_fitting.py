@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,13 +32,13 @@ def fit(
         datamodule: Gives the training loader.
         options: Arguments of the Trainer. Default: no logger, no checkpoints, no summary.
         seed: Also of the loader's own generators.
-        callbacks: Besides those in `options`.
+        callbacks: Besides those in `options`, of which copies are used: a callback serves one fit.
     """
     stream = RandomStream(seed)
     loader = datamodule.train_dataloader()
     stream.generators = own_generators(loader)
-    given = options.get("callbacks") or []
-    given = [given] if isinstance(given, Callback) else list(given)
+    given = copy.deepcopy(options.get("callbacks")) or []
+    given = [given] if isinstance(given, Callback) else given
     with stream.active():
         trainer = Trainer(**{**_QUIET, **options, "callbacks": [*given, *callbacks]})
         if isinstance(datamodule, LightningDataModule):

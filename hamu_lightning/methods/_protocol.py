@@ -14,7 +14,7 @@ Forget: TypeAlias = Dataset[Any] | Iterable[Any]
 
 @runtime_checkable
 class DataSource(Protocol):
-    """What gives the data: a LightningDataModule, or any object with this method."""
+    """What gives the data: a LightningDataModule that has been set up, or any object with this method."""
 
     def train_dataloader(self) -> Any:
         """Return the loader of the retain data."""

@@ -126,6 +126,17 @@ def test_every_method_sees_the_same(tmp_path: Path) -> None:
     assert not torch.equal(one.notes[0][1], one.notes[1][1])
 
 
+def test_a_method_that_changes_its_module_does_not_spoil_the_next(tmp_path: Path) -> None:
+    def zero(module: Any, datamodule: Any, forget: Any) -> Any:
+        with torch.no_grad():
+            module.net[0].weight.zero_()
+        return module
+
+    watching = Watching([])
+    run_compare(tmp_path, {"zero": zero, "w": watching}, seeds=(0,))
+    assert watching.notes[0][1][:10].abs().min() > 0
+
+
 def test_the_references_are_trained_on_both_sets_and_on_the_retain_set(tmp_path: Path) -> None:
     source, forget = make_split()
     watching = Watching([])

@@ -52,6 +52,17 @@ def test_settings(one: Any, same: Any, other: Any) -> None:
     assert "0x" not in describe(one)
 
 
+def test_what_holds_itself() -> None:
+    one, other = Plain(1), Plain(1)
+    one.value, other.value = [one], [[other]]
+    assert describe(one) == describe(one) != describe(other)
+
+    def countdown(n: int) -> int:
+        return countdown(n - 1) if n else 0
+
+    assert "itself" in describe(countdown)
+
+
 def test_data_count_by_their_content_and_not_by_their_batches_order_in_memory() -> None:
     one, same, other = make_samples(20), make_samples(20), make_samples(20)
     other.tensors[1][3] += 1

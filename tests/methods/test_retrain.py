@@ -16,6 +16,17 @@ from hamu_lightning.rules import HAMUQ, FineTune
 from tests.methods.setups import OPTIONS, Classifier, Source, build, make_samples, make_split, untouched, weights_of
 
 
+class StopAfter(Callback):
+    """Stops a fit after so many batches, of all fits that it has seen."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.left -= 1
+        trainer.should_stop = self.left <= 0
+
+
 class CountFits(Callback):
     fits = 0
 
@@ -52,6 +63,14 @@ def test_the_cache_saves_a_training(tmp_path: Path, counted: dict[str, Any]) -> 
     assert CountFits.fits == 1
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_callbacks_among_the_options_are_fresh_in_each_fit(tmp_path: Path) -> None:
+    source, _ = make_split()
+    retrain = Retrain(Classifier, {**OPTIONS, "callbacks": StopAfter(6)}, cache=tmp_path)
+    first = weights_of(retrain(None, source))
+    assert retrain.is_cached(source)
+    assert torch.equal(first, weights_of(Retrain(Classifier, retrain.options)(None, source)))
 
 
 @pytest.mark.parametrize("change", ["seed", "options", "data", "factory", "attribute", "batch size"])
