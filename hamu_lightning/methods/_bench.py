@@ -34,7 +34,7 @@ class Run:
         value: The value; None where nothing is tuned.
         score: How bad the trial is by the criterion of the tuning; lower is better.
         numbers: UA, RA, TA, MIA (fractions), KL, retain_loss, forget_loss (nats), and further metrics.
-        seconds: Wall-clock time, without the measurements; NaN where the weights came from a cache.
+        seconds: Wall-clock time, without the measurements; NaN where it is not known.
         memory: Peak memory, MiB.
         path: Step, retain loss and forget loss on the way; step 0 is the original.
     """
@@ -77,8 +77,8 @@ class Bench:
     def __init__(self, problem: Problem, seed: int) -> None:
         self._problem, self._seed = problem, seed
         both = joined(problem.datamodule.train_dataloader(), problem.forget)
-        self._original, original_cost = self._train(with_train_loader(problem.datamodule, both))
-        self._retrained, retrained_cost = self._train(problem.datamodule)
+        self._original, original_cost = self._train("original", with_train_loader(problem.datamodule, both))
+        self._retrained, retrained_cost = self._train("retrained", problem.datamodule)
         self._original_seen = evaluate_parts(self._original, problem.parts)
         self._retrained_seen = evaluate_parts(self._retrained, problem.parts)
         self.references = [
@@ -110,13 +110,16 @@ class Bench:
             module = method(module, problem.datamodule, problem.forget)
         return self._finish(name, trial, value, module, meter.seconds - recorder.seconds, meter.peak, recorder.path)
 
-    def _train(self, datamodule: DataSource) -> tuple[LightningModule, tuple[float, float]]:
+    def _train(self, name: str, datamodule: DataSource) -> tuple[LightningModule, tuple[float, float]]:
         problem = self._problem
         retrain = Retrain(problem.module_factory, problem.options, self._seed, problem.out / "models")
+        path = problem.out / "costs" / f"{name}-seed{self._seed}-{problem.key}.json"
         if retrain.is_cached(datamodule):
-            return retrain(None, datamodule), (math.nan, math.nan)
+            seconds, peak = load_json(path) or (math.nan, math.nan)
+            return retrain(None, datamodule), (seconds, peak)
         with Meter() as meter:
             module = retrain(None, datamodule)
+        save_json(path, (meter.seconds, meter.peak))
         return module, (meter.seconds, meter.peak)
 
     def _finish(

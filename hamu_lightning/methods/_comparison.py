@@ -117,9 +117,7 @@ class Comparison:
         cells.append(_cell([run.numbers["KL"] for run in runs], 2))
         seconds, memory = mean(run.seconds for run in runs), max(run.memory for run in runs)
         cost = (f"{_cell([seconds], 1):>8}", f"{_cell([memory], 0):>7}")
-        return " ".join((f"{name:<22.22}", f"{value:>8}", *(f"{cell:>10}" for cell in cells), *cost)).replace(
-            "nan", "  -"
-        )
+        return " ".join((f"{name:<22.22}", f"{value:>8}", *(f"{cell:>10}" for cell in cells), *cost))
 
     def _extra_line(self, name: str, titles: Iterable[str]) -> str:
         cells = (_cell([run.numbers[title] for run in self.best(name)], 4) for title in titles)
