@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 
 from hamu_lightning.callbacks._random import RandomStream
@@ -62,6 +63,7 @@ class Problem:
     metrics: Mapping[str, Callable[[LightningModule, Parts], float]]
     tune_by: TuneBy
     path_every: int
+    device: torch.device
     out: Path
     key: str
 
@@ -116,11 +118,11 @@ class Bench:
         path = problem.out / "costs" / f"{name}-seed{self._seed}-{problem.key}.json"
         if retrain.is_cached(datamodule):
             seconds, peak = load_json(path) or (math.nan, math.nan)
-            return retrain(None, datamodule), (seconds, peak)
+            return retrain(None, datamodule).to(problem.device), (seconds, peak)
         with Meter() as meter:
             module = retrain(None, datamodule)
         save_json(path, (meter.seconds, meter.peak))
-        return module, (meter.seconds, meter.peak)
+        return module.to(problem.device), (meter.seconds, meter.peak)
 
     def _finish(
         self,
@@ -132,7 +134,8 @@ class Bench:
         memory: float,
         path: list[tuple[int, float, float]],
     ) -> Run:
-        seen = evaluate_parts(module, self._problem.parts)
+        # A fit ends with its module in host memory.
+        seen = evaluate_parts(module.to(self._problem.device), self._problem.parts)
         numbers = measure(seen, self._retrained_seen)
         numbers |= {
             title: float(metric(module, self._problem.parts)) for title, metric in self._problem.metrics.items()

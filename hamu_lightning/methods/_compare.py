@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeAlias, get_args
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -35,6 +36,7 @@ def compare(
     tune_by: TuneBy = "retrained",
     metrics: Mapping[str, Metric] | None = None,
     path_every: int = 5,
+    device: str | torch.device = "cpu",
 ) -> Comparison:
     """Compare unlearning methods of a classifier with each other and with a model trained without the forget set.
 
@@ -66,6 +68,7 @@ def compare(
             validation set, or without a retrained model by the original's validation loss.
         metrics: More columns: functions of a module and its `Parts` (loaders of the four sets) that return a number.
         path_every: Steps between two points on the path of a `TrainingRun`.
+        device: Where the numbers are computed, and methods that are no `TrainingRun`. Fits are where `options` say.
 
     Raises:
         HAMUValueError: If a method has a reserved name or two have the same, there are no seeds or no trials, or a
@@ -76,8 +79,11 @@ def compare(
     folder, options, metrics = Path(out), dict(options or {}), dict(metrics or {})
     parts = _find_parts(datamodule, forget)
     contents = [hash_batches(part) for part in (parts.retain, parts.forget, parts.val, parts.test)]
-    key = fingerprint(contents, module_factory, options, metrics, tune_by, path_every)
-    problem = Problem(module_factory, datamodule, forget, parts, options, metrics, tune_by, path_every, folder, key)
+    key = fingerprint(contents, module_factory, options, metrics, tune_by, path_every, str(device))
+    place = torch.device(device)
+    problem = Problem(
+        module_factory, datamodule, forget, parts, options, metrics, tune_by, path_every, place, folder, key
+    )
     runs = [run for seed in seeds for run in _run_seed(Bench(problem, seed), named, trials)]
     return Comparison(runs, {name: _choose(runs, name) for name in (*REFERENCES, *named)}, tune_by)
 

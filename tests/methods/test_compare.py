@@ -137,6 +137,15 @@ def test_a_method_that_changes_its_module_does_not_spoil_the_next(tmp_path: Path
     assert watching.notes[0][1][:10].abs().min() > 0
 
 
+@pytest.mark.gpu
+def test_on_an_accelerator(tmp_path: Path) -> None:
+    device = torch.accelerator.current_accelerator()
+    watching = Watching([])
+    methods = {"w": watching, "SSD": SSD(0.5), "noise": FisherForgetting(1e-8), "HAMU": hamu(1e-2)}
+    run_compare(tmp_path, methods, seeds=(0,), device=device)
+    assert watching.notes[0][1].device.type == device.type
+
+
 def test_the_references_are_trained_on_both_sets_and_on_the_retain_set(tmp_path: Path) -> None:
     source, forget = make_split()
     watching = Watching([])

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from hamu_lightning.callbacks import HAMUCallback
-from hamu_lightning.methods import Method, Retrain, TrainingRun, _storage
+from hamu_lightning.methods import SSD, Method, Retrain, TrainingRun, _storage
 from hamu_lightning.rules import HAMUQ, FineTune
 from tests.methods.setups import OPTIONS, Classifier, Source, build, make_samples, make_split, untouched, weights_of
 
@@ -129,9 +129,10 @@ def test_a_module_that_was_fitted_is_copied_without_its_trainer() -> None:
     module = build()
     trainer = Trainer(**OPTIONS, logger=False, enable_checkpointing=False, enable_model_summary=False)
     trainer.fit(module, source.train_dataloader())
-    result = TrainingRun(hamu, OPTIONS)(module, source, forget)
-    assert module.trainer is trainer
-    assert result._trainer is None
+    for method in (TrainingRun(hamu, OPTIONS), SSD()):
+        result = method(module, source, forget)
+        assert module.trainer is trainer
+        assert result._trainer is None
 
 
 def test_the_same_batches_from_a_loader_with_a_generator_of_its_own() -> None:
