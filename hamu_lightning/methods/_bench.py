@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from hamu_lightning.callbacks._random import RandomStream
-from hamu_lightning.methods._data import copy_module, joined, with_train_loader
+from hamu_lightning.methods._data import joined, with_train_loader
 from hamu_lightning.methods._evaluation import Parts, evaluate_parts, measure
 from hamu_lightning.methods._fingerprint import fingerprint
 from hamu_lightning.methods._metering import Meter, PathRecorder
@@ -106,7 +107,7 @@ class Bench:
         if isinstance(method, TrainingRun):
             method = method.observed_by(recorder)
         # One that breaks its promise not to change the module must not spoil the others.
-        module = copy_module(self._original)
+        module = copy.deepcopy(self._original)
         # Methods without a seed of their own draw from the global generators.
         with RandomStream(self._seed).active(), Meter() as meter:
             module = method(module, problem.datamodule, problem.forget)

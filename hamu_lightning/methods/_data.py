@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from hamu_lightning.callbacks import _compat
@@ -15,13 +15,6 @@ from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods._protocol import DataSource, Forget
 
 _Source = TypeVar("_Source", bound=DataSource)
-_MODULE_TREES = ("_trainer", "_fabric")
-
-
-def copy_module(module: LightningModule) -> LightningModule:
-    """Return a deep copy without the trainer that the module may still hang on."""
-    left_out: dict[int, Any] = {id(held): None for name in _MODULE_TREES if (held := getattr(module, name, None))}
-    return copy.deepcopy(module, left_out)
 
 
 def in_order(source: Forget, like: Any = None) -> Iterable[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.methods._data import copy_module, hooked, in_order
+from hamu_lightning.methods._data import hooked, in_order
 from hamu_lightning.methods._fisher import expected_fisher
 from hamu_lightning.methods._protocol import DataSource, Forget
 
@@ -56,7 +57,7 @@ class FisherForgetting:
         fisher = expected_fisher(module, hooked(datamodule, in_order(datamodule.train_dataloader())))
         deviations = noise_deviations(fisher, self.alpha, self.damping)
         generator = torch.Generator().manual_seed(self.seed)
-        result = copy_module(module)
+        result = copy.deepcopy(module)
         with torch.no_grad():
             for name, weight in result.named_parameters():
                 if name in deviations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.methods._data import copy_module, hooked, in_order
+from hamu_lightning.methods._data import hooked, in_order
 from hamu_lightning.methods._fisher import SampleLosses, classifier_losses, empirical_fisher
 from hamu_lightning.methods._protocol import DataSource, Forget
 
@@ -58,7 +59,7 @@ class SSD:
         (on_retain, n_retain), (on_forget, n_forget) = (
             empirical_fisher(module, hooked(datamodule, batches), self.losses) for batches in sets
         )
-        result = copy_module(module)
+        result = copy.deepcopy(module)
         with torch.no_grad():
             for name, weight in result.named_parameters():
                 if name in on_forget:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 
-from hamu_lightning.methods._data import copy_module
 from hamu_lightning.methods._fitting import fit
 from hamu_lightning.methods._protocol import DataSource, Forget
 
@@ -41,7 +41,7 @@ class TrainingRun:
 
     def __call__(self, module: LightningModule, datamodule: DataSource, forget: Forget) -> LightningModule:
         """Return a copy that has been through the fit."""
-        result = copy_module(module)
+        result = copy.deepcopy(module)
         callbacks = [self.callback_factory(forget, self.seed), *self.observers]
         fit(result, datamodule, self.options, self.seed, callbacks)
         return result
