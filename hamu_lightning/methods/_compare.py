@@ -73,6 +73,11 @@ def compare(
     Raises:
         HAMUValueError: If a method has a reserved name or two have the same, there are no seeds or no trials, or a
             loader is missing.
+
+    Example:
+        >>> from hamu_lightning.methods import SSD, FisherForgetting
+        >>> methods = {"SSD": Search(SSD, 0.3, 5.0), "Fisher noise": Search(FisherForgetting, 1e-12, 1e-8)}
+        >>> # print(compare(MyModule, datamodule, forget, methods, out="runs", options={"max_epochs": 12}).table())
     """
     named = _name(methods)
     _check(named, seeds, trials, tune_by)
