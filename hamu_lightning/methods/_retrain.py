@@ -22,9 +22,9 @@ class Retrain:
     """Trains a fresh module on the retain data: what exact unlearning gives, and what the others are measured by.
 
     With `cache`, weights that were trained before are read from there. The file's name is a hash of the content of all
-    retain samples, the batch size, the fresh module's weights, hyper-parameters and plain attributes, the code of the
-    factory, the options, the seed, and the versions of torch and Lightning. Code that is merely called is not seen:
-    empty the folder after a change to `training_step`, say.
+    retain samples, the batch size, `drop_last`, the fresh module's weights, hyper-parameters and plain attributes, the
+    code of the factory, the options, the seed, and the versions of torch and Lightning. Code that is merely called is
+    not seen: empty the folder after a change to `training_step`, say.
 
     Args:
         module_factory: Makes a fresh module.
@@ -71,7 +71,8 @@ class Retrain:
         if self.cache is None:
             return None
         loader = datamodule.train_dataloader()
-        data = (hash_batches(in_order(loader)), *(repr(getattr(loader, n, None)) for n in ("batch_size", "drop_last")))
+        # Batches are hashed one by one: their size counts as well.
+        data = (hash_batches(in_order(loader)), getattr(loader, "drop_last", None))
         plain = {k: v for k, v in vars(fresh).items() if isinstance(v, bool | int | float | str)}
         weights = hash_tensors(list(fresh.state_dict().items()))
         settings = (dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed)

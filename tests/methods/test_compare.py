@@ -71,6 +71,7 @@ def test_paths_begin_at_the_original_and_end_at_the_numbers(result: Comparison) 
         (origin,) = (r.numbers for r in result.best("original") if r.seed == run.seed)
         assert run.path[0] == (0, origin["retain_loss"], origin["forget_loss"])
         assert run.path[-1][1:] == (run.numbers["retain_loss"], run.numbers["forget_loss"])
+    assert [step for step, *_ in result.paths()["SSD"]] == [0, 1]
     assert [len(path) > 2 for name, path in result.paths().items() if name == "HAMU"] == [True]
 
 
@@ -100,6 +101,10 @@ def test_the_picture_has_every_method(result: Comparison) -> None:
     pytest.importorskip("matplotlib")
     axes = result.plot().axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()][2:] == result.ranking()
+    ends = {str(line.get_label()): line.get_xydata()[-1].tolist() for line in axes.get_lines()}
+    for name in METHODS:
+        (origin, *_, end) = result.paths()[name]
+        assert ends[name] == [origin[1] - end[1], end[2] - origin[2]]
 
 
 @dataclass(frozen=True)
@@ -243,17 +248,20 @@ def test_a_lightning_datamodule_is_set_up_and_its_hooks_are_used(tmp_path: Path)
     class Data(LightningDataModule):
         scale = 1.0
 
+        stages = ""
+
         def setup(self, stage: str) -> None:
-            self.is_ready = True
+            self.stages += stage
 
         def train_dataloader(self) -> Any:
-            assert self.is_ready
+            assert "fit" in self.stages
             return source.train_dataloader()
 
         def val_dataloader(self) -> Any:
             return source.val_dataloader()
 
         def test_dataloader(self) -> Any:
+            assert "test" in self.stages
             return source.test_dataloader()
 
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -36,6 +36,7 @@ PAIRS: list[tuple[Any, Any, Any]] = [  # two that are the same, and one that is 
     (lambda x: x + 1, lambda x: x + 1, lambda x: x + 2),
     (lambda x=1: x, lambda x=1: x, lambda x=2: x),
     (lambda x: x.sin(), lambda x: x.sin(), lambda x: x.cos()),
+    (partial(nested, 1), partial(nested, 1), partial(nested, 2)),
     (partial(pow, 2), partial(pow, 2), partial(pow, 3)),
     (Plain(1), Plain(1), Plain(2)),
     (Plain([Plain(1)]), Plain([Plain(1)]), Plain([Plain(2)])),
@@ -74,5 +75,6 @@ def test_data_count_by_their_content_and_not_by_their_batches_order_in_memory() 
 def test_tensors_of_all_kinds(dtype: torch.dtype) -> None:
     values = torch.tensor([[0, 1], [1, 1]]).to(dtype)
     assert hash_tensors([values]) == hash_tensors([values.clone()]) != hash_tensors([values.T.contiguous() * 0])
+    assert hash_tensors([values[0].repeat(2)[::2]]) == hash_tensors([values[0].new_tensor([0, 0])])
     assert hash_tensors([values.T]) == hash_tensors([values.T.contiguous()])
     assert hash_tensors([torch.tensor(1).to(dtype)]) != hash_tensors([torch.tensor([1]).to(dtype)])

@@ -56,6 +56,13 @@ def test_it_is_plain_training_on_the_retain_data() -> None:
     assert not torch.equal(weights_of(first), weights_of(retrain(None, Source(make_samples(60, seed=9)))))
 
 
+def test_the_seed_is_that_of_the_first_weights_too() -> None:
+    source, _ = make_split()
+    still = [weights_of(Retrain(lambda: Classifier(lr=0.0), OPTIONS, seed)(None, source)) for seed in (1, 1, 2)]
+    assert torch.equal(still[0], still[1])
+    assert not torch.equal(still[0], still[2])
+
+
 def test_the_cache_saves_a_training(tmp_path: Path, counted: dict[str, Any]) -> None:
     source, _ = make_split()
     retrain = Retrain(lambda: Classifier(batchnorm=True), counted, cache=tmp_path)
@@ -73,7 +80,7 @@ def test_callbacks_among_the_options_are_fresh_in_each_fit(tmp_path: Path) -> No
     assert torch.equal(first, weights_of(Retrain(Classifier, retrain.options)(None, source)))
 
 
-@pytest.mark.parametrize("change", ["seed", "options", "data", "factory", "attribute", "batch size"])
+@pytest.mark.parametrize("change", ["seed", "options", "data", "factory", "attribute", "batch size", "drop_last"])
 def test_what_changes_the_result_trains_anew(change: str, tmp_path: Path, counted: dict[str, Any]) -> None:
     source, _ = make_split()
     lr = 0.2
@@ -91,6 +98,8 @@ def test_what_changes_the_result_trains_anew(change: str, tmp_path: Path, counte
         lr = 0.1
     if change == "batch size":
         source.train_dataloader = lambda: DataLoader(source.retain, batch_size=8, shuffle=True)  # type: ignore[method-assign]
+    if change == "drop_last":
+        source.train_dataloader = lambda: DataLoader(source.retain, 16, shuffle=True, drop_last=True)  # type: ignore[method-assign]
     Retrain(**settings)(None, source)
     assert CountFits.fits == 2
 
