@@ -32,6 +32,8 @@ REQUESTS = ("digit 3", "digit 7", "40 at random")
 # Digits that are easily taken for the forgotten ones: 8 and 9 for 3, 9 and 1 for 7.
 PROTECTED = {"digit 8": 8, "digit 9": 9}
 RADIUS = RelativeRadius(1e-3)
+# A protected group is protected on its batches: they hold all of it here.
+BATCH_SIZE = 128
 
 
 class Data(NamedTuple):
@@ -78,7 +80,8 @@ def unlearn(
     """Serve all requests with a copy of the original."""
     module = copy.deepcopy(original)
     rule = FeasibleDirection(choose_quota(data.val), dict.fromkeys(PROTECTED, 0.0) if protects else {}, radius=RADIUS)
-    hamu = HAMUCallback(data.forget, rule, protect=data.protect if protects else {}, batch_size=32, seed=args.seed)
+    protect = data.protect if protects else {}
+    hamu = HAMUCallback(data.forget, rule, protect=protect, batch_size=BATCH_SIZE, seed=args.seed, verify=True)
     name = "protected" if protects else "unprotected"
     fit(module, data.retain, args, name, max_epochs=-1, max_steps=args.steps, callbacks=[hamu, StepRecorder(hamu)])
     return module, hamu

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hamu_lightning.callbacks import Chance, HAMUCallback, Holdout, VerifySteps, preflight, split_forget
     from hamu_lightning.gramian import compute_gramian
+    from hamu_lightning.methods import compare
     from hamu_lightning.optim import HAMUOptimizer
     from hamu_lightning.rules import HAMUQ, HAMUU
 
@@ -20,6 +21,7 @@ __all__ = [
     "HAMUOptimizer",
     "Holdout",
     "VerifySteps",
+    "compare",
     "compute_gramian",
     "preflight",
     "split_forget",
@@ -34,6 +36,7 @@ _HOMES = {
     "HAMUOptimizer": "optim",
     "Holdout": "callbacks",
     "VerifySteps": "callbacks",
+    "compare": "methods",
     "compute_gramian": "gramian",
     "preflight": "callbacks",
     "split_forget": "callbacks",

@@ -23,13 +23,14 @@ LAYERS = (
     "metrics",
     "report",
     "callbacks",
+    "methods",
 )
 # The only layers that may import these; what is not named here may be imported anywhere that PURE allows.
 HOMES = {
-    "lightning": {"callbacks", "report"},
+    "lightning": {"callbacks", "report", "methods"},
     "lightning_fabric": {"callbacks"},
     "pytorch_lightning": {"callbacks"},
-    "torchmetrics": {"metrics", "report", "callbacks"},
+    "torchmetrics": {"metrics", "report", "callbacks", "methods"},
     "matplotlib": {"report"},
     "qpsolvers": {"solvers"},
     "osqp": {"solvers"},

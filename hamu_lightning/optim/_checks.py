@@ -52,12 +52,12 @@ def check_all_present(groups: Sequence[str], is_there: Sequence[bool]) -> None:
     missing = [name for name, found in zip(groups, is_there, strict=True) if not found]
     if not missing:
         return
-    names, verb = " and ".join(missing), "is" if len(missing) == 1 else "are"
+    what = f"{' and '.join(missing)} gradient" + (" is" if len(missing) == 1 else "s are")
     doors = [f"`with optimizer.{name}():`" for name in groups]
     if tuple(groups) != ("retain", "forget"):
         doors = ["`with optimizer.group(name):`"]
     raise HAMUStateError(
-        f"Expected the gradients of {' and '.join(groups)} at `step()`, but the {names} gradient {verb} missing. Run "
+        f"Expected the gradients of {' and '.join(groups)} at `step()`, but the {what} missing. Run "
         f"each objective's backward() inside {' and '.join(doors)} before every step."
     )
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LABELS = (
+LABELS = (
     "retain improvement: fall of the retain loss (loss units)",
     "forget improvement: rise of the forget loss (loss units)",
 )
@@ -66,20 +66,21 @@ def plot_tradeoff(
     figure = make_figure(6.4, 4.8)
     axes = figure.add_subplot()
     axes.locator_params(axis="x", nbins=6)
-    style_axes(axes, title, *_LABELS)
+    style_axes(axes, title, *LABELS)
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
     axes.plot(x, y, color="0.75", linewidth=1.2, zorder=2)
     points = axes.scatter(x, y, c=step, cmap="viridis", s=26, zorder=3)
     figure.colorbar(points, label="step", pad=0.02)
-    _mark(axes, 0.0, 0.0, "s", BLACK, "original")
-    _mark(axes, float(x[-1]), float(y[-1]), "D", BLUE, "unlearned")
+    mark(axes, 0.0, 0.0, "s", BLACK, "original")
+    mark(axes, float(x[-1]), float(y[-1]), "D", BLUE, "unlearned")
     if reference is not None:
-        _mark(axes, *reference, "*", ORANGE, reference_label)
+        mark(axes, *reference, "*", ORANGE, reference_label)
     axes.legend(frameon=False, loc="best")
     return figure
 
 
-def _mark(axes: Axes, x: float, y: float, marker: str, color: str, label: str) -> None:
+def mark(axes: Axes, x: float, y: float, marker: str, color: str, label: str) -> None:
+    """Draw one model."""
     size = 220 if marker == "*" else 70
     axes.scatter([x], [y], marker=marker, s=size, color=color, edgecolors="white", linewidths=1, label=label, zorder=4)

@@ -350,12 +350,12 @@ class Empty(IterableDataset[Any]):
         (UsesLBFGS, {}, "but got LBFGS"),
         (FetchesItself, {}, "but it takes `dataloader_iter`"),
         (Base, {"rule": None}, "Expected `rule`, such as"),
-        (Base, {"forget": None}, "Expected to find the data to forget"),
+        (Base, {"forget": None}, "Expected to find the data of 'forget'"),
         (Base, {"forget": []}, "but the list is empty"),
         (Base, {"forget": Subset(forget_data(), [])}, "but the Subset is empty"),
         (Base, {"forget": DataLoader(forget_data(), 64, drop_last=True)}, "but the DataLoader is empty"),
         (Base, {"forget": [1], "batch_size": 3}, "Expected `batch_size` to go with a Dataset"),
-        (Base, {"forget": 3}, "Expected `forget` to be a DataLoader"),
+        (Base, {"forget": 3}, "Expected the data of 'forget' to be a DataLoader"),
     ],
 )
 def test_refusals_come_before_the_first_batch(kind: Any, arguments: dict[str, Any], message: str) -> None:
@@ -446,5 +446,5 @@ def test_fabric_wraps_the_optimizer() -> None:
         optimizer.step()
     assert optimizer.steps == 2
     assert not torch.equal(before, module.weight)
-    with pytest.raises(HAMUStateError, match="is missing"):
+    with pytest.raises(HAMUStateError, match="are missing"):
         optimizer.step()

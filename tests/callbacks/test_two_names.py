@@ -152,7 +152,7 @@ def test_everything_is_taken_back_under_pytorch_lightning() -> None:
         ({"automatic_optimization": False}, {}, "Expected automatic optimization"),
         ({"n_optimizers": 0}, {}, "Expected one optimizer"),
         ({}, {"rule": None}, "Expected `rule`, such as"),
-        ({}, {"forget": None}, "Expected to find the data to forget"),
+        ({}, {"forget": None}, "Expected to find the data of 'forget'"),
     ],
 )
 @pytest.mark.parametrize("package", PACKAGES)

@@ -92,7 +92,7 @@ def test_a_missing_group_is_named() -> None:
     before = flat(model)
     fill(optimizer, model, ("retain", "a"))
     with pytest.raises(
-        HAMUStateError, match=r"but the rare and b gradient are missing.*`with optimizer.group\(name\):`"
+        HAMUStateError, match=r"but the rare and b gradients are missing.*`with optimizer.group\(name\):`"
     ):
         optimizer.step()
     with (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.report import MissingMatplotlibError, _figures, plot_hardness, plot_tradeoff
+from hamu_lightning.report import MissingMatplotlibError, _figures, plot_comparison, plot_hardness, plot_tradeoff
 
 pytest.importorskip("matplotlib")
 
@@ -157,3 +157,51 @@ def test_import_does_not_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(builtins, "__import__", refuse)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
         monkeypatch.undo()
+
+
+def comparison_paths(n: int) -> dict[str, np.ndarray]:
+    return {f"method {i}": np.array([[0.0, 0.0], [-0.01 * i, 0.5], [-0.01 * i, 1.0 + 0.1 * i]]) for i in range(n)}
+
+
+def test_comparison_shows_every_path_and_its_end() -> None:
+    paths = comparison_paths(3)
+    axes = plot_comparison(paths, reference=(0.1, 2.5)).axes[0]
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) == 3]
+    for line, path in zip(lines, paths.values(), strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), path)
+    ends = {
+        str(line.get_label()): line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() != "None"
+    }
+    assert ends == {name: [path[-1].tolist()] for name, path in paths.items()}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["original", "retrained", *paths]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
+
+
+def test_comparison_tells_thirty_methods_apart() -> None:
+    axes = plot_comparison(comparison_paths(30)).axes[0]
+    looks = {(line.get_color(), line.get_marker()) for line in axes.get_lines() if line.get_marker() != "None"}
+    assert len(looks) == 30
+
+
+def test_comparison_keeps_room_where_one_method_destroys_the_model() -> None:
+    paths = comparison_paths(5)
+    paths["destroyed"] = np.array([[0.0, 0.0], [-50.0, 1.0], [np.nan, np.nan]])
+    figure = plot_comparison(paths)
+    axes = figure.axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "linear")
+    (path,) = (line for line in axes.get_lines() if len(line.get_xdata()) == 2 and line.get_xdata()[-1] == -50)
+    assert np.isfinite(path.get_xydata()).all()
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ({}, "Expected at least one path"),
+        ({"a": [0.0, 1.0]}, "Expected `a` to have 2 dimensions"),
+        ({"a": [[0.0, 1.0, 2.0]]}, r"Expected the path of `a` to be of shape \[S, 2\], but got \[1, 3\]"),
+    ],
+)
+def test_comparison_refuses_other_paths(paths: Any, message: str) -> None:
+    with pytest.raises(HAMUValueError, match=message):
+        plot_comparison(paths)

@@ -1,0 +1,89 @@
+"""Loaders: each sample once and in order to look at it, both sets together to train on them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.methods._protocol import DataSource, Forget
+
+_Source = TypeVar("_Source", bound=DataSource)
+
+
+def in_order(source: Forget, like: Any = None) -> Iterable[Any]:
+    """Return a loader of each sample once, in order.
+
+    Args:
+        source: A Dataset, a DataLoader (its order and its `drop_last` are left out), or another iterable of batches,
+            which is taken as it is.
+        like: Where `source` is a Dataset: the loader whose batch size and collation are used.
+    """
+    if isinstance(source, DataLoader):
+        source, like = source.dataset, source
+    if not isinstance(source, Dataset):
+        return source
+    return DataLoader(source, **_options(like), shuffle=False)
+
+
+def hooked(source: DataSource, batches: Iterable[Any]) -> Iterable[Any]:
+    """Return the batches as a LightningDataModule with transfer hooks of its own hands them on; others as they are."""
+    names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    is_plain = all(getattr(type(source), name, None) is getattr(LightningDataModule, name) for name in names)
+    return batches if is_plain or not isinstance(source, LightningDataModule) else _Hooked(source, batches)
+
+
+class _Hooked:
+    def __init__(self, source: LightningDataModule, batches: Iterable[Any]) -> None:
+        self._source, self._batches = source, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        device = torch.device("cpu")
+        return (_compat.transfer_batch_alone(self._source, batch, device) for batch in self._batches)
+
+
+def joined(retain: Any, forget: Forget) -> DataLoader[Any]:
+    """Return a shuffling loader of all training data: that of the retain loader and that to forget.
+
+    Raises:
+        HAMUValueError: If one of the two has no dataset with a length.
+    """
+    parts: list[Any] = [part.dataset if isinstance(part, DataLoader) else part for part in (retain, forget)]
+    for name, part in zip(("the retain loader", "`forget`"), parts, strict=True):
+        if not isinstance(part, Dataset) or isinstance(part, IterableDataset):
+            raise HAMUValueError(
+                f"Expected {name} to come from a Dataset with a length, but got {type(part).__name__}. The original is "
+                "trained on both sets together: give a DataLoader over a map-style Dataset."
+            )
+    return DataLoader(
+        ConcatDataset(parts), **_options(retain), shuffle=True, drop_last=getattr(retain, "drop_last", False)
+    )
+
+
+def with_train_loader(source: _Source, loader: Any) -> _Source:
+    """Return a shallow copy of the source that trains on another loader."""
+    copied = copy.copy(source)
+    copied.train_dataloader = lambda: loader  # type: ignore[method-assign]
+    return copied
+
+
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """Return the generators that the loader draws from besides the global one."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _options(like: Any) -> dict[str, Any]:
+    if not isinstance(like, DataLoader):
+        return {"batch_size": 128}
+    names = ("num_workers", "collate_fn", "pin_memory")
+    # A loader with a batch sampler of its own has no batch size.
+    return {"batch_size": like.batch_size or 128, **{name: getattr(like, name) for name in names}}

@@ -1,0 +1,79 @@
+"""The reference: a model that has never seen the data to forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from hamu_lightning.callbacks._random import RandomStream
+from hamu_lightning.methods._data import in_order
+from hamu_lightning.methods._fingerprint import fingerprint, hash_batches, hash_tensors
+from hamu_lightning.methods._fitting import fit
+from hamu_lightning.methods._protocol import DataSource, Forget
+from hamu_lightning.methods._storage import load_weights, save_weights
+
+
+@dataclass(frozen=True)
+class Retrain:
+    """Trains a fresh module on the retain data: what exact unlearning gives, and what the others are measured by.
+
+    With `cache`, weights that were trained before are read from there. The file's name is a hash of the content of all
+    retain samples, the batch size, `drop_last`, the fresh module's weights, hyper-parameters and plain attributes, the
+    code of the factory, the options, the seed, and the versions of torch and Lightning. Code that is merely called is
+    not seen: empty the folder after a change to `training_step`, say.
+
+    Args:
+        module_factory: Makes a fresh module.
+        options: Arguments of the Trainer, such as `{"max_epochs": 12}`. Its progress bar is on.
+        seed: Seed of the initial weights and of the fit.
+        cache: A folder for the weights; None keeps none.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> Retrain(BoringModel, {"max_epochs": 12}).seed
+        0
+    """
+
+    module_factory: Callable[[], LightningModule]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    cache: Path | str | None = None
+
+    def __call__(
+        self, module: LightningModule | None, datamodule: DataSource, forget: Forget | None = None
+    ) -> LightningModule:
+        """Return a fresh module trained on the retain data. The module and the data to forget are not looked at."""
+        fresh = self._build()
+        path = self._find_path(fresh, datamodule)
+        weights = load_weights(path) if path else None
+        if weights is not None:
+            fresh.load_state_dict(weights)
+            return fresh
+        fit(fresh, datamodule, self.options, self.seed)
+        if path:
+            save_weights(path, fresh.state_dict())
+        return fresh
+
+    def is_cached(self, datamodule: DataSource) -> bool:
+        """Say whether the cache has the weights."""
+        path = self._find_path(self._build(), datamodule)
+        return path is not None and path.exists()
+
+    def _build(self) -> LightningModule:
+        with RandomStream(self.seed).active():
+            return self.module_factory()
+
+    def _find_path(self, fresh: LightningModule, datamodule: DataSource) -> Path | None:
+        if self.cache is None:
+            return None
+        loader = datamodule.train_dataloader()
+        # Batches are hashed one by one: their size counts as well.
+        data = (hash_batches(in_order(loader)), getattr(loader, "drop_last", None))
+        plain = {k: v for k, v in vars(fresh).items() if isinstance(v, bool | int | float | str)}
+        weights = hash_tensors(list(fresh.state_dict().items()))
+        settings = (dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed)
+        return Path(self.cache) / f"{fingerprint(data, weights, *settings)}.pt"
