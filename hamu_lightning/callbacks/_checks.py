@@ -85,6 +85,23 @@ def check_setup(trainer: Trainer, module: LightningModule, callback: Any) -> Non
         )
 
 
+def check_sketch(trainer: Trainer, sketch: int | None, *, verifies: bool) -> None:
+    """Raise unless projections of the gradients will do."""
+    if sketch is None:
+        return
+    reasons = {
+        "verified steps": verifies,
+        "loss scaler (precision='16-mixed')": _compat.grad_scaler(trainer) is not None,
+        "gradient clipping": _compat.clips_gradients(trainer),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise HAMUMisconfigurationError(
+            f"Expected no {' and no '.join(found)} with `sketch`, which keeps projections of the gradients only. Leave "
+            "`sketch` out, or set verify=False, another precision, or no clipping."
+        )
+
+
 def best_checkpoints(trainer: Trainer) -> dict[str, str]:
     """The path of the best checkpoint so far, for each value that a checkpoint callback monitors."""
     found = {getattr(c, "monitor", None): getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks}
@@ -102,7 +119,7 @@ def warn_about_stale_best(before: dict[str, str], after: dict[str, str]) -> None
         )
 
 
-def wrap_optimizer(module: LightningModule, base: Any, rule: Any, **options: bool) -> HAMUOptimizer:
+def wrap_optimizer(module: LightningModule, base: Any, rule: Any, **options: Any) -> HAMUOptimizer:
     """Wrap the module's optimizer, or take the HAMUOptimizer that it made itself."""
     if isinstance(base, HAMUOptimizer):
         return base

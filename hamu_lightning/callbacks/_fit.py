@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_stale_best, wrap_optimizer
+from hamu_lightning.callbacks._checks import best_checkpoints, check_sketch, warn_about_stale_best, wrap_optimizer
 from hamu_lightning.callbacks._forget_pass import detached_loss, split_batch
 from hamu_lightning.callbacks._group import Group
 from hamu_lightning.callbacks._groups import Groups
@@ -43,6 +43,7 @@ class FitSettings:
     forget: Any
     protect: Mapping[str, Any]
     groups_per_step: int | None
+    sketch: int | None
     rule: Rule | None
     freezes_batchnorm: bool
     batch_size: int | None
@@ -76,9 +77,13 @@ class Fit:
     def __init__(self, trainer: Trainer, settings: FitSettings, state: dict[str, Any]) -> None:
         self._trainer, self._settings = trainer, settings
         base = trainer.optimizers[0]
-        options = {"exact": settings.exact, "track_actual": settings.track_actual}
-        if settings.groups_per_step is not None:
-            options["reuse_groups"] = True
+        check_sketch(trainer, settings.sketch, verifies=settings.verify is not None)
+        options = {
+            "exact": settings.exact,
+            "track_actual": settings.track_actual,
+            "reuse_groups": settings.groups_per_step is not None,
+            "sketch": settings.sketch,
+        }
         self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, **options)
         check_target(settings.objective, self.optimizer.rule)
         self._has_wrapped = self.optimizer is not base
@@ -302,7 +307,7 @@ class Fit:
         self.unfreeze()
         self._patch.remove()
         self.optimizer.release_forget()
-        self.optimizer.approve = self.optimizer.referee = None
+        self.optimizer.approve = self.optimizer.referee = self.optimizer.recompute = None
         if self._has_wrapped:
             self._trainer.strategy.optimizers = [self.optimizer.base]
 
@@ -356,6 +361,8 @@ class Fit:
         if self._verifier is not None and self._window == 1:
             passes = {group.name: group.run for group in self.groups.present}
             self._verifier.open_window(steps, passes)
+        if self._settings.sketch is not None and self._window == 1:
+            self.optimizer.recompute = self.groups.record(steps)
         for group in self.groups.present:
             loss = group.run_batch(steps[group.name], args, kwargs, batches.get(group.name))
             self._journal.add_loss(group.name, loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +190,7 @@ class ForgetPass:
             self.logged = _compat.read_results(self._results) if self._has_samples else {}
             check_loss(loss)
             loss = loss if share is None else loss * share.to(loss.dtype)
-            self._backward(loss)
+            self._backward(loss, self._slot)
             value = loss.detach().float().mean().clone()
             if self.records is not None and kept is not None:
                 self.records(Recording(*kept, args[1:], kwargs, share, value))
@@ -211,6 +211,15 @@ class ForgetPass:
         if loss is None:
             return torch.full_like(recording.loss, torch.nan)
         return loss if recording.share is None else loss * recording.share.to(loss.dtype)
+
+    def repeat(self, step: Callable[..., Any], recording: Recording) -> None:
+        """Run a batch again with its backward pass, at the same weights; the gradient adds up in `.grad`."""
+        batch = copied(recording.batch)
+        with self._isolated(batch):
+            restore_random(recording.random, self.generators)
+            loss = _compat.split_step_output(step(batch, *recording.args, **recording.kwargs))
+            assert loss is not None  # it was one before
+            self._backward(loss if recording.share is None else loss * recording.share.to(loss.dtype), nullcontext)
 
     def _next_batch(self, retain: Any) -> Any:
         """The next forget batch. A process without one takes part with a copy of the retain batch that counts for 0."""
@@ -242,9 +251,9 @@ class ForgetPass:
         by_samples, by_process = own / total * torch.distributed.get_world_size(self._group)
         return torch.where(by_samples.isfinite(), by_samples, by_process)
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, slot: Callable[[], AbstractContextManager[None]]) -> None:
         trainer = self._trainer
-        with self._slot(), _compat.hook_name(trainer.lightning_module, "backward"):
+        with slot(), _compat.hook_name(trainer.lightning_module, "backward"):
             # Lightning divides the loss of each micro-batch by the full window; so do we.
             trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._approach import Approach
+from hamu_lightning.callbacks._forget_pass import Recording
 from hamu_lightning.callbacks._group import Group, check_disjoint, name_sources, take_turns
 from hamu_lightning.callbacks._guard import ModuleGuard
 from hamu_lightning.callbacks._sources import find_loader
@@ -121,6 +122,23 @@ class Groups:
         for group in self.present:
             group.losses.clear()
         return leaving
+
+    def record(self, steps: Mapping[str, Callable[..., Any]]) -> Callable[[str], None]:
+        """Keep the batches of the present window; return what runs those of a group again with their backward passes.
+
+        Args:
+            steps: For each group what runs a batch.
+        """
+        runs = {group.name: group.run for group in self.present}
+        kept: dict[str, list[Recording]] = {name: [] for name in runs}
+        for name, run in runs.items():
+            run.records = kept[name].append
+
+        def repeat(name: str) -> None:
+            for recording in kept[name]:
+                runs[name].repeat(steps[name], recording)
+
+        return repeat
 
     def close_window(self) -> None:
         """End it."""

@@ -62,7 +62,14 @@ class HAMUCallback(Callback):
         forget: The data to forget: a DataLoader or another iterable of batches, a Dataset (loaded like the training
             data, shuffled), or None when the module or datamodule has `forget_dataloader()` or the training loader
             yields `{"retain": ..., "forget": ...}`. The shorter stream cycles; each pass shuffles anew.
-        rule: How the two gradients are combined, such as `HAMUQ(quota=1e-3)`.
+            With a rule for several groups a mapping from the names of the requests to their data.
+        rule: How the gradients are combined, such as `HAMUQ(quota=1e-3)`, or
+            `FeasibleDirection(quota={"request-17": 1e-3, "request-18": 5e-4}, floor={"minority": 0.0})`.
+        protect: The data of the groups that the rule protects, by name.
+        groups_per_step: So many of the groups other than retain run in each step, one after the other; the others take
+            part with their last gradients (the first step takes all). Saves passes, costs one gradient of memory.
+        sketch: Keep projections of so many numbers in place of the groups' gradients, for memory: each group then runs
+            twice per step; see `HAMUOptimizer`.
         target: Instead of a rule: where the forget loss should end, and the fit with it. A loss, `Holdout(loader)` (the
             model's loss on held-out data: for samples), `Chance()` (the loss of a guess: for a whole class), or a
             function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(1e-3))`.
@@ -108,6 +115,7 @@ class HAMUCallback(Callback):
         *,
         protect: Mapping[str, Any] | None = None,
         groups_per_step: int | None = None,
+        sketch: int | None = None,
         target: Any = None,
         batchnorm: BatchNormMode = "freeze",
         batch_size: int | None = None,
@@ -148,6 +156,7 @@ class HAMUCallback(Callback):
             forget,
             dict(protect or {}),
             groups_per_step,
+            sketch,
             rule,
             batchnorm == "freeze",
             batch_size,

@@ -62,6 +62,16 @@ def check_all_present(groups: Sequence[str], is_there: Sequence[bool]) -> None:
     )
 
 
+def check_sketch(rule: Rule, needs_gradients: bool) -> None:
+    """Raise unless projections will do in place of the gradients."""
+    if rule.blocks != "global" or needs_gradients:
+        raise HAMUValueError(
+            "Expected `sketch` to go with a rule for blocks='global', and without `track_actual` and `reuse_groups`, "
+            f"but got {rule}: projections of many blocks take more memory than they save, and the other two need the "
+            "gradients. FeasibleDirection has global blocks by default."
+        )
+
+
 def warn_about_base(base: Optimizer, rule: Rule) -> None:
     """Warn, by name, about what makes the weights move by something else than `d`."""
     if rule.is_plain or is_plain_sgd(base):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import compute_gramian
 from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._checks import check_all_present, is_at_rest, is_plain_sgd
@@ -18,6 +18,7 @@ from hamu_lightning.optim._combine import combine_
 from hamu_lightning.optim._layout import Layout, make_layout
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
+from hamu_lightning.optim._sketch import Sketch, SketchSlot
 from hamu_lightning.optim._slots import GradientSlot, SpentGradients, pointed_gradients
 from hamu_lightning.optim._trial import Referee, Snapshot
 from hamu_lightning.rules import Rule
@@ -40,6 +41,8 @@ class Engine:
     exact: bool = False
     track_actual: bool = False
     reuse_groups: bool = False
+    sketch: Sketch | None = None
+    recompute: Callable[[str], object] | None = None
     plain: Optimizer | None = None
     slots: dict[str, GradientSlot] = field(default_factory=dict)
     spent: SpentGradients = field(default_factory=SpentGradients)
@@ -85,7 +88,9 @@ class Engine:
                 f"Expected one of the rule's groups {self.rule.groups}, but got {name!r}. "
                 "Each gradient is kept by `with optimizer.group(name): loss.backward()`."
             )
-        return self.slots.setdefault(name, GradientSlot())
+        if name not in self.slots:
+            self.slots[name] = GradientSlot() if self.sketch is None else SketchSlot(self.sketch, self.update_layout)
+        return self.slots[name]
 
     def release_slots(self) -> None:
         """Drop the gradients of the step, or keep them for steps without new ones where groups are reused."""
@@ -244,7 +249,7 @@ class Engine:
         rule = self.rule
         if self.referee is not None and self.referee.region != 1 and self._moves_by_d:
             rule = rule.in_region(self.referee.region)
-        gramian = self._as_means(compute_gramian(*gradients, blocks=layout.blocks), groups)
+        gramian = self._as_means(self._compute_gramian(groups, gradients, layout), groups)
         gramian = self._as_means(gramian.mT, groups).mT
         for unscaling in self.unscalings:
             if unscaling.found_inf is not None:
@@ -258,6 +263,39 @@ class Engine:
         lr = layout.learning_rates(self.base.param_groups)
         return StepReport(gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels)
 
+    def _compute_gramian(self, groups: tuple[str, ...], gradients: Gradients, layout: Layout) -> Tensor:
+        """The Gramians `[B, n, n]`: of the gradients, or of their projections."""
+        if self.sketch is None:
+            return compute_gramian(*gradients, blocks=layout.blocks)
+        slots = [self.slots[name] for name in groups[1:]]
+        kept = [slot.projection for slot in slots if isinstance(slot, SketchSlot) and slot.projection is not None]
+        rows = torch.stack([self.sketch.project(gradients[0], layout.blocks), *kept], dim=1)  # [B, n, size]
+        return rows @ rows.mT
+
+    def _combine_again(
+        self, groups: tuple[str, ...], retain: list[Tensor | None], factors: Tensor, is_finite: Tensor
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """Add up the gradients one after the other, each made again: only their projections were kept."""
+        if self.recompute is None:
+            raise HAMUStateError(
+                "Expected `optimizer.recompute` with `sketch`, but it is None: of the gradients only projections are "
+                "kept, and each group's backward pass has to run again. Set it to a function of the group's name."
+            )
+        parameters, one = self.update_layout().parameters, torch.ones_like(factors[:, 0])
+        zero = torch.zeros_like(one)
+        # Into new memory: the retain gradient stays as it is.
+        total, is_finite = combine_(
+            [retain, [None if g is None else g.clone() for g in retain]],
+            torch.stack((factors[:, 0], zero), dim=1),
+            is_finite,
+        )
+        for index, name in enumerate(groups[1:], start=1):
+            with pointed_gradients(self.parameters, [None] * len(self.parameters)), torch.enable_grad():
+                self.recompute(name)
+                grads = [p.grad for p in parameters]
+            total, is_finite = combine_([total, grads], torch.stack((one, factors[:, index]), dim=1), is_finite)
+        return total, is_finite
+
     def _combine(
         self, groups: tuple[str, ...], gradients: Gradients, report: StepReport, layout: Layout
     ) -> tuple[list[Tensor | None], StepReport]:
@@ -270,7 +308,10 @@ class Engine:
         factors = self._as_means(-step.values, groups)
         factors = torch.where(lr == 0, 0, factors if self.exact else factors / lr)
         factors = factors[torch.tensor(layout.blocks, device=factors.device)]
-        combined, is_finite = combine_(gradients, factors, step.is_finite)
+        if self.sketch is not None:
+            combined, is_finite = self._combine_again(groups, gradients[0], factors, step.is_finite)
+        else:
+            combined, is_finite = combine_(gradients, factors, step.is_finite)
         return combined, report.left_out_unless(is_finite)
 
     def _step_base(self) -> None:

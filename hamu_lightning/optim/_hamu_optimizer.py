@@ -13,11 +13,12 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim._aim import Aim
-from hamu_lightning.optim._checks import check_base, check_group, warn_about_base
+from hamu_lightning.optim._checks import check_base, check_group, check_sketch, warn_about_base
 from hamu_lightning.optim._engine import COUNTERS, Engine, Plan
 from hamu_lightning.optim._layout import collect_names
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
+from hamu_lightning.optim._sketch import Sketch
 from hamu_lightning.optim._slots import own_gradients_
 from hamu_lightning.optim._trial import Referee
 from hamu_lightning.rules import Rule
@@ -65,6 +66,10 @@ class HAMUOptimizer(Optimizer):
             improvements of the report. Costs a copy of the weights and one of the forget gradient in each step.
         reuse_groups: A group that has no gradient in a step takes part with its last one, which the optimizer keeps
             (one more gradient of memory). At least one group other than retain must have a new one.
+        sketch: Keep projections of so many numbers instead of the gradients, so that many groups fit: memory for two
+            gradients, whatever the number of groups. Each group's backward pass runs twice: `recompute` is called in
+            `step()` with the name of each group. Inner products, and so the promises of a step, are off by about
+            `1/sqrt(sketch)` of the product of the lengths. For rules with `blocks="global"`.
 
     Raises:
         HAMUValueError: If the base cannot be wrapped, or the rule's blocks need names that are not known.
@@ -94,6 +99,7 @@ class HAMUOptimizer(Optimizer):
         exact: bool = False,
         track_actual: bool = False,
         reuse_groups: bool = False,
+        sketch: int | None = None,
     ) -> None:
         if isinstance(base, HAMUOptimizer):
             raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
@@ -103,6 +109,9 @@ class HAMUOptimizer(Optimizer):
         names = collect_names(base.param_groups)
         names.update({parameter: name for name, parameter in named_parameters or ()})
         self.__setstate__({"_core": Engine(base, rule, names, exact, track_actual, reuse_groups)})
+        if sketch is not None:
+            check_sketch(rule, track_actual or reuse_groups)
+            self._core.sketch = Sketch(sketch)
         layout = self._core.update_layout()
         if rule.radius.needs_weights and not any(bool(p.any()) for p in layout.parameters):
             raise HAMUValueError(
@@ -270,6 +279,15 @@ class HAMUOptimizer(Optimizer):
     @referee.setter
     def referee(self, referee: Referee | None) -> None:
         self._core.referee = referee
+
+    @property
+    def recompute(self) -> Callable[[str], object] | None:
+        """With `sketch`: runs the backward pass of a group again, on the same batches with the same random numbers."""
+        return self._core.recompute
+
+    @recompute.setter
+    def recompute(self, recompute: Callable[[str], object] | None) -> None:
+        self._core.recompute = recompute
 
     @property
     def aim(self) -> Aim:

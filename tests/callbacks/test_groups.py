@@ -296,3 +296,32 @@ def test_processes_take_the_same_steps() -> None:
     first, second = run_ranks(fit_on_ranks, 2)
     assert first == second
     assert first[1] == 3
+
+
+@pytest.mark.parametrize("kind", [Base, WithBatchNorm, WithDropout])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_sketches_tend_to_the_exact_run(kind: type[Base], accumulation: int) -> None:
+    """The passes are made again on the same batches with the same random numbers, and leave no trace."""
+    ends, logged = [], []
+    for sketch in (None, 2**18):
+        module, hamu = build(kind), make_callback(sketch=sketch)
+        _, recorder = fit(module, hamu, max_epochs=1, accumulate_grad_batches=accumulation)
+        ends.append(flat(module))
+        logged.append(recorder.values[0])
+    moved = (ends[0] - flat(build(kind))).norm()
+    assert float((ends[0] - ends[1]).norm() / moved) < 0.05  # 1/sqrt(2^18) is 0.002, in each of six steps
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        ({"verify": True}, {}, "Expected no verified steps with `sketch`"),
+        ({}, {"gradient_clip_val": 0.1}, "Expected no gradient clipping with `sketch`"),
+        ({}, {"precision": "16-mixed"}, "Expected no loss scaler"),
+        ({"groups_per_step": 1}, {}, "without `track_actual` and `reuse_groups`"),
+    ],
+)
+def test_what_does_not_go_with_sketches(options: Any, settings: Any, message: str) -> None:
+    with pytest.raises(HAMUMisconfigurationError, match=message):
+        fit(build(Base), make_callback(sketch=64, **options), **settings)

@@ -1,0 +1,113 @@
+"""Random projections of gradients: the Gramian of many groups in the memory of two gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.gramian import widest_float
+from hamu_lightning.optim._layout import Layout
+from hamu_lightning.optim._slots import GradientSlot, pointed_gradients
+
+# Random numbers are drawn for so many weights at once.
+_PIECE = 2**20
+
+
+class Sketch:
+    """Projects gradients of any length onto `size` numbers, always the same way (Charikar et al. 2002, count sketch).
+
+    Each weight has a bucket and a sign, both drawn from the seed; a bucket holds the sum of its weights' gradients
+    times their signs. Inner products survive in the mean: over the seeds `<S a, S b>` has the mean `a·b` and at most
+    the variance `(|a|^2 |b|^2 + (a·b)^2) / size`. So a cosine is off by about `1/sqrt(size)`: 0.004 with 2^16.
+
+    Args:
+        size: Number of buckets.
+        seed: Of the buckets and signs.
+
+    Raises:
+        HAMUValueError: If `size` is less than 1.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        if size < 1:
+            raise HAMUValueError(f"Expected `sketch` to be a number of buckets, at least 1, but got {size}.")
+        self.size, self.seed = size, seed
+
+    def project(self, grads: Sequence[Tensor | None], blocks: Sequence[int]) -> Tensor:
+        """Project gradients block by block.
+
+        Args:
+            grads: One gradient per tensor; None counts as zero.
+            blocks: For each tensor the index of its block.
+
+        Returns:
+            `[B, size]`, float64 where the device has it.
+
+        Raises:
+            HAMUValueError: If a gradient is sharded.
+        """
+        present = [grad for grad in grads if grad is not None]
+        device = present[0].device if present else torch.device("cpu")
+        result = torch.zeros(max(blocks) + 1, self.size, dtype=widest_float(device), device=device)
+        for number, (grad, block) in enumerate(zip(grads, blocks, strict=True)):
+            if grad is not None:
+                self._add(result[block], grad, number)
+        return result
+
+    def _add(self, buckets: Tensor, grad: Tensor, number: int) -> None:
+        if hasattr(grad, "device_mesh"):
+            raise HAMUValueError("Expected whole gradients with `sketch`, but got sharded ones. Leave `sketch` out.")
+        flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
+        generator = torch.Generator(device=flat.device).manual_seed((self.seed << 20) ^ number)
+        for piece in torch.split(flat, _PIECE):
+            # One draw for both: the lowest bit is the sign.
+            drawn = torch.randint(2 * self.size, piece.shape, generator=generator, device=piece.device)
+            signs = 1 - 2 * (drawn & 1)
+            buckets.index_add_(0, drawn >> 1, piece.to(buckets.dtype) * signs)
+
+
+class SketchSlot(GradientSlot):
+    """A slot that keeps the projection of its gradient, and lets the gradient go.
+
+    Args:
+        sketch: The projection.
+        find_layout: Tells which tensors there are, in which blocks.
+    """
+
+    def __init__(self, sketch: Sketch, find_layout: Callable[[], Layout]) -> None:
+        super().__init__()
+        self._sketch, self._find_layout = sketch, find_layout
+        self.projection: Tensor | None = None
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the slot holds a projection."""
+        return self.projection is not None
+
+    def release(self) -> None:
+        """Forget the projection."""
+        super().release()
+        self.projection = None
+
+    @contextmanager
+    def filling(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Let a gradient accumulate, and add its projection to what is there: projecting is linear."""
+        parameters = list(parameters)
+        with pointed_gradients(parameters, [None] * len(parameters)):
+            try:
+                yield
+            except BaseException:
+                self.release()
+                raise
+            layout = self._find_layout()
+            grads = [p.grad for p in layout.parameters]
+            if all(grad is None for grad in grads):
+                return
+            with torch.no_grad():
+                added = self._sketch.project(grads, layout.blocks)
+            self.projection = added if self.projection is None else self.projection + added
+            self.is_fresh = True
