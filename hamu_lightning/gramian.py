@@ -17,10 +17,11 @@ __all__ = ["Blocks", "assign_blocks", "compute_gramian"]
 
 Blocks: TypeAlias = Literal["tensor", "layer", "global"] | Callable[[str], str]
 
-# Gradients are widened to float64 piece by piece: two pieces of 128k elements fit the second-level cache of a processor
-# core, and a model's largest tensor is never copied whole. An accelerator has the memory, and wants few kernels.
-_PIECE_ON_CPU = 2**17
-_PIECE_ON_ACCELERATOR = 2**24
+# Gradients are widened to float64 piece by piece: so many elements of all gradients together fit the second-level cache
+# of a processor core, and a model's largest tensor is never copied whole. An accelerator has the memory, and wants few
+# kernels.
+_PIECE_ON_CPU = 2**18
+_PIECE_ON_ACCELERATOR = 2**25
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ def _multiply(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> 
         elif present:
             if len(present) < len(local):  # a missing gradient is zero
                 local = [torch.zeros_like(present[0]) if g is None else g for g in local]
-            dense[index] = [_flatten(g) for g in local if g is not None]
+            dense[index] = _flatten([g for g in local if g is not None])
     for pack in _pack(dense):
         wide = _widen([dense[index] if part is None else [g[part] for g in dense[index]] for index, part in pack])
         for piece, (index, _) in zip(wide, pack, strict=True):
@@ -151,8 +152,9 @@ def _pack(dense: dict[int, list[Tensor]]) -> Iterator[list[tuple[int, slice | No
     """Cut large tensors, and put small ones of one device together, so that each pack has about one piece's length."""
     pack: list[tuple[int, slice | None]] = []
     room, device = 0, None
-    for index, (first, *_) in dense.items():
+    for index, (first, *others) in dense.items():
         piece = _PIECE_ON_CPU if first.device.type == "cpu" else _PIECE_ON_ACCELERATOR
+        piece = max(piece // (1 + len(others)), 1)
         for start in range(0, first.numel(), piece):
             length = min(piece, first.numel() - start)
             if pack and (length > room or first.device != device):
@@ -175,8 +177,18 @@ def _widen(parts: list[list[Tensor]]) -> Sequence[Tensor]:
     return torch.split_with_sizes(matrix, sizes, dim=1)
 
 
-def _flatten(grad: Tensor) -> Tensor:
-    return (torch.view_as_real(grad) if grad.is_complex() else grad).reshape(-1)
+def _flatten(row: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of one tensor as vectors, all in the same order of elements.
+
+    Convolutions give gradients whose channels come last in memory: these are read in that order. A copy in the usual
+    one takes longer than the products.
+    """
+    real = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in row]
+    if not all(grad.is_contiguous() for grad in real):
+        order = sorted(range(real[0].ndim), key=real[0].stride, reverse=True)
+        permuted = [grad.permute(order) for grad in real]
+        real = permuted if all(grad.is_contiguous() for grad in permuted) else real
+    return [grad.reshape(-1) for grad in real]
 
 
 def _sparse_inner(a: Tensor | None, b: Tensor | None, device: torch.device) -> Tensor:

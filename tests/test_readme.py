@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,6 +51,18 @@ def test_callback(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
     exec("from hamu_lightning import *\n" + CALLBACK.replace("target=Holdout(val_dataset)", how), names)
     assert names["callback"].forget_passes > 0
+
+
+def test_many_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/many_requests.md."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "many_requests.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {f"loader_{name}": DataLoader(make_data(8), batch_size=4) for name in "abc"}
+    exec(code, names)
+    trainer = Trainer(max_epochs=1, callbacks=[names["callback"]], logger=False, enable_progress_bar=False)
+    trainer.fit(Classifier(), DataLoader(make_data(16), batch_size=4))
+    assert names["callback"].combined_steps == 4
 
 
 def test_optimizer() -> None:

@@ -54,7 +54,7 @@ def _combine_lists_(columns: list[list[Tensor]], factors: Tensor, is_finite: Ten
     *weights, last = ([*column.unbind()] for column in factors.unbind(dim=1))
     torch._foreach_mul_(targets, last)
     for source, weight in zip(sources, weights, strict=True):
-        torch._foreach_add_(targets, torch._foreach_mul(source, weight))
+        torch._foreach_addcmul_(targets, source, weight)  # without a product of the model's size in between
     is_bad = ~is_finite
     for target in targets:
         target.masked_fill_(is_bad, 0)

@@ -511,7 +511,8 @@ def test_exact_steps_take_only_the_learning_rate_from_the_base(wrap: Wrap, base:
         scheduler.step()
         other.step()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # float32: d is not divided by lr and multiplied again
+        # float32: d is not divided by lr and multiplied again, in three steps of up to 0.1.
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-7)
     assert not optimizer.base.state
 
 
