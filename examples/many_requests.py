@@ -99,8 +99,9 @@ def measure(module: DigitsClassifier, data: Data) -> dict[str, float]:
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """One line for each group, one column for each model."""
-    width = max(len(name) for row in rows.values() for name in row)
-    lines = [f"{'accuracy, %':<{width}}" + "".join(f"  {title:>11}" for title in rows)]
+    title = "accuracy, %"
+    width = max(map(len, (title, *(name for row in rows.values() for name in row))))
+    lines = [f"{title:<{width}}" + "".join(f"  {name:>11}" for name in rows)]
     for name in next(iter(rows.values())):
         lines.append(f"{name:<{width}}" + "".join(f"  {row[name]:>11.1f}" for row in rows.values()))
     return "\n".join(lines)

@@ -75,7 +75,9 @@ class Stopper:
         self._score = compute_score(signals, self._conditions, None if target is None else float(target))
         found = self._monitor.judge(signals)
         if found is not None:
-            self.stop(*found)
+            reason, message = found
+            conflict = report.coefficients.conflict() if reason is StopReason.INFEASIBLE else ()
+            self.stop(reason, message + (f" In the way: {', '.join(conflict)}." if conflict else ""))
         elif self._has_ceiling:
             self._kept.keep()
         return found is None

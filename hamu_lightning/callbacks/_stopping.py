@@ -18,8 +18,6 @@ from hamu_lightning.optim import StepReport
 
 StopOn: TypeAlias = Literal["collateral_damage", "infeasible", "not_finite"]
 
-# A predicted improvement this close to the quota has met it: the closed form is exact to rounding.
-_SHORTFALL = 1e-6
 # So close to a target it counts as met.
 _AT_TARGET = 0.95
 
@@ -56,6 +54,7 @@ class Signals:
     retain_loss: float
     forget_loss: float
     is_finite: float
+    is_served: float
     bound: str
 
     @property
@@ -146,7 +145,7 @@ class Infeasible(StopCondition):
 
     def explain(self, steps: list[Signals]) -> str | None:
         """Tell whether each step fell short."""
-        if not all(s.given < s.quota * (1 - _SHORTFALL) for s in steps):
+        if any(s.is_served for s in steps):
             return None
         last = steps[-1]
         return (
@@ -303,14 +302,15 @@ def compute_score(signals: Signals, conditions: tuple[StopCondition, ...], targe
     return forget / (forget + 1) if target is None else forget / target
 
 
-NUMBERS = ("quota", "feasible", "given", "retain_loss", "forget_loss", "is_finite")
+NUMBERS = ("quota", "feasible", "given", "retain_loss", "forget_loss", "is_finite", "is_served")
 
 
 def pack_signals(report: StepReport, retain_loss: Tensor, forget_loss: Tensor) -> Tensor:
     """The `NUMBERS` of `Signals` in one tensor, on the device."""
     step = report.coefficients
     given = step.forget_improvement if step.constrained == 1 else step.retain_improvement
-    numbers = (step.total_quota, step.feasible_improvement, given, retain_loss, forget_loss, step.is_finite)
+    losses = retain_loss, forget_loss
+    numbers = (step.total_quota, step.feasible_improvement, given, *losses, step.is_finite, step.is_served)
     return torch.stack([number.to(step.total_quota) for number in numbers])
 
 

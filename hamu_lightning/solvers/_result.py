@@ -119,6 +119,11 @@ class GroupCoefficients(Coefficients):
         bound = compute_feasible_improvement(*self.account, self.n_protected)
         return torch.full_like(self.total_quota, bound)
 
+    @property
+    def is_served(self) -> Tensor:
+        """Whether all quotas and floors are served, 0-d, bool."""
+        return self.block_feasible.all()
+
     def conflict(self) -> tuple[str, ...]:
         """Return a smallest set of constraints, by name, without which the step is feasible; empty if it is.
 

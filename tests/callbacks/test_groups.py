@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps, preflight
@@ -227,6 +227,24 @@ def test_the_table_at_the_end() -> None:
         ["b", "forgotten"],
     ]
     assert max(map(len, lines[1:])) <= 120
+
+
+def test_it_stops_where_the_constraints_cannot_hold_together() -> None:
+    """What is to be forgotten and what is protected are the same samples, which nobody could see."""
+    twin = TensorDataset(*DATA["a"].tensors)
+    rule = FeasibleDirection({"a": 0.01, "b": 0.001}, {"twin": 0.0}, radius=RADIUS)
+    hamu = HAMUCallback(
+        {"a": loader("a", 40), "b": loader("b")},
+        rule,
+        protect={"twin": DataLoader(twin, batch_size=40)},
+        stop_on=("infeasible",),
+    )
+    module = build(Base)
+    before = flat(module)
+    fit(module, hamu)
+    assert hamu.stop_reason is StopReason.INFEASIBLE
+    assert hamu.stop_message is not None and hamu.stop_message.endswith(("In the way: twin.", "In the way: a."))
+    assert torch.equal(before, flat(module))
 
 
 def test_mean_prices_leave_out_what_is_not_known() -> None:

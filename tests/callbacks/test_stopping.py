@@ -33,7 +33,8 @@ RULE = HAMUQ(0.1, radius=FixedRadius(0.1))
 
 
 def signals(**changes: float) -> Signals:
-    numbers = {"quota": 1.0, "feasible": 2.0, "given": 1.0, "retain_loss": 0.5, "forget_loss": 0.5, "is_finite": 1.0}
+    numbers = dict.fromkeys(("quota", "given", "is_finite", "is_served"), 1.0)
+    numbers |= {"feasible": 2.0, "retain_loss": 0.5, "forget_loss": 0.5}
     return Signals(**{**numbers, **changes}, bound="forget")
 
 
@@ -44,8 +45,8 @@ def signals(**changes: float) -> Signals:
         (CollateralDamage(epsilon=0.1), "feasible", [0.91, 0.89], 1),
         (CollateralDamage(patience=3), "feasible", [0.5, 1.5, 1.1, 0.9, 0.9], 4),  # means of three: 1.03, 1.17, 0.97
         (CollateralDamage(), "feasible", [math.nan, 0.5], 1),
-        (Infeasible(), "given", [1 - 1e-7, 0.9], 1),
-        (Infeasible(patience=2), "given", [0.5, 1.0, 0.5, 0.5], 3),
+        (Infeasible(), "is_served", [1.0, 0.0], 1),
+        (Infeasible(patience=2), "is_served", [0.0, 1.0, 0.0, 0.0], 3),
         (RetainAbove(0.6, patience=2), "retain_loss", [9.0, 0.1, 0.5, 0.8], 1),
         (ForgetAbove(0.6, patience=1), "forget_loss", [0.6, 0.61], 1),
         (NotFinite(patience=2), "is_finite", [0.0, 1.0, 0.0, 0.0], 3),

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -350,3 +351,16 @@ def test_fine_tuning_never_looks_at_the_forget_gradient() -> None:
         values = FineTune().coefficients(gramian, lr=lr).values
         assert torch.equal(values[:, 0], -lr)
         assert torch.equal(values[:, 1], torch.zeros_like(lr))
+
+
+@pytest.mark.parametrize("allocation", ["proportional", "optimal"])
+def test_a_quota_is_served_up_to_rounding(allocation: Literal["proportional", "optimal"]) -> None:
+    """Twenty blocks of float32 gradients at 0.3 and 1.01 of the capacity; HAMU-U likewise."""
+    grads = torch.randn(20, 2, 30, generator=torch.Generator().manual_seed(0))
+    gramian = grads @ grads.mT
+    for rule, row in ((HAMUQ, 1), (HAMUU, 0)):
+        capacity = float(0.1 * gramian[:, row, row].sqrt().sum())
+        for share, is_served in ((0.3, True), (1.01, False)):
+            step = rule(share * capacity, radius=FixedRadius(0.1), allocation=allocation).coefficients(gramian, lr=0.1)
+            assert bool(step.is_served) == is_served
+            assert step.conflict() == ()
