@@ -22,6 +22,8 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "osqp": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 4000},
     "clarabel": {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9},
     "scs": {"eps_abs": 1e-9, "eps_rel": 1e-9},
+    # It was seen to run for minutes on a problem of ten numbers.
+    "highs": {"time_limit": 1.0},
 }
 
 

@@ -62,6 +62,8 @@ class QPSolution:
             each bound. None unless solved to optimality.
         pull: `lambda >= 0`, the multiplier of the radius. NaN unless solved.
         solves: How many quadratic programs it took.
+        residual: The largest violation of an optimality condition: bounds, length, complementarity, stationarity. NaN
+            unless solved.
     """
 
     status: SolveStatus
@@ -69,6 +71,7 @@ class QPSolution:
     multipliers: Array | None = None
     pull: float = np.nan
     solves: int = 0
+    residual: float = np.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,18 +125,21 @@ class Candidate:
         """
         share = 1.0 if self.tau == np.inf else self.tau / (1 + self.tau)
         slack = problem.rows @ self.point - problem.bounds
-        if (slack < -KKT_TOLERANCE).any() or np.linalg.norm(self.point) > 1 + CAPACITY_SLACK:
+        excess = float(np.linalg.norm(self.point)) - 1
+        if (slack < -KKT_TOLERANCE).any() or excess > CAPACITY_SLACK:
             return None
         multipliers = np.zeros_like(problem.bounds)
         direction = share * problem.cost + (1 - share) * self.point
         multipliers[self.active], distance = solve_multipliers(problem.rows[self.active], direction)
         if distance > KKT_TOLERANCE or (slack[multipliers > 0] > KKT_TOLERANCE).any():
             return None
+        residual = max(excess, distance, *-slack, *slack[multipliers > 0], 0.0)
         status = SolveStatus.SLACK_RADIUS if share == 1 else SolveStatus.SOLVED
         # At the capacity tau is 0: one more unit has no finite price.
         price = np.divide(multipliers, share, out=np.full_like(multipliers, np.inf), where=share > 0)
         price = np.where(multipliers > 0, price, 0)
-        return QPSolution(status, self.point, price, np.inf if share == 0 else (1 - share) / share, solves)
+        pull = np.inf if share == 0 else (1 - share) / share
+        return QPSolution(status, self.point, price, pull, solves, float(residual))
 
 
 def search_ball(problem: BallProblem) -> Questions:

@@ -244,3 +244,22 @@ def test_fixed_radius_of_blocks_adds_up_globally() -> None:
     step = rule.coefficients(gramian, lr=torch.tensor([0.1, 0.0]))
     assert step.retain_improvement.item() == pytest.approx(3.0)
     assert not step.values[1].any()
+
+
+@seeds
+def test_residuals_are_those_of_the_optimality_conditions(seed: int) -> None:
+    """Recomputed on the actual gradients, in shares of the radius and of the gradients' lengths."""
+    requests = draw_requests(seed, 0.1)
+    result = requests.solve()
+    (solution,) = result.solutions
+    if solution.multipliers is None:
+        assert np.isnan(solution.residual)
+        return
+    step = requests.step(result) / requests.radius
+    units = requests.grads / np.linalg.norm(requests.grads, axis=1, keepdims=True)
+    signs = np.where(np.arange(len(units)) > len(requests.floors), 1.0, -1.0)
+    bounds = np.append(requests.floors, requests.quotas) / requests.reach[1:]
+    slack = (signs[:, None] * units)[1:] @ step - bounds
+    worst = max(np.linalg.norm(step) - 1, *-slack, *slack[result.solutions[0].multipliers > 0])
+    assert 0 <= solution.residual <= 1e-9
+    assert worst <= solution.residual + 1e-12  # rounding

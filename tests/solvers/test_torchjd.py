@@ -291,3 +291,35 @@ def test_without_torchjd_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("hamu_lightning.solvers._torchjd.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"Expected TorchJD .* Run: pip install 'hamu_lightning\[torchjd\]'"):
         FromTorchJD(UPGrad())
+
+
+def test_the_state_goes_through_the_optimizers_checkpoint() -> None:
+    """Nash-MTL resumed by `hamu_state_dict`: the same weights as in one run."""
+
+    def make() -> tuple[torch.nn.Linear, HAMUOptimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2).double()
+        rule = FromTorchJD(NashMTL(n_tasks=2, update_weights_every=3))
+        return model, HAMUOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rule)
+
+    def run(model: torch.nn.Linear, optimizer: HAMUOptimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            optimizer.zero_grad()
+            with optimizer.retain():
+                model(x[0]).square().mean().backward()
+            with optimizer.forget():
+                model(x[1]).sin().mean().backward()
+            optimizer.step()
+
+    whole, first, second = make(), make(), make()
+    run(*whole, range(5))
+    run(*first, range(2))
+    buffer = io.BytesIO()
+    torch.save([first[0].state_dict(), first[1].hamu_state_dict()], buffer)
+    buffer.seek(0)
+    weights, state = torch.load(buffer, weights_only=True)
+    second[0].load_state_dict(weights)
+    second[1].load_hamu_state_dict(state)
+    run(*second, range(2, 5))
+    assert torch.equal(second[0].weight, whole[0].weight)
