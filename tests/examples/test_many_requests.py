@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +9,6 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
-
-EXAMPLES = str(Path(__file__).parents[2] / "examples")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _examples_on_path() -> Iterator[None]:
-    sys.path.insert(0, EXAMPLES)
-    yield
-    sys.path.remove(EXAMPLES)
 
 
 def test_groups_are_disjoint_and_cover_the_training_set() -> None:
