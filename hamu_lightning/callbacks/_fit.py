@@ -156,7 +156,9 @@ class Fit:
     def start_epoch(self) -> None:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
         self._window = 0
-        self.optimizer.release_forget()
+        if self.optimizer.has_forget_gradient:  # of a window that was cut short
+            self.optimizer.release_forget()
+            self.groups.take_all_next()
         self.groups.guard.look_again()
 
     def prepare_forget_gradient(self) -> None:

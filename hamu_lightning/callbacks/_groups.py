@@ -89,6 +89,10 @@ class Groups:
         self._groups = {known: made[known] for known in self._sources}
         self._start_group(name)
         self._check_disjoint()
+        self.take_all_next()
+
+    def take_all_next(self) -> None:
+        """Let every group take part in the next step: some have no gradient that could be reused."""
         self._has_begun = False
 
     def _check_disjoint(self) -> None:
