@@ -102,9 +102,14 @@ def warn_about_stale_best(before: dict[str, str], after: dict[str, str]) -> None
         )
 
 
-def wrap_optimizer(module: LightningModule, base: Any, rule: Any, **options: bool) -> HAMUOptimizer:
+def wrap_optimizer(module: LightningModule, base: Any, rule: Any, mask: Any = None, **options: bool) -> HAMUOptimizer:
     """Wrap the module's optimizer, or take the HAMUOptimizer that it made itself."""
     if isinstance(base, HAMUOptimizer):
+        if mask is not None:
+            raise HAMUMisconfigurationError(
+                "Expected `mask` where the optimizer is wrapped, but `configure_optimizers` returned a HAMUOptimizer. "
+                "Give the mask to it, HAMUOptimizer(..., mask=mask), or let it return the plain optimizer."
+            )
         return base
     if rule is None:
         raise HAMUMisconfigurationError(
@@ -112,6 +117,6 @@ def wrap_optimizer(module: LightningModule, base: Any, rule: Any, **options: boo
             "It can be left out only when `configure_optimizers` returns a HAMUOptimizer."
         )
     try:
-        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters(), **options)
+        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters(), mask=mask, **options)
     except HAMUValueError as error:
         raise HAMUMisconfigurationError(str(error)) from error

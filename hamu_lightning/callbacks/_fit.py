@@ -56,6 +56,7 @@ class FitSettings:
     verify: VerifySteps | None
     objective: Objective | None = None
     retain_objective: Objective | None = None
+    mask: Mapping[str, Tensor] | None = None
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -79,7 +80,7 @@ class Fit:
         options = {"exact": settings.exact, "track_actual": settings.track_actual}
         if settings.groups_per_step is not None:
             options["reuse_groups"] = True
-        self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, **options)
+        self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, settings.mask, **options)
         check_target(settings.objective, self.optimizer.rule)
         self._has_wrapped = self.optimizer is not base
         self.groups = Groups(trainer, self.optimizer, settings)

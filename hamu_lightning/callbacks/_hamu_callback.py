@@ -89,6 +89,8 @@ class HAMUCallback(Callback):
             units; a target needs one that is at least 0.
         retain_objective: What is lowered on the retain data instead, such as
             `WeightedSum((1.0, ReferenceKL()), (0.1, CrossEntropy()))`; likewise.
+        mask: For names of the module's parameters a bool tensor each, True where a weight may move, such as
+            `compute_saliency_mask(module, forget_loader)`; see `HAMUOptimizer`.
         verify: `VerifySteps()`, or True, measures both losses again after each step, and takes back a step that breaks
             its promise. Default: with `target`, and not else.
 
@@ -121,6 +123,7 @@ class HAMUCallback(Callback):
         verify: VerifySteps | bool | None = None,
         objective: Objective | None = None,
         retain_objective: Objective | None = None,
+        mask: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         if target is not None:
@@ -161,6 +164,7 @@ class HAMUCallback(Callback):
             _choose_verification(verify, has_target=target is not None),
             objective,
             retain_objective,
+            mask,
         )
         self._requests: list[str] = []
         self._summary: str | None = None

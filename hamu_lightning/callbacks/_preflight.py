@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -207,7 +208,12 @@ class BarePass:
         guard: Keeps the module as it was.
         random: The random numbers of the pass.
         slot: A context in which `backward()` accumulates.
+
+    Attributes:
+        samples: How many samples the last batch had; NaN where that cannot be told.
     """
+
+    samples = math.nan
 
     def __init__(
         self,
@@ -232,21 +238,28 @@ class BarePass:
     def run(self) -> Tensor:
         """Run the next batch that gives a loss."""
         for _ in range(self.stream.length or 100):
-            self._random.draw += 1
-            with self._random.active(), self._guard.guarding(), without_trainer(self._module):
-                batch = _compat.transfer_batch_alone(self._module, next(self.stream), self._device)
-                arguments = _compat.step_arguments(self._module, batch, self._random.draw - 1)
-                loss: Any = _compat.split_step_output(self._module.training_step(*arguments))
-                if loss is None:
-                    continue
-                check_loss(loss)
-                with self._slot():
-                    torch.autograd.backward(loss)
-                detached: Tensor = loss.detach().float().mean().clone()
-                return detached
+            loss = self.run_next()
+            if loss is not None:
+                return loss
         raise HAMUStateError(
             f"Expected `training_step` to return a loss, but it returned None for all {self._name} data."
         )
+
+    def run_next(self) -> Tensor | None:
+        """Run the next batch, and return its loss, if it gives one."""
+        self._random.draw += 1
+        with self._random.active(), self._guard.guarding(), without_trainer(self._module):
+            batch = _compat.transfer_batch_alone(self._module, next(self.stream), self._device)
+            self.samples = _compat.count_samples(batch)
+            arguments = _compat.step_arguments(self._module, batch, self._random.draw - 1)
+            loss: Any = _compat.split_step_output(self._module.training_step(*arguments))
+            if loss is None:
+                return None
+            check_loss(loss)
+            with self._slot():
+                torch.autograd.backward(loss)
+            detached: Tensor = loss.detach().float().mean().clone()
+            return detached
 
 
 class FitPreflight:
@@ -387,8 +400,8 @@ def _log_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> None:
-    """Raise unless the preflight can run."""
+def check_module(module: Any, batchnorm: str) -> None:
+    """Raise unless batches can be run through the module."""
     if not callable(getattr(module, "training_step", None)):
         raise HAMUValueError(
             f"Expected `module` to have a `training_step(batch)` that returns the loss, but {type(module).__name__} "
@@ -399,6 +412,13 @@ def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> Non
             "Expected automatic optimization, but the module sets `automatic_optimization = False`: its "
             "`training_step` would change the weights. Give a module whose `training_step` only returns the loss."
         )
+    if batchnorm not in ("freeze", "retain"):
+        raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
+
+
+def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> None:
+    """Raise unless the preflight can run."""
+    check_module(module, batchnorm)
     if not isinstance(rule, Rule):
         raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
     check_two_groups(rule)
@@ -410,8 +430,6 @@ def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> Non
         )
     if batches < 1:
         raise HAMUValueError(f"Expected `batches` to be at least 1, but got {batches}.")
-    if batchnorm not in ("freeze", "retain"):
-        raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
 
 
 def check_two_groups(rule: Rule) -> None:

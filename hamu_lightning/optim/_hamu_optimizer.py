@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._checks import check_base, check_group, warn_about_base
 from hamu_lightning.optim._engine import COUNTERS, Engine, Plan
 from hamu_lightning.optim._layout import collect_names
+from hamu_lightning.optim._mask import make_mask
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._slots import own_gradients_
@@ -65,9 +66,16 @@ class HAMUOptimizer(Optimizer):
             improvements of the report. Costs a copy of the weights and one of the forget gradient in each step.
         reuse_groups: A group that has no gradient in a step takes part with its last one, which the optimizer keeps
             (one more gradient of memory). At least one group other than retain must have a new one.
+        mask: For names or tensors a bool tensor of the same shape, True where a weight may move (SalUn, Fan et al.
+            2024). All others rest exactly, whatever the rule and the base, and the step is that of the problem without
+            them: so are Gramians, radii, quotas and promises. A tensor that is not named, or added later by
+            `add_param_group`, moves as without a mask. Costs a copy of the masked tensors' retain gradients in each
+            step, one of their weights with a base other than plain SGD, and a byte per weight. Like the rule it is no
+            part of a checkpoint: give the same one when a run goes on. Gradients are clipped before they are masked.
 
     Raises:
-        HAMUValueError: If the base cannot be wrapped, or the rule's blocks need names that are not known.
+        HAMUValueError: If the base cannot be wrapped, the rule's blocks need names that are not known, or the
+            mask does not fit the weights.
 
     Example:
         >>> import torch
@@ -94,6 +102,7 @@ class HAMUOptimizer(Optimizer):
         exact: bool = False,
         track_actual: bool = False,
         reuse_groups: bool = False,
+        mask: Mapping[str | Tensor, Tensor] | None = None,
     ) -> None:
         if isinstance(base, HAMUOptimizer):
             raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
@@ -103,8 +112,14 @@ class HAMUOptimizer(Optimizer):
         names = collect_names(base.param_groups)
         names.update({parameter: name for name, parameter in named_parameters or ()})
         self.__setstate__({"_core": Engine(base, rule, names, exact, track_actual, reuse_groups)})
+        if mask is not None:
+            self._core.mask = make_mask(mask, names, self._core.parameters)
         layout = self._core.update_layout()
-        if rule.radius.needs_weights and not any(bool(p.any()) for p in layout.parameters):
+        if mask is not None and not any(layout.sizes):
+            raise HAMUValueError(
+                "Expected some weight inside of `mask`, but all rest. True lets a weight move; is the mask inverted?"
+            )
+        if rule.radius.needs_weights and not any(bool(w.any()) for w in layout.weights):
             raise HAMUValueError(
                 f"Expected some weight to differ from zero with {rule.radius}, but all are zero. "
                 "A radius relative to the weights needs weights: use FixedRadius, or load the trained model first."
@@ -119,13 +134,15 @@ class HAMUOptimizer(Optimizer):
 
     @property
     def rule(self) -> Rule:
-        """The rule that combines the gradients. A new one may have other groups, but must have the same blocks."""
+        """The rule that combines the gradients. A new one may have other groups and blocks."""
         return self._core.rule
 
     @rule.setter
     def rule(self, rule: Rule) -> None:
         for name in set(self._core.slots) - set(rule.groups):
             del self._core.slots[name]
+        if rule.blocks != self._core.rule.blocks:
+            self._core.layout = None
         self._core.rule = rule
 
     @property
