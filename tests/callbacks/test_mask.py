@@ -30,6 +30,7 @@ from tests.distributed import run_ranks
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:The base optimizer"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 RULE = HAMUQ(0.02, radius=FixedRadius(0.05))
 
@@ -86,7 +87,7 @@ def test_salun_is_a_loop_in_plain_pytorch() -> None:
         grads = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             for name, parameter, grad in zip(names, parameters, grads, strict=True):
-                parameter -= 0.05 * expected[name] * grad
+                parameter -= 0.05 * (expected[name] * grad)
     for weight, other in zip(module.parameters(), parameters, strict=True):
         torch.testing.assert_close(weight, other, rtol=0, atol=1e-12)  # float64; 6 steps of rounding
 
