@@ -102,14 +102,20 @@ def warn_about_stale_best(before: dict[str, str], after: dict[str, str]) -> None
         )
 
 
+def check_own_optimizer(base: Any, **given: Any) -> None:
+    """Raise where settings are given that a HAMUOptimizer of the module's own would not heed."""
+    ignored = [name for name, value in given.items() if value is not None]
+    if isinstance(base, HAMUOptimizer) and ignored:
+        raise HAMUMisconfigurationError(
+            f"Expected a plain optimizer with `{ignored[0]}`, but `configure_optimizers` returned a HAMUOptimizer, "
+            "which has its own settings. Let it return the plain optimizer; a mask can also be given to the wrapper, "
+            "HAMUOptimizer(..., mask=mask)."
+        )
+
+
 def wrap_optimizer(module: LightningModule, base: Any, rule: Any, mask: Any = None, **options: bool) -> HAMUOptimizer:
     """Wrap the module's optimizer, or take the HAMUOptimizer that it made itself."""
     if isinstance(base, HAMUOptimizer):
-        if mask is not None:
-            raise HAMUMisconfigurationError(
-                "Expected `mask` where the optimizer is wrapped, but `configure_optimizers` returned a HAMUOptimizer. "
-                "Give the mask to it, HAMUOptimizer(..., mask=mask), or let it return the plain optimizer."
-            )
         return base
     if rule is None:
         raise HAMUMisconfigurationError(
