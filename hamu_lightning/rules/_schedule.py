@@ -43,6 +43,9 @@ class Alternate(Schedule):
     min-steps. In the paper they are one pass over the forget set: `max_steps=len(forget_loader)`. Without, whole epochs
     take turns, a max-epoch first, until there have been `max_epochs` of them.
 
+    A divergence from the original model, such as SCRUB's, has no gradient at that model: the max-steps before the first
+    min-step hardly move the weights.
+
     Args:
         max_epochs: The number of epochs with max-steps, at least 1.
         max_steps: How many max-steps each of them begins with; None for all of its steps.
