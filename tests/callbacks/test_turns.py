@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
@@ -153,6 +156,8 @@ def test_epochs_count_from_where_unlearning_began(tmp_path: Path) -> None:
     hamu = HAMUCallback(forget_loader(), schedule=Alternate(1, 2))
     fit(build(Base), hamu, loader=retain_loader(), max_epochs=5, ckpt_path=tmp_path / "trained.ckpt")
     assert hamu.turns == {ASCENT: 2, DESCENT: 10}
+    fit(build(Base), hamu, loader=retain_loader(), max_epochs=2)  # a new run, from its first epoch on
+    assert hamu.turns == {ASCENT: 4, DESCENT: 20}
 
 
 def test_a_second_fit_begins_again() -> None:
@@ -181,6 +186,57 @@ def test_with_a_mask_and_verified_steps() -> None:
     assert_rest(module, before, mask)
     assert hamu.summary is not None
     assert "4 verified steps" in hamu.summary
+
+
+class Watch(Callback):
+    """Notes the quota and the number of blocks of each step, and the settings that a stop belongs to."""
+
+    def __init__(self, hamu: HAMUCallback) -> None:
+        self.hamu, self.steps = hamu, []  # type: ignore[var-annotated]
+        self.settings: set[str] = set()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        report = self.hamu.last_step
+        assert report is not None
+        self.steps.append((float(report.coefficients.total_quota), len(report.labels)))
+        self.settings.add(self.hamu.state_dict()["stopped_under"])
+
+
+def test_each_step_is_made_by_the_rule_on_turn() -> None:
+    rules = HAMUQ(0.02, radius=FixedRadius(0.05)), GradDiff(0.1)
+    hamu = HAMUCallback(forget_loader(), schedule=Alternate(1, 2, *rules))
+    watch = Watch(hamu)
+    fit(build(Base), hamu, watch, loader=retain_loader(), max_epochs=1)
+    assert watch.steps == [(pytest.approx(0.02), 4)] * 2 + [(0.0, 1)] * 4
+    assert hamu.combined_steps == 6
+
+
+def test_a_stop_belongs_to_the_schedule() -> None:
+    """A resumed run stays stopped, whichever rule was on turn."""
+    hamu = HAMUCallback(forget_loader(), schedule=Alternate(1, 2))
+    watch = Watch(hamu)
+    fit(build(Base), hamu, watch, loader=retain_loader(), max_epochs=1)
+    assert len(watch.settings) == 1
+
+
+class Validates(Base):
+    """Monitors a number that is best at the start."""
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("age", float(self.global_step))
+
+    @override
+    def val_dataloader(self) -> Any:
+        return retain_loader()
+
+
+def test_a_best_checkpoint_from_before_the_end_is_warned_about(tmp_path: Path) -> None:
+    """Although the last steps were plain ones."""
+    saving = ModelCheckpoint(tmp_path, monitor="age")
+    hamu = HAMUCallback(forget_loader(), schedule=Alternate(1, 2))
+    with pytest.warns(UserWarning, match="The best checkpoint by 'age' is from before the end of this fit"):
+        fit(build(Validates), hamu, saving, loader=retain_loader(), enable_checkpointing=True)
 
 
 class Strange(Schedule):
