@@ -25,6 +25,7 @@ from hamu_lightning.callbacks._streams import ForgetStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import HAMUOptimizer, StepReport
 from hamu_lightning.optim._aim import Aim
+from hamu_lightning.optim._mask import NamedMasks
 from hamu_lightning.optim._slots import hidden_gradients
 from hamu_lightning.rules import Rule
 
@@ -45,6 +46,7 @@ def preflight(
     lr: float | None = None,
     batchnorm: Literal["freeze", "retain"] = "freeze",
     seed: int = 0,
+    mask: NamedMasks | None = None,
 ) -> PreflightReport:
     """Predict what unlearning will cost and whether the quota can be had, before any weight changes.
 
@@ -67,6 +69,7 @@ def preflight(
         lr: Learning rate of all trainable weights. Default: the learning rates of `configure_optimizers()`.
         batchnorm: As for `HAMUCallback`: "freeze" takes BatchNorm layers in evaluation mode, "retain" as they are.
         seed: Seed of the random numbers that shuffling, dropout and the like draw.
+        mask: As for `HAMUOptimizer`: which weights may move.
 
     Raises:
         HAMUValueError: If an argument cannot be used, or a loader is empty or can be iterated only once.
@@ -82,7 +85,7 @@ def preflight(
     """
     check_arguments(module, rule, batches, batchnorm)
     guard = ModuleGuard(module)
-    probe = Probe(module, _find_groups(module, lr, guard, seed), rule)
+    probe = Probe(module, _find_groups(module, lr, guard, seed), rule, mask=mask)
     forget = BarePass(module, forget_loader, "forget", guard, RandomStream(seed), probe.forget)
     retain = BarePass(module, retain_loader, "retain", guard, RandomStream(seed, rank=1), probe.retain)
     with batchnorm_frozen(module, batchnorm == "freeze"):
@@ -98,10 +101,16 @@ class Probe:
             `initial_lr`.
         rule: The rule.
         divisor: What each loss is divided by before its backward pass.
+        mask: Which weights may move.
     """
 
     def __init__(
-        self, module: nn.Module, param_groups: Sequence[Mapping[str, Any]], rule: Rule, divisor: int = 1
+        self,
+        module: nn.Module,
+        param_groups: Sequence[Mapping[str, Any]],
+        rule: Rule,
+        divisor: int = 1,
+        mask: NamedMasks | None = None,
     ) -> None:
         groups: list[dict[str, Any]] = [
             {"params": list(g["params"]), "lr": float(g["lr"]) or float(g.get("initial_lr", 0.0))} for g in param_groups
@@ -112,7 +121,7 @@ class Probe:
                 "call `hamu_lightning.preflight(..., lr=...)`."
             )
         # Plain SGD of its own: the base optimizer of the run and its state are not touched.
-        self.optimizer = HAMUOptimizer(SGD(groups), rule, named_parameters=module.named_parameters())
+        self.optimizer = HAMUOptimizer(SGD(groups), rule, module.named_parameters(), mask=mask)
         self.optimizer.approve = lambda report: False
         self.forget, self.retain = self.optimizer.forget, self.optimizer.retain
         self._parameters = {id(p): p for group in groups for p in [*group["params"], *module.parameters()]}
@@ -267,7 +276,7 @@ class FitPreflight:
 
     Args:
         trainer: The trainer, with its loaders set up.
-        optimizer: The optimizer of the fit; it is only asked for its rule and its learning rates.
+        optimizer: The optimizer of the fit; it is only asked for its rule, its mask and its learning rates.
         forget_loader: The loader of forget batches; None where the training loader brings them.
         seed: Of the random numbers.
 
@@ -286,9 +295,8 @@ class FitPreflight:
         self._trainer, self._aim = trainer, optimizer.aim
         randoms = RandomStream(seed), RandomStream(seed, rank=1)
         try:
-            self._probe = Probe(
-                trainer.lightning_module, optimizer.param_groups, optimizer.rule, trainer.accumulate_grad_batches
-            )
+            divisor, module = trainer.accumulate_grad_batches, trainer.lightning_module
+            self._probe = Probe(module, optimizer.param_groups, optimizer.rule, divisor, optimizer.mask)
             streams = [twin_loader(loader) for loader in (forget_loader, _compat.train_batches(trainer))]
         except HAMUValueError as error:
             raise HAMUMisconfigurationError(str(error)) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._checks import check_base, check_group, warn_about_base
 from hamu_lightning.optim._engine import COUNTERS, Engine, Plan
 from hamu_lightning.optim._layout import collect_names
-from hamu_lightning.optim._mask import make_mask
+from hamu_lightning.optim._mask import NamedMasks, make_mask
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._slots import own_gradients_
@@ -102,7 +102,7 @@ class HAMUOptimizer(Optimizer):
         exact: bool = False,
         track_actual: bool = False,
         reuse_groups: bool = False,
-        mask: Mapping[str | Tensor, Tensor] | None = None,
+        mask: NamedMasks | None = None,
     ) -> None:
         if isinstance(base, HAMUOptimizer):
             raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
@@ -144,6 +144,12 @@ class HAMUOptimizer(Optimizer):
         if rule.blocks != self._core.rule.blocks:
             self._core.layout = None
         self._core.rule = rule
+
+    @property
+    def mask(self) -> dict[Tensor, Tensor] | None:
+        """For each tensor with a mask, a bool tensor that is True where a weight may move; None without a mask."""
+        mask = self._core.mask
+        return None if mask is None else {parameter: ~rest for parameter, rest in mask.rests.items()}
 
     @property
     def last_step(self) -> StepReport | None:

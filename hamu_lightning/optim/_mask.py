@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+
+NamedMasks: TypeAlias = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ class Mask:
         return rest
 
 
-def make_mask(given: Mapping[str | Tensor, Tensor], names: Mapping[Tensor, str], known: Sequence[Tensor]) -> Mask:
+def make_mask(given: NamedMasks, names: Mapping[Tensor, str], known: Sequence[Tensor]) -> Mask:
     """Check a mask, and find the tensors that it names.
 
     Args:

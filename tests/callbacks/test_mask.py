@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer
+from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer, preflight
 from hamu_lightning.callbacks import compute_saliency_mask
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FixedRadius, GradDiff, RelativeRadius
@@ -154,6 +154,21 @@ def test_refusals() -> None:
 class _Endless:
     def __iter__(self) -> Any:
         return iter(forget_loader())
+
+
+def test_the_preflight_sees_the_problem_of_the_mask() -> None:
+    module = build(Base)
+    mask = compute_saliency_mask(module, forget_loader(), keep=0.1)
+    (x, y), parameters = next(iter(forget_loader(16))), list(module.parameters())
+    grads = torch.autograd.grad(cross_entropy(module(x), y), parameters)
+    expected = float(sum((g * m).double().square().sum() for g, m in zip(grads, mask.values(), strict=True)).sqrt())  # type: ignore[union-attr]
+    retain, forget = DataLoader(make_data(16), batch_size=16), forget_loader(16)
+    alone = preflight(module, retain, forget, RULE, mask=mask)
+    hamu = HAMUCallback(forget, RULE, mask=mask, preflight=True)
+    fit(module, hamu, loader=retain, max_epochs=1)
+    for report in (alone, hamu.preflight_report):
+        assert report is not None
+        assert report.estimates["forget_norm"].mean == pytest.approx(expected, rel=1e-5)  # gradients in float32
 
 
 class OwnOptimizer(Base):
