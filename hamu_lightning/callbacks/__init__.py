@@ -4,6 +4,7 @@ from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
 from hamu_lightning.callbacks._hamu_callback import HAMUCallback
 from hamu_lightning.callbacks._preflight import preflight
 from hamu_lightning.callbacks._preflight_report import PreflightReport
+from hamu_lightning.callbacks._saliency import compute_saliency_mask
 from hamu_lightning.callbacks._stopping import (
     CollateralDamage,
     ForgetAbove,
@@ -32,6 +33,7 @@ __all__ = [
     "StopReason",
     "Target",
     "VerifySteps",
+    "compute_saliency_mask",
     "preflight",
     "split_forget",
 ]

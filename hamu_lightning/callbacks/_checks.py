@@ -119,7 +119,18 @@ def warn_about_stale_best(before: dict[str, str], after: dict[str, str]) -> None
         )
 
 
-def wrap_optimizer(module: LightningModule, base: Any, rule: Any, **options: Any) -> HAMUOptimizer:
+def check_own_optimizer(base: Any, **given: Any) -> None:
+    """Raise where settings are given that a HAMUOptimizer of the module's own would not heed."""
+    ignored = [name for name, value in given.items() if value is not None]
+    if isinstance(base, HAMUOptimizer) and ignored:
+        raise HAMUMisconfigurationError(
+            f"Expected a plain optimizer with `{ignored[0]}`, but `configure_optimizers` returned a HAMUOptimizer, "
+            "which has its own settings. Let it return the plain optimizer; a mask can also be given to the wrapper, "
+            "HAMUOptimizer(..., mask=mask)."
+        )
+
+
+def wrap_optimizer(module: LightningModule, base: Any, rule: Any, mask: Any = None, **options: Any) -> HAMUOptimizer:
     """Wrap the module's optimizer, or take the HAMUOptimizer that it made itself."""
     if isinstance(base, HAMUOptimizer):
         return base
@@ -129,6 +140,6 @@ def wrap_optimizer(module: LightningModule, base: Any, rule: Any, **options: Any
             "It can be left out only when `configure_optimizers` returns a HAMUOptimizer."
         )
     try:
-        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters(), **options)
+        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters(), mask=mask, **options)
     except HAMUValueError as error:
         raise HAMUMisconfigurationError(str(error)) from error

@@ -148,6 +148,11 @@ def is_accumulating(trainer: Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
+def step_in_epoch(trainer: Trainer) -> int:
+    """How many accumulation windows of the epoch have ended; the trainer restores it in a resumed run."""
+    return int(trainer.fit_loop.epoch_loop.batch_idx // trainer.accumulate_grad_batches)
+
+
 def skips_backward(trainer: Trainer) -> bool:
     """Whether the batches are only to update BatchNorm, as in the last epoch of StochasticWeightAveraging."""
     return trainer.fit_loop._skip_backward

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._checks import best_checkpoints, check_sketch, warn_about_stale_best, wrap_optimizer
+from hamu_lightning.callbacks._checks import (
+    best_checkpoints,
+    check_own_optimizer,
+    check_sketch,
+    warn_about_stale_best,
+    wrap_optimizer,
+)
 from hamu_lightning.callbacks._forget_pass import detached_loss, split_batch
 from hamu_lightning.callbacks._group import Group
 from hamu_lightning.callbacks._groups import Groups
@@ -23,13 +29,14 @@ from hamu_lightning.callbacks._preflight_report import PreflightReport
 from hamu_lightning.callbacks._prices import Prices
 from hamu_lightning.callbacks._stopper import Stopper
 from hamu_lightning.callbacks._stopping import StopCondition, StopReason
+from hamu_lightning.callbacks._turns import Turns
 from hamu_lightning.callbacks._verification import Verifier, VerifySteps
 from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
 from hamu_lightning.optim._engine import Plan
-from hamu_lightning.rules import Rule
+from hamu_lightning.rules import Rule, Schedule
 from hamu_lightning.solvers import GroupCoefficients
 
 if TYPE_CHECKING:
@@ -57,6 +64,8 @@ class FitSettings:
     verify: VerifySteps | None
     objective: Objective | None = None
     retain_objective: Objective | None = None
+    mask: Mapping[str, Tensor] | None = None
+    schedule: Schedule | None = None
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -78,13 +87,14 @@ class Fit:
         self._trainer, self._settings = trainer, settings
         base = trainer.optimizers[0]
         check_sketch(trainer, settings.sketch, verifies=settings.verify is not None)
+        check_own_optimizer(base, mask=settings.mask, schedule=settings.schedule)
         options = {
             "exact": settings.exact,
             "track_actual": settings.track_actual,
             "reuse_groups": settings.groups_per_step is not None,
             "sketch": settings.sketch,
         }
-        self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, **options)
+        self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, settings.mask, **options)
         check_target(settings.objective, self.optimizer.rule)
         self._has_wrapped = self.optimizer is not base
         self.groups = Groups(trainer, self.optimizer, settings)
@@ -97,6 +107,8 @@ class Fit:
         self._verifier: Verifier | None = None
         self._journal = Journal(trainer, self.optimizer.rule.groups, settings.progress_bar)
         self._prices = Prices()
+        schedule = settings.schedule
+        self._turns = None if schedule is None else Turns(trainer, self.optimizer, schedule)
         self._watchdog: Watchdog | None = None
         self._frozen: dict[_BatchNorm, bool] = {}
         self._best: dict[str, str] = {}
@@ -118,6 +130,8 @@ class Fit:
         self._before = self._counts()
         self._journal.load_state_dict(state.get("journal", {}))
         self._prices.load_state_dict(state.get("prices", {}))
+        if self._turns is not None:
+            self._turns.load_state_dict(state.get("turns", {}))
         for name, objective in self._settings.objectives.items():
             objective.load_state_dict(state.get("objectives", {}).get(name, {}))
         # Other settings may go on where these had to stop.
@@ -189,8 +203,11 @@ class Fit:
             more |= self._verifier.numbers()
         if report is not None and report is not self._reported and isinstance(report.coefficients, GroupCoefficients):
             self._prices.add(report.coefficients)
-        self._journal.log_step(None if report is self._reported else report, more)
+        turn = {} if self._turns is None else self._turns.numbers()
+        self._journal.log_step(None if report is self._reported else report, more, turn)
         self._reported = report
+        if self._turns is not None and self._window:
+            self._turns.close_window()
         if self._combines:
             self._close_window()
         self._stopper.end_fit()
@@ -214,6 +231,8 @@ class Fit:
     def check_it_happened(self) -> None:
         """Raise unless there was unlearning: forgetting must never silently not happen."""
         done = {name: count - self._before[name] for name, count in self._counts().items()}
+        if self._turns is not None and self._before["combined_steps"]:
+            return  # this fit went on with what was left: the repair
         is_excused = self._stopper.reason is not None or (_compat.is_trial(self._trainer) and done["left_out_steps"])
         missing = "forget passes" if not done["forget_passes"] else "combined steps"
         if done["forget_passes"] and (done["combined_steps"] or is_excused):
@@ -227,7 +246,7 @@ class Fit:
 
     def warn_about_stale_best(self) -> None:
         """Warn, after the fit, about a best checkpoint from before the last step."""
-        if not self.optimizer.rule.is_plain:
+        if self._turns is not None or not self.optimizer.rule.is_plain:
             warn_about_stale_best(self._best, best_checkpoints(self._trainer))
 
     def warn_if_short(self) -> None:
@@ -260,6 +279,7 @@ class Fit:
             f"HAMU: {counts['combined_steps']} combined steps ({counts['left_out_steps']} left out), "
             f"{self._journal.summary()}."
             + ("" if self._verifier is None else f" {self._verifier.describe()}.")
+            + ("" if self._turns is None else f" {self._turns.describe()}.")
             + self._table()
         )
 
@@ -301,6 +321,7 @@ class Fit:
             "stopped_under": self._stopping_settings(),
             "journal": self._journal.state_dict(),
             "prices": self._prices.state_dict(),
+            **({} if self._turns is None else {"turns": self._turns.state_dict()}),
             **({} if self._verifier is None else {"verifier": self._verifier.state_dict()}),
         }
 
@@ -331,6 +352,8 @@ class Fit:
             self._freeze()
         if self._window == 0:
             self._combines = trainer.global_step % settings.every_n_steps == 0
+            if self._turns is not None:
+                self._combines = self._turns.open_window()
             self._retain_losses = []
         self._window += 1
         objectives = settings.objective, settings.retain_objective
@@ -400,7 +423,7 @@ class Fit:
         return self._stopper.approves(report, self._retain_losses, groups.forget_losses, groups.target)
 
     def _stopping_settings(self) -> str:
-        return repr((self.optimizer.rule, self._settings.stop_on))
+        return repr((self._settings.schedule or self.optimizer.rule, self._settings.stop_on))
 
     def _freeze(self) -> None:
         for layer in self._trainer.lightning_module.modules():

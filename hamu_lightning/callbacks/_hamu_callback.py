@@ -23,7 +23,8 @@ from hamu_lightning.callbacks._verification import VerifySteps
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
-from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, TargetQuota
+from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, Schedule, TargetQuota
+from hamu_lightning.rules._schedule import check_schedule
 from hamu_lightning.solvers import FeasibleDirection
 
 # Chosen in docs/targets.md.
@@ -96,6 +97,12 @@ class HAMUCallback(Callback):
             units; a target needs one that is at least 0.
         retain_objective: What is lowered on the retain data instead, such as
             `WeightedSum((1.0, ReferenceKL()), (0.1, CrossEntropy()))`; likewise.
+        mask: For names of the module's parameters a bool tensor each, True where a weight may move, such as
+            `compute_saliency_mask(module, forget_loader)`; see `HAMUOptimizer`.
+        schedule: Instead of a rule: rules that take turns, such as `Alternate(max_epochs=3, max_steps=10)`, the
+            alternation of SCRUB. A step of a plain rule runs no forget pass and is no combined step; in any other one
+            both passes run, also where the rule uses one gradient alone. `turns` and `hamu/turn` say which rule made
+            the steps. Epochs count from where unlearning began.
         verify: `VerifySteps()`, or True, measures both losses again after each step, and takes back a step that breaks
             its promise. Default: with `target`, and not else.
 
@@ -129,8 +136,13 @@ class HAMUCallback(Callback):
         verify: VerifySteps | bool | None = None,
         objective: Objective | None = None,
         retain_objective: Objective | None = None,
+        mask: Mapping[str, Tensor] | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
+        if schedule is not None:
+            check_alone(schedule, rule=rule, target=target, every_n_steps=None if every_n_steps == 1 else every_n_steps)
+            rule = schedule.rule_at(0, 0)
         if target is not None:
             if rule is not None:
                 raise HAMUValueError(
@@ -170,6 +182,8 @@ class HAMUCallback(Callback):
             _choose_verification(verify, has_target=target is not None),
             objective,
             retain_objective,
+            mask,
+            schedule,
         )
         self._requests: list[str] = []
         self._summary: str | None = None
@@ -181,7 +195,7 @@ class HAMUCallback(Callback):
 
     @override
     def __repr__(self) -> str:
-        return f"HAMUCallback({self.settings.rule})"
+        return f"HAMUCallback({self.settings.schedule or self.settings.rule})"
 
     def add_request(self, name: str, forget: Any, quota: float | Quota | None = None, *, target: Any = None) -> None:
         """Take one more request to forget into the problem: at once, or in a running fit from the next epoch on.
@@ -199,10 +213,11 @@ class HAMUCallback(Callback):
             HAMUMisconfigurationError: If the callback has no rule for several groups.
         """
         settings, rule = self.settings, self.settings.rule
-        if not isinstance(rule, FeasibleDirection) or not isinstance(settings.forget, Mapping):
+        is_fixed = settings.schedule is not None
+        if is_fixed or not isinstance(rule, FeasibleDirection) or not isinstance(settings.forget, Mapping):
             raise HAMUMisconfigurationError(
                 "Expected named requests and a rule for several groups, HAMUCallback({name: loader}, "
-                f"FeasibleDirection({{name: quota}})), to add a request to, but got {rule!r}."
+                f"FeasibleDirection({{name: quota}})), to add a request to, but got {settings.schedule or rule!r}."
             )
         if name in rule.groups:
             raise HAMUValueError(f"Expected a new name for the request, but {name!r} is one of {rule.groups}.")
@@ -236,6 +251,14 @@ class HAMUCallback(Callback):
     def left_out_steps(self) -> int:
         """How many combined steps were left out: non-finite numbers, overflow, learning rate 0, no retain loss."""
         return int(self.state_dict().get("left_out_steps", 0))
+
+    @property
+    def turns(self) -> dict[str, int]:
+        """With a `schedule`: how many steps each of its rules was asked for, by the rule in words; else empty."""
+        if self.settings.schedule is None:
+            return {}
+        counts = self.state_dict().get("turns", {}).get("counts", ())
+        return dict(zip(map(str, self.settings.schedule.rules), counts, strict=False))
 
     @property
     def stop_reason(self) -> StopReason | None:
@@ -366,6 +389,21 @@ class HAMUCallback(Callback):
             self._preflight_report = fit.preflight_report or self._preflight_report
             self._fit = None
             fit.close()
+
+
+def check_alone(schedule: Schedule, **others: Any) -> None:
+    """Raise unless a schedule can be used, and nothing is given that it decides."""
+    if not isinstance(schedule, Schedule):
+        raise HAMUValueError(
+            f"Expected `schedule` to be a schedule such as Alternate(max_epochs=3), but got {schedule!r}."
+        )
+    check_schedule(schedule)
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise HAMUValueError(
+            f"Expected `schedule` without `{given[0]}`, but got both: the schedule says which rule makes each step. "
+            "Give rules to it, Alternate(max_epochs=3, forget=..., retain=...)."
+        )
 
 
 def _choose_verification(verify: VerifySteps | bool | None, *, has_target: bool) -> VerifySteps | None:

@@ -52,18 +52,24 @@ class Journal:
             if name != "loss":  # `forget/loss` is ours, and the same number
                 self._trainer.lightning_module.log(f"{group}/{name}", value, **arguments)
 
-    def log_step(self, report: StepReport | None, more: dict[str, Tensor]) -> None:
+    def log_step(self, report: StepReport | None, more: dict[str, Tensor], always: dict[str, Tensor]) -> None:
         """Log the step, the objectives (means since the last logging step) and more, with one read of the host.
 
-        None stands for a step without a report (left out, or plain). Lightning would log the last one's numbers again.
+        None stands for a step without a report (left out, or plain). Lightning would log the last one's numbers again:
+        they are withdrawn, and what is in `always` is logged with the objectives that have had a batch since.
         """
         if self._trainer.barebones or not _compat.is_logging_step(self._trainer):
             return
         if report is None:
             _compat.withdraw_logged(self._trainer, "hamu/")
-            return
-        numbers = {f"hamu/{name}": value for name, value in (report.summary() | more).items()}
-        losses = {f"{n}/loss": o.close_window() for n, o in self._objectives.items() if n not in self._ended}
+            if not always:
+                return
+        summary = {} if report is None else report.summary() | more
+        numbers = {f"hamu/{name}": value for name, value in (summary | always).items()}
+        present = [n for n, o in self._objectives.items() if report is not None or o.update_called]
+        for name in set(self._objectives) - set(present):
+            _compat.withdraw_logged(self._trainer, f"{name}/")
+        losses = {f"{n}/loss": self._objectives[n].close_window() for n in present if n not in self._ended}
         numbers |= losses
         shown = {"hamu/margin", *losses} - {"retain/loss"} if self._progress_bar else set()
         device = self._trainer.strategy.root_device

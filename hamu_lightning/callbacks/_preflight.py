@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from hamu_lightning.callbacks._streams import ForgetStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import HAMUOptimizer, StepReport
 from hamu_lightning.optim._aim import Aim
+from hamu_lightning.optim._mask import NamedMasks
 from hamu_lightning.optim._slots import hidden_gradients
 from hamu_lightning.rules import Rule
 
@@ -44,6 +46,7 @@ def preflight(
     lr: float | None = None,
     batchnorm: Literal["freeze", "retain"] = "freeze",
     seed: int = 0,
+    mask: NamedMasks | None = None,
 ) -> PreflightReport:
     """Predict what unlearning will cost and whether the quota can be had, before any weight changes.
 
@@ -66,6 +69,7 @@ def preflight(
         lr: Learning rate of all trainable weights. Default: the learning rates of `configure_optimizers()`.
         batchnorm: As for `HAMUCallback`: "freeze" takes BatchNorm layers in evaluation mode, "retain" as they are.
         seed: Seed of the random numbers that shuffling, dropout and the like draw.
+        mask: As for `HAMUOptimizer`: which weights may move.
 
     Raises:
         HAMUValueError: If an argument cannot be used, or a loader is empty or can be iterated only once.
@@ -81,7 +85,7 @@ def preflight(
     """
     check_arguments(module, rule, batches, batchnorm)
     guard = ModuleGuard(module)
-    probe = Probe(module, _find_groups(module, lr, guard, seed), rule)
+    probe = Probe(module, _find_groups(module, lr, guard, seed), rule, mask=mask)
     forget = BarePass(module, forget_loader, "forget", guard, RandomStream(seed), probe.forget)
     retain = BarePass(module, retain_loader, "retain", guard, RandomStream(seed, rank=1), probe.retain)
     with batchnorm_frozen(module, batchnorm == "freeze"):
@@ -97,10 +101,16 @@ class Probe:
             `initial_lr`.
         rule: The rule.
         divisor: What each loss is divided by before its backward pass.
+        mask: Which weights may move.
     """
 
     def __init__(
-        self, module: nn.Module, param_groups: Sequence[Mapping[str, Any]], rule: Rule, divisor: int = 1
+        self,
+        module: nn.Module,
+        param_groups: Sequence[Mapping[str, Any]],
+        rule: Rule,
+        divisor: int = 1,
+        mask: NamedMasks | None = None,
     ) -> None:
         groups: list[dict[str, Any]] = [
             {"params": list(g["params"]), "lr": float(g["lr"]) or float(g.get("initial_lr", 0.0))} for g in param_groups
@@ -111,7 +121,7 @@ class Probe:
                 "call `hamu_lightning.preflight(..., lr=...)`."
             )
         # Plain SGD of its own: the base optimizer of the run and its state are not touched.
-        self.optimizer = HAMUOptimizer(SGD(groups), rule, named_parameters=module.named_parameters())
+        self.optimizer = HAMUOptimizer(SGD(groups), rule, module.named_parameters(), mask=mask)
         self.optimizer.approve = lambda report: False
         self.forget, self.retain = self.optimizer.forget, self.optimizer.retain
         self._parameters = {id(p): p for group in groups for p in [*group["params"], *module.parameters()]}
@@ -207,7 +217,12 @@ class BarePass:
         guard: Keeps the module as it was.
         random: The random numbers of the pass.
         slot: A context in which `backward()` accumulates.
+
+    Attributes:
+        samples: How many samples the last batch had; NaN where that cannot be told.
     """
+
+    samples = math.nan
 
     def __init__(
         self,
@@ -232,21 +247,28 @@ class BarePass:
     def run(self) -> Tensor:
         """Run the next batch that gives a loss."""
         for _ in range(self.stream.length or 100):
-            self._random.draw += 1
-            with self._random.active(), self._guard.guarding(), without_trainer(self._module):
-                batch = _compat.transfer_batch_alone(self._module, next(self.stream), self._device)
-                arguments = _compat.step_arguments(self._module, batch, self._random.draw - 1)
-                loss: Any = _compat.split_step_output(self._module.training_step(*arguments))
-                if loss is None:
-                    continue
-                check_loss(loss)
-                with self._slot():
-                    torch.autograd.backward(loss)
-                detached: Tensor = loss.detach().float().mean().clone()
-                return detached
+            loss = self.run_next()
+            if loss is not None:
+                return loss
         raise HAMUStateError(
             f"Expected `training_step` to return a loss, but it returned None for all {self._name} data."
         )
+
+    def run_next(self) -> Tensor | None:
+        """Run the next batch, and return its loss, if it gives one."""
+        self._random.draw += 1
+        with self._random.active(), self._guard.guarding(), without_trainer(self._module):
+            batch = _compat.transfer_batch_alone(self._module, next(self.stream), self._device)
+            self.samples = _compat.count_samples(batch)
+            arguments = _compat.step_arguments(self._module, batch, self._random.draw - 1)
+            loss: Any = _compat.split_step_output(self._module.training_step(*arguments))
+            if loss is None:
+                return None
+            check_loss(loss)
+            with self._slot():
+                torch.autograd.backward(loss)
+            detached: Tensor = loss.detach().float().mean().clone()
+            return detached
 
 
 class FitPreflight:
@@ -254,7 +276,7 @@ class FitPreflight:
 
     Args:
         trainer: The trainer, with its loaders set up.
-        optimizer: The optimizer of the fit; it is only asked for its rule and its learning rates.
+        optimizer: The optimizer of the fit; it is only asked for its rule, its mask and its learning rates.
         forget_loader: The loader of forget batches; None where the training loader brings them.
         seed: Of the random numbers.
 
@@ -273,9 +295,8 @@ class FitPreflight:
         self._trainer, self._aim = trainer, optimizer.aim
         randoms = RandomStream(seed), RandomStream(seed, rank=1)
         try:
-            self._probe = Probe(
-                trainer.lightning_module, optimizer.param_groups, optimizer.rule, trainer.accumulate_grad_batches
-            )
+            divisor, module = trainer.accumulate_grad_batches, trainer.lightning_module
+            self._probe = Probe(module, optimizer.param_groups, optimizer.rule, divisor, optimizer.mask)
             streams = [twin_loader(loader) for loader in (forget_loader, _compat.train_batches(trainer))]
         except HAMUValueError as error:
             raise HAMUMisconfigurationError(str(error)) from error
@@ -387,8 +408,8 @@ def _log_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> None:
-    """Raise unless the preflight can run."""
+def check_module(module: Any, batchnorm: str) -> None:
+    """Raise unless batches can be run through the module."""
     if not callable(getattr(module, "training_step", None)):
         raise HAMUValueError(
             f"Expected `module` to have a `training_step(batch)` that returns the loss, but {type(module).__name__} "
@@ -399,6 +420,13 @@ def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> Non
             "Expected automatic optimization, but the module sets `automatic_optimization = False`: its "
             "`training_step` would change the weights. Give a module whose `training_step` only returns the loss."
         )
+    if batchnorm not in ("freeze", "retain"):
+        raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
+
+
+def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> None:
+    """Raise unless the preflight can run."""
+    check_module(module, batchnorm)
     if not isinstance(rule, Rule):
         raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
     check_two_groups(rule)
@@ -410,8 +438,6 @@ def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> Non
         )
     if batches < 1:
         raise HAMUValueError(f"Expected `batches` to be at least 1, but got {batches}.")
-    if batchnorm not in ("freeze", "retain"):
-        raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
 
 
 def check_two_groups(rule: Rule) -> None:

@@ -130,6 +130,8 @@ class RunningObjective(Metric):
         """Go on with what `save` returned."""
         for name in _SAVED:
             setattr(self, name, saved[name].to(self.total.device))
+        # torchmetrics keeps no state for `update_called`: without it a window that goes on would look empty.
+        self._update_count = int(saved["count"] > 0)
 
 
 _SAVED = ("total", "count", "_start", "_has_start", "_latest", "_has_latest")

@@ -66,9 +66,9 @@ def check_sketch(rule: Rule, needs_gradients: bool) -> None:
     """Raise unless projections will do in place of the gradients."""
     if rule.blocks != "global" or needs_gradients:
         raise HAMUValueError(
-            "Expected `sketch` to go with a rule for blocks='global', and without `track_actual` and `reuse_groups`, "
-            f"but got {rule}: projections of many blocks take more memory than they save, and the other two need the "
-            "gradients. FeasibleDirection has global blocks by default."
+            "Expected `sketch` to go with a rule for blocks='global', and without `track_actual`, `reuse_groups` and "
+            f"`mask`, but got {rule}: projections of many blocks take more memory than they save, and the others need "
+            "the gradients. FeasibleDirection has global blocks by default."
         )
 
 

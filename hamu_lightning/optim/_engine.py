@@ -16,6 +16,7 @@ from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._checks import check_all_present, is_at_rest, is_plain_sgd
 from hamu_lightning.optim._combine import combine_
 from hamu_lightning.optim._layout import Layout, make_layout
+from hamu_lightning.optim._mask import Mask
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._sketch import Sketch, SketchSlot
@@ -43,6 +44,7 @@ class Engine:
     reuse_groups: bool = False
     sketch: Sketch | None = None
     recompute: Callable[[str], object] | None = None
+    mask: Mask | None = None
     plain: Optimizer | None = None
     slots: dict[str, GradientSlot] = field(default_factory=dict)
     spent: SpentGradients = field(default_factory=SpentGradients)
@@ -113,7 +115,7 @@ class Engine:
         """The layout, made again when the set of trainable tensors has changed."""
         trainable = tuple(p for p in self.parameters if p.requires_grad)
         if self.layout is None or [*map(id, self.layout.parameters)] != [*map(id, trainable)]:
-            self.layout = make_layout(self.base.param_groups, self.names, self.rule.blocks)
+            self.layout = make_layout(self.base.param_groups, self.names, self.rule.blocks, self.mask)
         return self.layout
 
     def notice_overflow(self) -> None:
@@ -134,7 +136,7 @@ class Engine:
         is_initialisation = plan == "combine" and self._is_initialisation()
         self.calls += not is_initialisation
         if is_initialisation or plan == "retain_only":
-            self._applier(takes_d=False).step()
+            self._step_on_retain()
         elif plan == "combine":
             self._combine_and_step()
         else:
@@ -142,6 +144,16 @@ class Engine:
         self.release_slots()
         self.spent.remember(self.parameters)
         self.window_shares, self.groups = (1.0, 1.0), ()
+
+    def _step_on_retain(self) -> None:
+        """Take a plain step of the base on what `.grad` holds."""
+        applier, parameters = self._applier(takes_d=False), self.parameters
+        if self.mask is None:
+            applier.step()
+            return
+        masked = self.mask.hide_all([p.grad for p in parameters], parameters)
+        with pointed_gradients(parameters, masked):
+            self._apply(applier)
 
     def _is_initialisation(self) -> bool:
         """Whether this step only makes the base's state: torch's `get_optimizer_state_dict` takes one at lr 0."""
@@ -174,7 +186,12 @@ class Engine:
         is_there = [any(g is not None for g in retain), *(slot.is_filled for slot in slots)]
         # Gradients of earlier steps alone say nothing new.
         check_all_present(groups, is_there if self.is_filled else [is_there[0], *(False for _ in slots)])
-        return [retain, *([slot.get(p) for p in layout.parameters] for slot in slots)]
+        others = [[slot.get(p) for p in layout.parameters] for slot in slots]
+        if self.mask is not None:
+            retain = self.mask.hide_all(retain, layout.parameters)  # copies: `.grad` is the user's
+            for grads in others:
+                self.mask.hide_(grads, layout.parameters)
+        return [retain, *others]
 
     def _take_step_on_trial(
         self, groups: tuple[str, ...], gradients: Gradients, layout: Layout, referee: Referee
@@ -323,7 +340,15 @@ class Engine:
             # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.
             if not is_plain_sgd(applier) and not bool(coefficients.is_finite):
                 return
-        applier.step()
+        self._apply(applier)
+
+    def _apply(self, applier: Optimizer) -> None:
+        """Let an optimizer move the weights; those outside of the mask rest, whatever it does on its own."""
+        if self.mask is None or is_plain_sgd(applier):  # which moves nothing where the gradient is zero
+            applier.step()
+        else:
+            with self.mask.holding(self.parameters):
+                applier.step()
 
 
 def _with_spare_last(gradients: Gradients) -> Gradients:

@@ -16,6 +16,7 @@ from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._checks import check_base, check_group, check_sketch, warn_about_base
 from hamu_lightning.optim._engine import COUNTERS, Engine, Plan
 from hamu_lightning.optim._layout import collect_names
+from hamu_lightning.optim._mask import NamedMasks, make_mask
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._sketch import Sketch
@@ -70,9 +71,16 @@ class HAMUOptimizer(Optimizer):
             gradients, whatever the number of groups. Each group's backward pass runs twice: `recompute` is called in
             `step()` with the name of each group. Inner products, and so the promises of a step, are off by about
             `1/sqrt(sketch)` of the product of the lengths. For rules with `blocks="global"`.
+        mask: For names or tensors a bool tensor of the same shape, True where a weight may move (SalUn, Fan et al.
+            2024). All others rest exactly, whatever the rule and the base, and the step is that of the problem without
+            them: so are Gramians, radii, quotas and promises. A tensor that is not named, or added later by
+            `add_param_group`, moves as without a mask. Costs a copy of the masked tensors' retain gradients in each
+            step, one of their weights with a base other than plain SGD, and a byte per weight. Like the rule it is no
+            part of a checkpoint: give the same one when a run goes on. Gradients are clipped before they are masked.
 
     Raises:
-        HAMUValueError: If the base cannot be wrapped, or the rule's blocks need names that are not known.
+        HAMUValueError: If the base cannot be wrapped, the rule's blocks need names that are not known, or the
+            mask does not fit the weights.
 
     Example:
         >>> import torch
@@ -100,6 +108,7 @@ class HAMUOptimizer(Optimizer):
         track_actual: bool = False,
         reuse_groups: bool = False,
         sketch: int | None = None,
+        mask: NamedMasks | None = None,
     ) -> None:
         if isinstance(base, HAMUOptimizer):
             raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
@@ -110,10 +119,16 @@ class HAMUOptimizer(Optimizer):
         names.update({parameter: name for name, parameter in named_parameters or ()})
         self.__setstate__({"_core": Engine(base, rule, names, exact, track_actual, reuse_groups)})
         if sketch is not None:
-            check_sketch(rule, track_actual or reuse_groups)
+            check_sketch(rule, track_actual or reuse_groups or mask is not None)
             self._core.sketch = Sketch(sketch)
+        if mask is not None:
+            self._core.mask = make_mask(mask, names, self._core.parameters)
         layout = self._core.update_layout()
-        if rule.radius.needs_weights and not any(bool(p.any()) for p in layout.parameters):
+        if mask is not None and not any(layout.sizes):
+            raise HAMUValueError(
+                "Expected some weight inside of `mask`, but all rest. True lets a weight move; is the mask inverted?"
+            )
+        if rule.radius.needs_weights and not any(bool(w.any()) for w in layout.weights):
             raise HAMUValueError(
                 f"Expected some weight to differ from zero with {rule.radius}, but all are zero. "
                 "A radius relative to the weights needs weights: use FixedRadius, or load the trained model first."
@@ -128,14 +143,22 @@ class HAMUOptimizer(Optimizer):
 
     @property
     def rule(self) -> Rule:
-        """The rule that combines the gradients. A new one may have other groups, but must have the same blocks."""
+        """The rule that combines the gradients. A new one may have other groups and blocks."""
         return self._core.rule
 
     @rule.setter
     def rule(self, rule: Rule) -> None:
         for name in set(self._core.slots) - set(rule.groups):
             del self._core.slots[name]
+        if rule.blocks != self._core.rule.blocks:
+            self._core.layout = None
         self._core.rule = rule
+
+    @property
+    def mask(self) -> dict[Tensor, Tensor] | None:
+        """For each tensor with a mask, a bool tensor that is True where a weight may move; None without a mask."""
+        mask = self._core.mask
+        return None if mask is None else {parameter: ~rest for parameter, rest in mask.rests.items()}
 
     @property
     def last_step(self) -> StepReport | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, assign_blocks, compute_gramian, widest_float
+from hamu_lightning.optim._mask import Mask
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Layout:
         blocks: For each tensor the index of its block.
         labels: For each block its name.
         groups: For each block the index of its parameter group.
-        sizes: For each block its number of weights.
+        sizes: For each block its number of weights that may move.
+        mask: Which of the weights rest; None if all may move.
     """
 
     parameters: tuple[Tensor, ...]
@@ -30,6 +32,7 @@ class Layout:
     labels: tuple[str, ...]
     groups: tuple[int, ...]
     sizes: tuple[int, ...]
+    mask: Mask | None = None
 
     @property
     def device(self) -> torch.device:
@@ -43,25 +46,36 @@ class Layout:
             return torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device).reshape(()) for v in values])
         return torch.tensor(values, dtype=dtype, device=self.device)
 
+    @property
+    def weights(self) -> Sequence[Tensor]:
+        """The tensors, zero where weights rest."""
+        if self.mask is None:
+            return self.parameters
+        return [self.mask.hide(p, p) for p in self.parameters]
+
     def weight_norms(self) -> Tensor:
-        """The L2 norm of each block's weights, `[B]`."""
-        if any(type(p) not in (Tensor, torch.nn.Parameter) or p.is_complex() for p in self.parameters):
-            return compute_gramian(self.parameters, blocks=self.blocks).view(-1).sqrt()  # it knows about shards
-        norms = torch.stack([norm.to(self.device) for norm in self._tensor_norms()]).to(widest_float(self.device))
+        """The L2 norm of each block's weights that may move, `[B]`."""
+        weights = self.weights
+        if any(type(p) not in (Tensor, torch.nn.Parameter) or p.is_complex() for p in weights):
+            return compute_gramian(weights, blocks=self.blocks).view(-1).sqrt()  # it knows about shards
+        norms = torch.stack([norm.to(self.device) for norm in _tensor_norms(weights)]).to(widest_float(self.device))
         index = torch.tensor(self.blocks, device=self.device)
         return norms.new_zeros(len(self.labels)).index_add_(0, index, norms.square()).sqrt()
-
-    def _tensor_norms(self) -> list[Tensor]:
-        # One call for all tensors: a third of the time of their Gramians. 16-bit norms would be off by half a percent.
-        wide = torch.promote_types(self.parameters[0].dtype, torch.float32)
-        return list(torch._foreach_norm(list(self.parameters), 2, dtype=wide))
 
     def learning_rates(self, param_groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """The learning rate of each block, `[B]`."""
         return self.vector([param_groups[group]["lr"] for group in self.groups])
 
 
-def make_layout(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], blocks: Blocks) -> Layout:
+def _tensor_norms(weights: Sequence[Tensor]) -> list[Tensor]:
+    # One call for all tensors: a third of the time of their Gramians. 16-bit norms would be off by half a percent.
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    return list(torch._foreach_norm(list(weights), 2, dtype=wide))
+
+
+def make_layout(
+    param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], blocks: Blocks, mask: Mask | None = None
+) -> Layout:
     """Lay out the trainable tensors of the groups.
 
     Raises:
@@ -83,8 +97,8 @@ def make_layout(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor
     groups, sizes = [0] * len(block_labels), [0] * len(block_labels)
     for block, (parameter, group) in zip(ids, members, strict=True):
         groups[block] = group
-        sizes[block] += parameter.numel()
-    return Layout(tuple(p for p, _ in members), tuple(ids), tuple(block_labels), tuple(groups), tuple(sizes))
+        sizes[block] += parameter.numel() if mask is None else mask.count(parameter)
+    return Layout(tuple(p for p, _ in members), tuple(ids), tuple(block_labels), tuple(groups), tuple(sizes), mask)
 
 
 def collect_names(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:

@@ -12,11 +12,13 @@ from hamu_lightning.rules._ngdiff import NGDiff
 from hamu_lightning.rules._pcgrad import PCGrad
 from hamu_lightning.rules._quota import AbsoluteQuota, Quota, RelativeQuota, TargetQuota
 from hamu_lightning.rules._radius import FixedRadius, LearningRateRadius, Radius, RelativeRadius
+from hamu_lightning.rules._schedule import Alternate, Schedule
 
 __all__ = [
     "HAMUQ",
     "HAMUU",
     "AbsoluteQuota",
+    "Alternate",
     "Branch",
     "Coefficients",
     "CombinationRule",
@@ -35,5 +37,6 @@ __all__ = [
     "RelativeQuota",
     "RelativeRadius",
     "Rule",
+    "Schedule",
     "TargetQuota",
 ]

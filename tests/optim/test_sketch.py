@@ -130,6 +130,9 @@ def test_what_cannot_be() -> None:
         HAMUOptimizer(SGD(model.parameters(), lr=0.1), HAMUQ(0.1, radius=FixedRadius(0.1)), sketch=64)
     with pytest.raises(HAMUValueError, match="Expected `sketch` to go with"):
         HAMUOptimizer(SGD(model.parameters(), lr=0.1), RULE, sketch=64, track_actual=True)
+    with pytest.raises(HAMUValueError, match="Expected `sketch` to go with"):
+        mask = {p: torch.ones_like(p, dtype=torch.bool) for p in model.parameters()}
+        HAMUOptimizer(SGD(model.parameters(), lr=0.1), RULE, sketch=64, mask=mask)
     optimizer = HAMUOptimizer(SGD(model.parameters(), lr=0.1), RULE, sketch=64)
     fill(optimizer, model)
     before = flat(model)
