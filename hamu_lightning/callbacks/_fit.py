@@ -280,26 +280,8 @@ class Fit:
             f"{self._journal.summary()}."
             + ("" if self._verifier is None else f" {self._verifier.describe()}.")
             + ("" if self._turns is None else f" {self._turns.describe()}.")
-            + self._table()
+            + self._prices.format(self._journal.path, *self.groups.names_by_role())
         )
-
-    def _table(self) -> str:
-        """A line for each group, where there are several."""
-        protected, requests = self.groups.names_by_role()
-        if len(protected) + len(requests) < 2:
-            return ""
-        names = ["retain", *protected, *requests]
-        width = max(map(len, (*names, "group")))
-        lines = [f"{'group':<{width}}  {'is':<9}  {'loss':>9} -> {'at end':<9}  price"]
-        for name in names:
-            role = "retained" if name == "retain" else "protected" if name in protected else "forgotten"
-            start, end = self._journal.path(name)
-            price = "" if name == "retain" else f"{self._prices.mean(name):.3g}"
-            lines.append(f"{name:<{width}}  {role:<9}  {start:>9.4g} -> {end:<9.4g}  {price}".rstrip())
-        note = (
-            "Price: mean multiplier, by how much the retain loss would be lower per loss unit less asked for the group."
-        )
-        return "\n".join(("", *lines, note))
 
     def _counts(self) -> dict[str, int]:
         """What was done, this fit and the one that it continues; reads the host."""

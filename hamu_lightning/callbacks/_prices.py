@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _FIGURE = "hamu/costs"
+_NOTE = "Price: mean multiplier, by how much the retain loss would be lower per loss unit less asked for the group."
 
 
 class Prices:
@@ -39,14 +41,11 @@ class Prices:
 
     def mean(self, group: str) -> float:
         """The mean multiplier of a group, retain loss units per loss unit of the group; NaN where none is known."""
-        return self._mean(group)
-
-    def _mean(self, key: str) -> float:
-        return float(self._sums[key] / self._counts[key]) if key in self._sums else torch.nan
+        return float(self._sums[group] / self._counts[group]) if group in self._sums else torch.nan
 
     def costs(self, protected: list[str], requests: list[str]) -> Tensor:
         """The mean costs, `[n_protected, n_forget]`."""
-        return torch.tensor([[self._mean(f"{group}\n{request}") for request in requests] for group in protected])
+        return torch.tensor([[self.mean(f"{group}\n{request}") for request in requests] for group in protected])
 
     def draw(self, trainer: Trainer, protected: list[str], requests: list[str]) -> None:
         """Add the picture of the costs to the loggers that take one; nothing without matplotlib."""
@@ -59,6 +58,25 @@ class Prices:
             return
         for door in filter(callable, doors):
             door(_FIGURE, figure, global_step=trainer.global_step, close=False)
+
+    def format(self, path: Callable[[str], tuple[float, float]], protected: list[str], requests: list[str]) -> str:
+        """A line for each group, where there are several.
+
+        Args:
+            path: Gives the loss of a group at the start and at the end.
+            protected: The protected groups.
+            requests: The groups to forget.
+        """
+        if len(protected) + len(requests) < 2:
+            return ""
+        roles = {"retain": "retained", **dict.fromkeys(protected, "protected"), **dict.fromkeys(requests, "forgotten")}
+        width = max(map(len, (*roles, "group")))
+        lines = [f"{'group':<{width}}  {'is':<9}  {'loss':>9} -> {'at end':<9}  price"]
+        for name, role in roles.items():
+            start, end = path(name)
+            price = "" if name == "retain" else f"{self.mean(name):.3g}"
+            lines.append(f"{name:<{width}}  {role:<9}  {start:>9.4g} -> {end:<9.4g}  {price}".rstrip())
+        return "\n".join(("", *lines, _NOTE))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, in tensors."""

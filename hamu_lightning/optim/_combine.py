@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,18 @@ def combine_(
     is_finite = is_finite & compute_gramian(halves).isfinite().all()
     one = torch.ones_like(factors[0, 0])
     return [None if grad is None else _scaled(grad, one, is_finite).to(grad.dtype) for grad in combined], is_finite
+
+
+def add_up(
+    first: Sequence[Tensor | None], others: Iterable[list[Tensor | None]], factors: Tensor, is_finite: Tensor
+) -> tuple[list[Tensor | None], Tensor]:
+    """The same for gradients that come one after the other; the first one stays as it is, the others may be used up."""
+    one = torch.ones_like(factors[:, 0])
+    alone = torch.stack((factors[:, 0], torch.zeros_like(one)), dim=1)
+    total, is_finite = combine_([first, [None if g is None else g.clone() for g in first]], alone, is_finite)
+    for index, grads in enumerate(others, start=1):
+        total, is_finite = combine_([total, grads], torch.stack((one, factors[:, index]), dim=1), is_finite)
+    return total, is_finite
 
 
 def _combine_lists_(columns: list[list[Tensor]], factors: Tensor, is_finite: Tensor) -> None:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import compute_gramian
 from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._checks import check_all_present, is_at_rest, is_plain_sgd
-from hamu_lightning.optim._combine import combine_
+from hamu_lightning.optim._combine import add_up, combine_
 from hamu_lightning.optim._layout import Layout, make_layout
 from hamu_lightning.optim._mask import Mask
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
-from hamu_lightning.optim._sketch import Sketch, SketchSlot
+from hamu_lightning.optim._sketch import Sketch, SketchSlot, make_gradients_again
 from hamu_lightning.optim._slots import GradientSlot, SpentGradients, pointed_gradients
 from hamu_lightning.optim._trial import Referee, Snapshot
 from hamu_lightning.rules import Rule
@@ -289,30 +289,6 @@ class Engine:
         rows = torch.stack([self.sketch.project(gradients[0], layout.blocks), *kept], dim=1)  # [B, n, size]
         return rows @ rows.mT
 
-    def _combine_again(
-        self, groups: tuple[str, ...], retain: list[Tensor | None], factors: Tensor, is_finite: Tensor
-    ) -> tuple[list[Tensor | None], Tensor]:
-        """Add up the gradients one after the other, each made again: only their projections were kept."""
-        if self.recompute is None:
-            raise HAMUStateError(
-                "Expected `optimizer.recompute` with `sketch`, but it is None: of the gradients only projections are "
-                "kept, and each group's backward pass has to run again. Set it to a function of the group's name."
-            )
-        parameters, one = self.update_layout().parameters, torch.ones_like(factors[:, 0])
-        zero = torch.zeros_like(one)
-        # Into new memory: the retain gradient stays as it is.
-        total, is_finite = combine_(
-            [retain, [None if g is None else g.clone() for g in retain]],
-            torch.stack((factors[:, 0], zero), dim=1),
-            is_finite,
-        )
-        for index, name in enumerate(groups[1:], start=1):
-            with pointed_gradients(self.parameters, [None] * len(self.parameters)), torch.enable_grad():
-                self.recompute(name)
-                grads = [p.grad for p in parameters]
-            total, is_finite = combine_([total, grads], torch.stack((one, factors[:, index]), dim=1), is_finite)
-        return total, is_finite
-
     def _combine(
         self, groups: tuple[str, ...], gradients: Gradients, report: StepReport, layout: Layout
     ) -> tuple[list[Tensor | None], StepReport]:
@@ -326,7 +302,8 @@ class Engine:
         factors = torch.where(lr == 0, 0, factors if self.exact else factors / lr)
         factors = factors[torch.tensor(layout.blocks, device=factors.device)]
         if self.sketch is not None:
-            combined, is_finite = self._combine_again(groups, gradients[0], factors, step.is_finite)
+            again = make_gradients_again(groups[1:], self.recompute, self.parameters, layout.parameters)
+            combined, is_finite = add_up(gradients[0], again, factors, step.is_finite)
         else:
             combined, is_finite = combine_(gradients, factors, step.is_finite)
         return combined, report.left_out_unless(is_finite)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim._layout import Layout
 from hamu_lightning.optim._slots import GradientSlot, pointed_gradients
@@ -111,3 +111,32 @@ class SketchSlot(GradientSlot):
                 added = self._sketch.project(grads, layout.blocks)
             self.projection = added if self.projection is None else self.projection + added
             self.is_fresh = True
+
+
+def make_gradients_again(
+    groups: Iterable[str],
+    recompute: Callable[[str], object] | None,
+    parameters: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+) -> Iterator[list[Tensor | None]]:
+    """Make the gradient of one group after the other again, where only their projections were kept.
+
+    Args:
+        groups: The names of the groups.
+        recompute: Runs the backward pass of a group.
+        parameters: The tensors whose `.grad` is to stay as it is.
+        wanted: The tensors whose gradients are handed out.
+
+    Raises:
+        HAMUStateError: If nothing says how.
+    """
+    if recompute is None:
+        raise HAMUStateError(
+            "Expected `optimizer.recompute` with `sketch`, but it is None: of the gradients only projections are kept, "
+            "and each group's backward pass has to run again. Set it to a function of the group's name."
+        )
+    for name in groups:
+        with pointed_gradients(parameters, [None] * len(parameters)), torch.enable_grad():
+            recompute(name)
+            grads = [p.grad for p in wanted]
+        yield grads
