@@ -35,6 +35,8 @@ def draw_hardness(rhos: Sequence[float], curves: Mapping[str, Mapping[str, list[
             scaled = [np.asarray(values) / abs(values[-1]) for values in series]
             _draw_spread(axes, number, np.asarray(rhos), np.asarray(scaled), name)
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", zorder=1)
+        axes.set_ylim(-1.6, 1.6)
     panels[0].set_ylabel("hardness / hardness at rho = 1")
     panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
@@ -81,7 +83,8 @@ def draw_bounds(runs: Mapping[str, Run], paper_bound: Callable[[StepReport], Ten
         axes.axhline(1, color=BLACK, linewidth=1, linestyle="--", label="the quota: below it, the rule stops")
         for name, (colour, bounds) in lines.items():
             axes.plot(steps, bounds / quota, color=colour, label=name)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(1.2, 1.1 * float(np.max(np.asarray([bounds for _, bounds in lines.values()]) / quota))))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in panels[:2]:
         axes.set_ylabel("harmless forgetting / quota")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
