@@ -27,18 +27,25 @@ def draw_hardness(rhos: Sequence[float], curves: Mapping[str, Mapping[str, list[
         rhos: The shares.
         curves: For each stage and each reading one series per seed.
     """
-    figure = make_figure(4.6 * len(curves), 4.6)
+    figure = make_figure(4.6 * len(curves), 4.8)
     panels = np.atleast_1d(figure.subplots(1, len(curves), sharey=True))
+    names = list(dict.fromkeys(name for readings in curves.values() for name in readings))
     for axes, (stage, readings) in zip(panels, curves.items(), strict=True):
         style_axes(axes, f"{stage} original", "rho: share drawn from all samples", "")
-        for number, (name, series) in enumerate(readings.items()):
-            scaled = [np.asarray(values) / abs(values[-1]) for values in series]
-            _draw_spread(axes, number, np.asarray(rhos), np.asarray(scaled), name)
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", zorder=1)
-        axes.set_ylim(-1.6, 1.6)
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", zorder=1, label="a straight line")
+        for name, series in readings.items():
+            number = names.index(name)
+            scaled = [np.asarray(values) / abs(values[-1]) for values in series]
+            # Side by side, so that no bar hides another.
+            places = np.asarray(rhos) + 0.015 * (number - len(names) / 2)
+            _draw_spread(axes, number, places, np.asarray(scaled), name)
+        axes.set_ylim(-1.1, 1.9)
     panels[0].set_ylabel("hardness / hardness at rho = 1")
-    panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
