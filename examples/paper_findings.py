@@ -10,6 +10,7 @@ docs/paper_findings.md holds the results, and what they say about the paper's.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -461,12 +462,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="steps of an unlearning run")
     parser.add_argument("--batch-size", type=int, default=128, help="samples of a batch, of each of the two streams")
     parser.add_argument("--cifar10", type=Path, metavar="DIR", help="a folder with CIFAR-10's binary files")
-    parser.add_argument("--out", type=Path, default=Path("paper_findings_out"), help="for pictures and originals")
+    parser.add_argument(
+        "--out", type=Path, default=Path("paper_findings_out"), help="for pictures, numbers and originals"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a table for each finding, and write its pictures."""
+    """Print a table for each finding, and write its pictures and the numbers of each seed."""
     args = parse_args(argv)
     torch.set_num_threads(1)
     task = make_cifar10(args.cifar10) if args.cifar10 else make_digits()
@@ -474,8 +477,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.findings:
         start, processor = time.perf_counter(), time.process_time()
         finding = FINDINGS[name](bench)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{name}.json").write_text(json.dumps(finding.rows, indent=1))
         for title, draw in finding.figures.items():
-            args.out.mkdir(parents=True, exist_ok=True)
             draw().savefig(args.out / f"{title}.png")
         seconds = f"{time.perf_counter() - start:.0f} s, {time.process_time() - processor:.0f} s of one core"
         print(f"{format_table(name, finding)}\n\n({seconds})\n", flush=True)
