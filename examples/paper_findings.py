@@ -424,7 +424,7 @@ def format_cell(numbers: Sequence[float]) -> str:
     known = [number for number in numbers if math.isfinite(number)]
     if not known:
         return ""
-    spread = f" ± {stdev(known):.1g}" if len(known) > 1 else ""
+    spread = f" ± {float(f'{stdev(known):.1g}'):g}" if len(known) > 1 else ""
     return f"{mean(known):.3g}{spread}" + (f" ({len(known)} of {len(numbers)})" if len(known) < len(numbers) else "")
 
 
