@@ -37,9 +37,10 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
-def make_resnet20(width: int = 16, num_classes: int = 10) -> nn.Sequential:
-    """Build the ResNet-20 for CIFAR, for one input channel: a stem, three stages of three blocks, a linear head."""
-    layers: list[nn.Module] = [nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+def make_resnet20(width: int = 16, num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
+    """Build the ResNet-20 for CIFAR: a stem, three stages of three blocks, a linear head."""
+    stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(width), nn.ReLU()]
     channels = width
     for stage in range(3):
         for block in range(3):

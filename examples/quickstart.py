@@ -72,8 +72,9 @@ def choose_forget(labels: Tensor, kind: str, amount: float, seed: int) -> list[i
 
     - class: all samples of the class `amount`.
     - random: the share `amount` of all samples, drawn at random.
-    - mixture (the paper's rho): as many samples as MIXTURE_CLASS has. The share `amount` of them is drawn from that
-      class, the rest at random from all samples left, its own among them. 1 is that class, 0 is a random draw.
+    - mixture: as many samples as MIXTURE_CLASS has. The share `amount` of them is drawn from that class, the rest at
+      random from all samples left, its own among them. 1 is that class, 0 is a random draw: the paper's rho counts
+      the other way round (docs/paper_findings.md).
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     if kind == "class":
