@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,6 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
-
-EXAMPLES = str(Path(__file__).parents[2] / "examples")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _examples_on_path() -> Iterator[None]:
-    sys.path.insert(0, EXAMPLES)
-    yield
-    sys.path.remove(EXAMPLES)
 
 
 def test_splits_are_disjoint_stratified_and_always_the_same() -> None:
