@@ -183,7 +183,7 @@ def make_entries(data: Data, steps: int) -> dict[str, Entry]:
     """Return all methods by name, each with one setting to tune.
 
     Ranges span a factor of ten, and were chosen with one seed, by accuracies on retain, forget and validation set, so
-    that the lower end changes little and the upper end is too much. A quota's spans a hundred: a class has that much
+    that the lower end changes little and the upper end is too much. A quota spans a hundred: a class has that much
     further to go than samples. Fisher's noise grows with the fourth root, and SSD selects nothing above 9.9.
     """
     run = partial(step_with, steps)
@@ -216,7 +216,7 @@ def make_entries(data: Data, steps: int) -> dict[str, Entry]:
         "SCRUB, simultaneous": tune_weight(0.1, 1, scrub),
         "bad teacher": tune_weight(0.1, 1, bad_teacher),
         "SSD": Entry("alpha", Search(SSD, 1, 9)),
-        "Fisher forgetting": Entry("alpha", Search(FisherForgetting, 1e-12, 1e-8)),
+        "Fisher forgetting": Entry("alpha", Search(FisherForgetting, 1e-13, 1e-11)),
     }
 
 
