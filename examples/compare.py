@@ -184,7 +184,8 @@ def make_entries(data: Data, steps: int) -> dict[str, Entry]:
 
     Ranges span a factor of ten, and were chosen with one seed, by accuracies on retain, forget and validation set, so
     that the lower end changes little and the upper end is too much. A quota spans a hundred: a class has that much
-    further to go than samples. Fisher's noise grows with the fourth root, and SSD selects nothing above 9.9.
+    further to go than samples. So does Fisher's alpha: the noise grows with its fourth root. SSD selects nothing above
+    9.9, and a target begins with HAMUCallback's own.
     """
     run = partial(step_with, steps)
 
