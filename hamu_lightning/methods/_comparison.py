@@ -140,13 +140,17 @@ def _student(freedom: int) -> float:
 
 
 def _cell(values: Sequence[float], digits: int) -> str:
+    """Mean and half width in at most 10 characters, the width of a column, up to a mean of 1000."""
     if not all(map(math.isfinite, values)):
         return "-"
     middle, half = confidence(values)
     if abs(middle) >= 1000:
         return f"{middle:.1e}"
-    digits = digits if abs(middle) < 10 else min(digits, 1)
-    return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ±{half:.{digits}f}")
+    digits = min(digits, 1) if abs(middle) >= 10 or half >= 10 else digits
+    if half >= 100 or (half >= 10 and abs(middle) >= 100):
+        digits = 0
+    spread = f"{half:.{digits}f}" if half < 1000 else f"{half:.0e}"
+    return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ±{spread}")
 
 
 def _without_nan(value: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from hamu_lightning import HAMUQ, HAMUCallback, compare
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods import SSD, Comparison, FisherForgetting, Retrain, Run, Search, TrainingRun
-from hamu_lightning.methods._comparison import confidence
+from hamu_lightning.methods._comparison import _cell, confidence
 from tests.methods.setups import OPTIONS, Classifier, make_samples, make_split, weights_of
 
 
@@ -315,6 +315,13 @@ def test_confidence_intervals_are_students() -> None:
         # The table has four digits, the expansion an error of 1e-3.
         assert confidence(values) == pytest.approx((middle, quantile * deviation / math.sqrt(n)), rel=1e-3)
     assert math.isnan(confidence([1.0])[1])
+
+
+@pytest.mark.parametrize("middle", [0.0, 9.99, 66.7, 272.8, 998.0])
+@pytest.mark.parametrize("deviation", [0.0, 3.0, 9.0, 60.0, 300.0, 3000.0])
+def test_cells_fit_into_their_column(middle: float, deviation: float) -> None:
+    """A method that destroys the model with one of the seeds has an interval wider than its mean."""
+    assert len(_cell([middle - deviation, middle, middle + deviation], 2)) <= 10
 
 
 def test_one_seed_has_no_interval() -> None:
