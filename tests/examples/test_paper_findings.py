@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,6 @@ from hamu_lightning.rules import FixedRadius
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-
-EXAMPLES = str(Path(__file__).parents[2] / "examples")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _examples_on_path() -> Iterator[None]:
-    sys.path.insert(0, EXAMPLES)
-    yield
-    sys.path.remove(EXAMPLES)
 
 
 def write_records(path: Path, labels: list[int]) -> np.ndarray:
