@@ -65,7 +65,8 @@ def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | Non
     first = [next((g for g in row if g is not None), None) for row in rows]
     device = next((g.device for g in first if g is not None), torch.device("cpu"))
     zero = torch.zeros(n, n, dtype=widest_float(device), device=device)
-    products = _multiply(rows, device)
+    is_one_block = blocks is not None and len(set(blocks)) == 1 and not any(g is not None and _mesh(g) for g in first)
+    products = _multiply(rows, device, is_one_block)
     per_tensor = torch.stack([products.get(index, zero) for index in range(n_tensors)]) if rows else zero[None][:0]
     per_tensor = _sum_over_shards(per_tensor, first)  # [T, n, n]
     if blocks is not None:
@@ -125,8 +126,11 @@ def _label_function(blocks: Blocks) -> Callable[[str], str]:
     )
 
 
-def _multiply(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> dict[int, Tensor]:
-    """Each row's Gramian `[n, n]`, of the local parts where gradients are sharded. A row of None has none."""
+def _multiply(rows: Sequence[Sequence[Tensor | None]], device: torch.device, is_one_block: bool) -> dict[int, Tensor]:
+    """Each row's Gramian `[n, n]`, of the local parts where gradients are sharded. A row of None has none.
+
+    In one block rows that are multiplied together are summed up in the first one's place.
+    """
     products: dict[int, Tensor] = {}
     dense: dict[int, list[Tensor]] = {}
     for index, row in enumerate(rows):
@@ -140,8 +144,10 @@ def _multiply(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> 
                 local = [torch.zeros_like(present[0]) if g is None else g for g in local]
             dense[index] = _flatten([g for g in local if g is not None])
     for pack in _pack(dense):
-        wide = _widen([dense[index] if part is None else [g[part] for g in dense[index]] for index, part in pack])
-        for piece, (index, _) in zip(wide, pack, strict=True):
+        matrix, sizes = _widen([dense[i] if part is None else [g[part] for g in dense[i]] for i, part in pack])
+        # Many small products take longer than a large one.
+        wide = [matrix] if is_one_block else torch.split_with_sizes(matrix, sizes, dim=1)
+        for piece, (index, _) in zip(wide, pack, strict=False):
             product = piece @ piece.T
             product = product if product.device == device else product.to(device)
             products[index] = products[index] + product if index in products else product
@@ -166,15 +172,15 @@ def _pack(dense: dict[int, list[Tensor]]) -> Iterator[list[tuple[int, slice | No
         yield pack
 
 
-def _widen(parts: list[list[Tensor]]) -> Sequence[Tensor]:
-    """The parts of all gradients as `[n, length]` each, in float64: one conversion for all of them."""
+def _widen(parts: list[list[Tensor]]) -> tuple[Tensor, list[int]]:
+    """The parts of all gradients side by side, `[n, sum of lengths]`, in float64, and their lengths: one conversion."""
     sizes = [part[0].numel() for part in parts]
     like = parts[0][0]
     matrix = torch.empty(len(parts[0]), sum(sizes), dtype=widest_float(like.device), device=like.device)
     for row, column in zip(matrix.unbind(), zip(*parts, strict=True), strict=True):
         # `torch.cat(column, out=row)` would convert tensor by tensor: five times as slow.
         row.copy_(column[0] if len(column) == 1 else torch.cat(column))
-    return torch.split_with_sizes(matrix, sizes, dim=1)
+    return matrix, sizes
 
 
 def _flatten(row: Sequence[Tensor]) -> list[Tensor]:
