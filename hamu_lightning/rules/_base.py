@@ -237,6 +237,11 @@ def check_gramian(gramian: Tensor) -> None:
             f"Expected `gramian` to have shape [B, 2, 2], but got {list(gramian.shape)}. "
             "`compute_gramian(retain_grads, forget_grads)` makes it."
         )
+    check_gramian_dtype(gramian)
+
+
+def check_gramian_dtype(gramian: Tensor) -> None:
+    """Raise unless `gramian` is float32 or float64."""
     if not gramian.is_floating_point() or gramian.dtype.itemsize < 4:
         raise HAMUValueError(
             f"Expected `gramian` to be float32 or float64, but got {gramian.dtype}. "

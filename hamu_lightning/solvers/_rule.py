@@ -13,6 +13,7 @@ from torch import Tensor
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, assign_blocks
 from hamu_lightning.rules import Branch, LearningRateRadius, Quota, Radius, Rule, TargetQuota
+from hamu_lightning.rules._base import check_gramian_dtype
 from hamu_lightning.rules._closed_form import SMALLEST_SINE, compute_rounding
 from hamu_lightning.rules._hamu import OnInfeasible, as_quota, check_choice
 from hamu_lightning.rules._quota import check_quota
@@ -234,11 +235,7 @@ def check_group_gramian(gramian: Tensor, names: tuple[str, ...]) -> None:
             f"Expected `gramian` to have shape [B, {n}, {n}], one row for each of {list(names)}, but got "
             f"{list(gramian.shape)}. `compute_gramian(*grads)` makes it."
         )
-    if not gramian.is_floating_point() or gramian.dtype.itemsize < 4:
-        raise HAMUValueError(
-            f"Expected `gramian` to be float32 or float64, but got {gramian.dtype}. "
-            "Squares of gradients overflow in narrower types; `compute_gramian` sums in float32 or wider."
-        )
+    check_gramian_dtype(gramian)
 
 
 def _check_names(quota: Mapping[str, object], floor: Mapping[str, object]) -> None:
