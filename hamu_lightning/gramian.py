@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -64,15 +66,17 @@ def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | Non
     rows = list(zip(*grads, strict=True))
     first = [next((g for g in row if g is not None), None) for row in rows]
     device = next((g.device for g in first if g is not None), torch.device("cpu"))
+    is_sharded = any(g is not None and _mesh(g) is not None for g in first)
+    keys = range(n_tensors) if blocks is None or is_sharded else blocks  # shards are summed tensor by tensor
+    products = _multiply(rows, keys, device)
     zero = torch.zeros(n, n, dtype=widest_float(device), device=device)
-    is_one_block = blocks is not None and len(set(blocks)) == 1 and not any(g is not None and _mesh(g) for g in first)
-    products = _multiply(rows, device, is_one_block)
-    per_tensor = torch.stack([products.get(index, zero) for index in range(n_tensors)]) if rows else zero[None][:0]
-    per_tensor = _sum_over_shards(per_tensor, first)  # [T, n, n]
-    if blocks is not None:
-        index = torch.tensor(blocks, dtype=torch.long, device=device)
-        per_tensor = zero.new_zeros(max(blocks, default=-1) + 1, n, n).index_add_(0, index, per_tensor)
-    return per_tensor.triu() + per_tensor.triu(1).mT
+    gramian = torch.stack([products.get(key, zero) for key in range(max(keys) + 1)]) if rows else zero[None][:0]
+    if is_sharded:
+        gramian = _sum_over_shards(gramian, first)
+        if blocks is not None:
+            index = torch.tensor(blocks, dtype=torch.long, device=device)
+            gramian = zero.new_zeros(max(blocks) + 1, n, n).index_add_(0, index, gramian)
+    return gramian.triu() + gramian.triu(1).mT
 
 
 def assign_blocks(names: Sequence[str], groups: Sequence[int], blocks: Blocks) -> tuple[list[int], list[str]]:
@@ -126,61 +130,74 @@ def _label_function(blocks: Blocks) -> Callable[[str], str]:
     )
 
 
-def _multiply(rows: Sequence[Sequence[Tensor | None]], device: torch.device, is_one_block: bool) -> dict[int, Tensor]:
-    """Each row's Gramian `[n, n]`, of the local parts where gradients are sharded. A row of None has none.
-
-    In one block rows that are multiplied together are summed up in the first one's place.
-    """
+def _multiply(rows: Sequence[Sequence[Tensor | None]], keys: Sequence[int], device: torch.device) -> dict[int, Tensor]:
+    """The Gramians `[n, n]` of the rows' local parts, summed over the rows of each key. A row of None has none."""
     products: dict[int, Tensor] = {}
-    dense: dict[int, list[Tensor]] = {}
-    for index, row in enumerate(rows):
+    dense: list[tuple[int, list[Tensor]]] = []
+    for key, row in zip(keys, rows, strict=True):
+        if all(map(_is_plain, row)):  # nearly always, and all that follows takes as long as the products
+            dense.append((key, [g if g.ndim == 1 else g.view(-1) for g in row if g is not None]))
+            continue
         local = [None if g is None else _local(g) for g in row]
         present = [g for g in local if g is not None]
         if any(g.is_sparse for g in present):
-            products[index] = torch.stack([_sparse_inner(a, b, device) for a in local for b in local])
-            products[index] = products[index].view(len(row), len(row))
+            product = torch.stack([_sparse_inner(a, b, device) for a in local for b in local]).view(len(row), len(row))
+            products[key] = products[key] + product if key in products else product
         elif present:
             if len(present) < len(local):  # a missing gradient is zero
                 local = [torch.zeros_like(present[0]) if g is None else g for g in local]
-            dense[index] = _flatten([g for g in local if g is not None])
-    for pack in _pack(dense):
-        matrix, sizes = _widen([dense[i] if part is None else [g[part] for g in dense[i]] for i, part in pack])
-        # Many small products take longer than a large one.
-        wide = [matrix] if is_one_block else torch.split_with_sizes(matrix, sizes, dim=1)
-        for piece, (index, _) in zip(wide, pack, strict=False):
-            product = piece @ piece.T
-            product = product if product.device == device else product.to(device)
-            products[index] = products[index] + product if index in products else product
+            dense.append((key, _flatten([g for g in local if g is not None])))
+    for key, product in _multiply_dense(dense):
+        product = product.to(device)
+        products[key] = products[key] + product if key in products else product
     return products
 
 
-def _pack(dense: dict[int, list[Tensor]]) -> Iterator[list[tuple[int, slice | None]]]:
+def _multiply_dense(dense: Sequence[tuple[int, list[Tensor]]]) -> Iterator[tuple[int, Tensor]]:
+    """The same for vectors, not summed, piece by piece in the same memory: new memory takes longer than products."""
+    memory: dict[torch.device, Tensor] = {}
+    most = sum(len(row) * row[0].numel() for _, row in dense)
+    for pack in _pack(dense):
+        keys, parts = zip(*pack, strict=True)
+        n, sizes, device = len(parts[0]), [part[0].numel() for part in parts], parts[0][0].device
+        if device not in memory:
+            size = min(most, max(_piece_on(device), n))
+            memory[device] = torch.empty(size, dtype=widest_float(device), device=device)
+        wide = memory[device][: n * sum(sizes)].view(n, -1)
+        # `torch.cat(..., out=wide)` would convert tensor by tensor: five times as slow.
+        wide.copy_(torch.cat([part[k] for k in range(n) for part in parts]).view(n, -1))
+        # Many small products take longer than a large one: neighbours of one key are multiplied together.
+        runs = [
+            (key, sum(size for _, size in run)) for key, run in groupby(zip(keys, sizes, strict=True), itemgetter(0))
+        ]
+        for (key, _), piece in zip(runs, wide.split_with_sizes([size for _, size in runs], dim=1), strict=True):
+            yield key, piece @ piece.T
+
+
+def _pack(dense: Sequence[tuple[int, list[Tensor]]]) -> Iterator[list[tuple[int, list[Tensor]]]]:
     """Cut large tensors, and put small ones of one device together, so that each pack has about one piece's length."""
-    pack: list[tuple[int, slice | None]] = []
+    pack: list[tuple[int, list[Tensor]]] = []
     room, device = 0, None
-    for index, (first, *others) in dense.items():
-        piece = _PIECE_ON_CPU if first.device.type == "cpu" else _PIECE_ON_ACCELERATOR
-        piece = max(piece // (1 + len(others)), 1)
-        for start in range(0, first.numel(), piece):
-            length = min(piece, first.numel() - start)
-            if pack and (length > room or first.device != device):
+    for key, row in dense:
+        count, here = row[0].numel(), row[0].device
+        piece = max(_piece_on(here) // len(row), 1)
+        for start in range(0, count, piece):
+            length = min(piece, count - start)
+            if pack and (length > room or here != device):
                 yield pack
                 pack = []
-            room, device = (room if pack else piece) - length, first.device
-            pack.append((index, None if length == first.numel() else slice(start, start + length)))
+            room, device = (room if pack else piece) - length, here
+            pack.append((key, row if length == count else [g[start : start + length] for g in row]))
     if pack:
         yield pack
 
 
-def _widen(parts: list[list[Tensor]]) -> tuple[Tensor, list[int]]:
-    """The parts of all gradients side by side, `[n, sum of lengths]`, in float64, and their lengths: one conversion."""
-    sizes = [part[0].numel() for part in parts]
-    like = parts[0][0]
-    matrix = torch.empty(len(parts[0]), sum(sizes), dtype=widest_float(like.device), device=like.device)
-    for row, column in zip(matrix.unbind(), zip(*parts, strict=True), strict=True):
-        # `torch.cat(column, out=row)` would convert tensor by tensor: five times as slow.
-        row.copy_(column[0] if len(column) == 1 else torch.cat(column))
-    return matrix, sizes
+def _piece_on(device: torch.device) -> int:
+    return _PIECE_ON_CPU if device.type == "cpu" else _PIECE_ON_ACCELERATOR
+
+
+def _is_plain(grad: Tensor | None) -> bool:
+    return type(grad) is Tensor and grad.layout is torch.strided and grad.is_contiguous() and not grad.is_complex()
 
 
 def _flatten(row: Sequence[Tensor]) -> list[Tensor]:

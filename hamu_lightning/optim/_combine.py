@@ -11,7 +11,7 @@ from hamu_lightning.gramian import compute_gramian
 
 
 def combine_(
-    gradients: Sequence[Sequence[Tensor | None]], factors: Tensor, is_finite: Tensor
+    gradients: Sequence[Sequence[Tensor | None]], factors: Tensor, blocks: Sequence[int], is_finite: Tensor
 ) -> tuple[list[Tensor | None], Tensor]:
     """Combine lists of gradients tensor by tensor, writing over the gradients of the last list.
 
@@ -20,26 +20,26 @@ def combine_(
     Args:
         gradients: `n` lists of `T` gradients. The memory of the last list takes the result, the others stay as they
             are.
-        factors: `[T, n]`, what the gradients of each tensor are multiplied by.
+        factors: `[B, n]`, what the gradients of each block are multiplied by.
+        blocks: For each tensor the index of its block.
         is_finite: 0-d, bool. Where it is False the result is zero, whatever the gradients hold.
 
     Returns:
         For each tensor the combined gradient, or None where all are None; and whether they are finite, 0-d, bool.
     """
     combined: list[Tensor | None] = []
-    usual: list[int] = []
-    columns: list[list[Tensor]] = [[] for _ in gradients]
-    for index, row in enumerate(zip(*gradients, strict=True)):
-        present = [grad for grad in row if grad is not None]
-        if len(present) == len(row) and all(map(_is_usual, present)):
-            usual.append(index)
-            for column, grad in zip(columns, present, strict=True):
-                column.append(grad)
+    usual: list[tuple[Tensor, ...]] = []
+    weights: list[tuple[Tensor, ...]] = []
+    cells = [*zip(*(column.unbind() for column in factors.unbind(dim=1)), strict=True)]
+    for row, block in zip(zip(*gradients, strict=True), blocks, strict=True):
+        if all(map(_is_usual, row)):
+            usual.append(row)
+            weights.append(cells[block])
             combined.append(row[-1])
         else:
-            combined.append(_combine_one(row, factors[index], is_finite))
+            combined.append(_combine_one(row, cells[block], is_finite))
     if usual:
-        _combine_lists_(columns, factors[usual], is_finite)
+        _combine_lists_([*zip(*usual, strict=True)], [*zip(*weights, strict=True)], is_finite)
     halves = [grad for grad in combined if grad is not None and grad.dtype is torch.float16]
     if not halves:
         return combined, is_finite
@@ -49,36 +49,42 @@ def combine_(
 
 
 def add_up(
-    first: Sequence[Tensor | None], others: Iterable[list[Tensor | None]], factors: Tensor, is_finite: Tensor
+    first: Sequence[Tensor | None],
+    others: Iterable[list[Tensor | None]],
+    factors: Tensor,
+    blocks: Sequence[int],
+    is_finite: Tensor,
 ) -> tuple[list[Tensor | None], Tensor]:
     """The same for gradients that come one after the other; the first one stays as it is, the others may be used up."""
     one = torch.ones_like(factors[:, 0])
     alone = torch.stack((factors[:, 0], torch.zeros_like(one)), dim=1)
-    total, is_finite = combine_([first, [None if g is None else g.clone() for g in first]], alone, is_finite)
+    total, is_finite = combine_([first, [None if g is None else g.clone() for g in first]], alone, blocks, is_finite)
     for index, grads in enumerate(others, start=1):
-        total, is_finite = combine_([total, grads], torch.stack((one, factors[:, index]), dim=1), is_finite)
+        total, is_finite = combine_([total, grads], torch.stack((one, factors[:, index]), dim=1), blocks, is_finite)
     return total, is_finite
 
 
-def _combine_lists_(columns: list[list[Tensor]], factors: Tensor, is_finite: Tensor) -> None:
+def _combine_lists_(
+    columns: Sequence[tuple[Tensor, ...]], weights: Sequence[tuple[Tensor, ...]], is_finite: Tensor
+) -> None:
     """Write the combinations over the last list, with torch's operators on whole lists."""
     *sources, targets = columns
-    *weights, last = ([*column.unbind()] for column in factors.unbind(dim=1))
+    *others, last = weights
     torch._foreach_mul_(targets, last)
-    for source, weight in zip(sources, weights, strict=True):
+    for source, weight in zip(sources, others, strict=True):
         torch._foreach_addcmul_(targets, source, weight)  # without a product of the model's size in between
     is_bad = ~is_finite
     for target in targets:
         target.masked_fill_(is_bad, 0)
 
 
-def _is_usual(grad: Tensor) -> bool:
+def _is_usual(grad: Tensor | None) -> bool:
     """Whether torch's operators on whole lists take the gradient; 16-bit sums would lose the quota to cancellation."""
-    return type(grad) is Tensor and not grad.is_sparse and grad.dtype in (torch.float32, torch.float64)
+    return type(grad) is Tensor and grad.layout is torch.strided and grad.dtype in (torch.float32, torch.float64)
 
 
-def _combine_one(row: Sequence[Tensor | None], factors: Tensor, is_finite: Tensor) -> Tensor | None:
-    terms = [_scaled(g, f, is_finite) for g, f in zip(row, factors.unbind(), strict=True) if g is not None]
+def _combine_one(row: Sequence[Tensor | None], factors: Sequence[Tensor], is_finite: Tensor) -> Tensor | None:
+    terms = [_scaled(g, f, is_finite) for g, f in zip(row, factors, strict=True) if g is not None]
     if not terms:
         return None
     terms.sort(key=lambda term: term.is_sparse)  # torch adds a sparse tensor to a dense one, not the other way round

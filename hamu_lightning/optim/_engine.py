@@ -300,12 +300,11 @@ class Engine:
         # The rule saw mean gradients; the slots hold shares of them.
         factors = self._as_means(-step.values, groups)
         factors = torch.where(lr == 0, 0, factors if self.exact else factors / lr)
-        factors = factors[torch.tensor(layout.blocks, device=factors.device)]
         if self.sketch is not None:
             again = make_gradients_again(groups[1:], self.recompute, self.parameters, layout.parameters)
-            combined, is_finite = add_up(gradients[0], again, factors, step.is_finite)
+            combined, is_finite = add_up(gradients[0], again, factors, layout.blocks, step.is_finite)
         else:
-            combined, is_finite = combine_(gradients, factors, step.is_finite)
+            combined, is_finite = combine_(gradients, factors, layout.blocks, step.is_finite)
         return combined, report.left_out_unless(is_finite)
 
     def _step_base(self) -> None:

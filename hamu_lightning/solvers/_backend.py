@@ -13,7 +13,7 @@ import qpsolvers
 from scipy import sparse
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.solvers._projection import Array, Projected, Projection, find_active_set, make_exact
+from hamu_lightning.solvers._projection import Array, Projected, Projection, make_exact, project_exactly
 
 # At their default tolerances the solvers cannot tell a small multiplier from none. The names differ between them; a
 # backend that is not listed keeps its own settings, since every answer is checked.
@@ -64,7 +64,7 @@ class Backend:
         return [
             Projected(question.target, none)
             if is_inside
-            else make_exact(question, next(guesses)) or _solve_again(question)
+            else make_exact(question, next(guesses)) or project_exactly(question)
             for question, is_inside, none in zip(questions, inside, nothing, strict=True)
         ]
 
@@ -96,11 +96,6 @@ class Backend:
         point = np.zeros_like(linear) if solution.x is None else np.asarray(solution.x)
         multipliers = np.zeros_like(limits) if solution.z is None else np.asarray(solution.z)
         return np.nan_to_num(point), np.nan_to_num(multipliers)
-
-
-def _solve_again(question: Projection) -> Projected | None:
-    active = find_active_set(question)
-    return None if active is None else make_exact(question, active)
 
 
 @lru_cache(maxsize=32)

@@ -24,11 +24,13 @@ from hamu_lightning.solvers._projection import (
     Projected,
     Projection,
     find_active_set,
+    project_exactly,
     solve_multipliers,
     split_space,
 )
 
 MOST_SOLVES = 20
+_MOST_REVISIONS = 10
 
 Questions: TypeAlias = Generator[Projection, Projected | None, "QPSolution"]
 """A search: it asks for projections, is sent the answers, and returns a solution."""
@@ -99,11 +101,20 @@ class Candidate:
 
     `y_S` is the shortest step that gives their bounds, `P` projects onto what they leave free, `|y| = 1` fixes `s`.
     Where they leave nothing of the cost, `y = y_S`, and tau is infinite.
+
+    Args:
+        problem: What it may answer.
+        active: `[m]`.
+        point: `[r]`, `y`.
+        tau: Of the plain step whose projection is `y`.
+        inverse: `[r, k]`, the pseudo-inverse of the active rows.
     """
 
+    problem: BallProblem
+    active: Mask
     point: Array
     tau: float
-    active: Mask
+    inverse: Array
 
     @classmethod
     def on(cls, problem: BallProblem, active: Mask) -> Candidate:
@@ -114,23 +125,42 @@ class Candidate:
         slope = float(np.linalg.norm(downhill))
         # As for two gradients: along what is collinear to within the rounding, no step is taken.
         if slope <= SMALLEST_SINE:
-            return cls(shortest, np.inf, active)
+            return cls(problem, active, shortest, np.inf, inverse)
         tau = float(np.sqrt(max(1 - float(shortest @ shortest), 0.0))) / slope
-        return cls(shortest + tau * downhill, tau, active)
+        return cls(problem, active, shortest + tau * downhill, tau, inverse)
 
-    def prove(self, problem: BallProblem, solves: int) -> QPSolution | None:
+    @property
+    def slack(self) -> Array:
+        """`[m]`, by how much each constraint is more than served."""
+        return self.problem.rows @ self.point - self.problem.bounds
+
+    @property
+    def share(self) -> float:
+        """`tau / (1 + tau)`."""
+        return 1.0 if self.tau == np.inf else self.tau / (1 + self.tau)
+
+    @property
+    def pull(self) -> Array:
+        """`[r]`, `(tau l + y) / (1 + tau)`: what the multipliers have to make up, of numbers not much above one."""
+        return self.share * self.problem.cost + (1 - self.share) * self.point
+
+    def revise(self) -> Candidate:
+        """Newton's next guess: without the constraints that pull the wrong way, with the violated ones."""
+        active = self.slack < -KKT_TOLERANCE
+        active[self.active] = self.inverse.T @ self.pull > 0
+        return Candidate.on(self.problem, active)
+
+    def prove(self, solves: int) -> QPSolution | None:
         """Return the solution if the optimality conditions hold: bounds, length, signs, complementarity, stationarity.
 
-        Stationarity is `tau l + y = rows' m`, divided by `1 + tau`, so that no number is much larger than one.
+        Stationarity is `tau l + y = rows' m`, divided by `1 + tau`.
         """
-        share = 1.0 if self.tau == np.inf else self.tau / (1 + self.tau)
-        slack = problem.rows @ self.point - problem.bounds
+        slack, share = self.slack, self.share
         excess = float(np.linalg.norm(self.point)) - 1
         if (slack < -KKT_TOLERANCE).any() or excess > CAPACITY_SLACK:
             return None
-        multipliers = np.zeros_like(problem.bounds)
-        direction = share * problem.cost + (1 - share) * self.point
-        multipliers[self.active], distance = solve_multipliers(problem.rows[self.active], direction)
+        multipliers = np.zeros_like(slack)
+        multipliers[self.active], distance = solve_multipliers(self.problem.rows[self.active], self.pull)
         if distance > KKT_TOLERANCE or (slack[multipliers > 0] > KKT_TOLERANCE).any():
             return None
         residual = max(excess, distance, *-slack, *slack[multipliers > 0], 0.0)
@@ -143,25 +173,42 @@ class Candidate:
 
 
 def search_ball(problem: BallProblem) -> Questions:
-    """Find the active set by Newton's method on tau, inside a bracket; the shortest step decides feasibility."""
-    candidate = Candidate.on(problem, np.zeros(problem.bounds.size, dtype=bool))  # the plain step
-    solution = candidate.prove(problem, 0)
-    low, high, tau = 0.0, np.inf, 0.0
+    """Find the active set by Newton's method, from that of the shortest step, which decides feasibility.
+
+    Where that goes in circles, a solver is asked for the projection `y(tau)`, with tau inside a bracket, and Newton's
+    method goes on from there.
+    """
+    solution = Candidate.on(problem, np.zeros(problem.bounds.size, dtype=bool)).prove(0)  # the plain step
+    if solution is not None:
+        return solution
+    answer = project_exactly(problem.project(0.0))
+    if answer is None:
+        is_empty = find_active_set(problem.project(0.0)) is None
+        return QPSolution(SolveStatus.INFEASIBLE if is_empty else SolveStatus.FAILED, solves=1)
+    if np.linalg.norm(answer.point) > 1 + CAPACITY_SLACK:
+        return QPSolution(SolveStatus.INFEASIBLE, solves=1)
+    low, high = 0.0, np.inf
     for solves in range(1, MOST_SOLVES + 1):
+        candidate = Candidate.on(problem, answer.active)
+        solution = _improve(candidate, solves)
         if solution is not None:
             return solution
+        tau = candidate.tau if low < candidate.tau < high else _between(low, high)
         answer = yield problem.project(tau)
         if answer is None:
-            is_empty = tau == 0 and find_active_set(problem.project(tau)) is None
-            return QPSolution(SolveStatus.INFEASIBLE if is_empty else SolveStatus.FAILED, solves=solves)
-        length = np.linalg.norm(answer.point)
-        if tau == 0 and length > 1 + CAPACITY_SLACK:
-            return QPSolution(SolveStatus.INFEASIBLE, solves=solves)
-        low, high = (tau, high) if length < 1 else (low, tau)
-        candidate = Candidate.on(problem, answer.active)
-        solution = candidate.prove(problem, solves)
-        tau = candidate.tau if low < candidate.tau < high else _between(low, high)
-    return solution or QPSolution(SolveStatus.FAILED, solves=MOST_SOLVES)
+            break
+        low, high = (tau, high) if np.linalg.norm(answer.point) < 1 else (low, tau)
+    return QPSolution(SolveStatus.FAILED, solves=solves)
+
+
+def _improve(candidate: Candidate, solves: int) -> QPSolution | None:
+    """Revise the candidate until it is proved: one to three times nearly always; None if that leads nowhere."""
+    for _ in range(_MOST_REVISIONS):
+        solution = candidate.prove(solves)
+        if solution is not None:
+            return solution
+        candidate = candidate.revise()
+    return None
 
 
 def _between(low: float, high: float) -> float:

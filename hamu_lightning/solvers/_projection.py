@@ -119,9 +119,13 @@ def find_active_set(question: Projection) -> Mask | None:
     return None if residual <= 1 / _FARTHEST else weights > 0
 
 
+def project_exactly(question: Projection) -> Projected | None:
+    """Return the projection by least squares alone; None if there is no point, or the proof fails."""
+    active = find_active_set(question)
+    return None if active is None else make_exact(question, active)
+
+
 def compute_smallest_norm(rows: Array, bounds: Array) -> float:
     """Return the length of the shortest `x` with `rows x >= bounds`; infinite if there is none."""
-    question = Projection(np.zeros(rows.shape[1]), rows, bounds)
-    active = find_active_set(question)
-    answer = None if active is None else make_exact(question, active)
+    answer = project_exactly(Projection(np.zeros(rows.shape[1]), rows, bounds))
     return np.inf if answer is None else float(np.linalg.norm(answer.point))

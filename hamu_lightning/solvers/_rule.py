@@ -42,8 +42,8 @@ class FeasibleDirection(Rule):
 
     1. The Gramian, the radii and the quotas are copied to the host, packed.
     2. The gradients are divided by their lengths and written in an orthonormal basis of what they span.
-    3. Quadratic programs, solved through qpsolvers, find the active constraints; these give the step in closed form. It
-       is taken only if its optimality conditions hold.
+    3. Newton's method finds the active constraints, with the help of quadratic programs, solved through qpsolvers, where
+       it goes in circles. They give the step in closed form; it is taken only if its optimality conditions hold.
     4. If no step inside the radius serves all constraints: see `on_infeasible`.
     5. The coefficients and what they promise are copied back, packed.
 
@@ -195,12 +195,11 @@ class FeasibleDirection(Rule):
     def _compute_bounds(self, capacity: Array, host: dict[str, Tensor], names: tuple[str, ...]) -> Array:
         """`[n-1]`, the floors and the quotas, loss units per step."""
         bounds = []
-        for name, most in zip(names[1:], capacity[1:], strict=True):
+        for name, most in zip(names[1:], torch.from_numpy(capacity[1:]).unbind(), strict=True):
             if name in self.floor:
                 bounds.append(self.floor[name])
             else:
-                quota = as_quota(self.quota[name]).compute(torch.tensor(most), host.get(f"quota {name}"))
-                bounds.append(float(quota))
+                bounds.append(float(as_quota(self.quota[name]).compute(most, host.get(f"quota {name}"))))
         return np.array(bounds, dtype=float)
 
     def _check_groups(self, groups: Sequence[str] | None) -> tuple[str, ...]:
