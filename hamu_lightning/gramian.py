@@ -164,8 +164,10 @@ def _multiply_dense(dense: Sequence[tuple[int, list[Tensor]]]) -> Iterator[tuple
             size = min(most, max(_piece_on(device), n))
             memory[device] = torch.empty(size, dtype=widest_float(device), device=device)
         wide = memory[device][: n * sum(sizes)].view(n, -1)
-        # `torch.cat(..., out=wide)` would convert tensor by tensor: five times as slow.
-        wide.copy_(torch.cat([part[k] for k in range(n) for part in parts]).view(n, -1))
+        if len(parts) == 1:
+            torch._foreach_copy_(wide.unbind(), parts[0])
+        else:  # `torch.cat(..., out=wide)` would convert tensor by tensor: five times as slow
+            wide.copy_(torch.cat([part[k] for k in range(n) for part in parts]).view(n, -1))
         # Many small products take longer than a large one: neighbours of one key are multiplied together.
         runs = [
             (key, sum(size for _, size in run)) for key, run in groupby(zip(keys, sizes, strict=True), itemgetter(0))
