@@ -56,7 +56,6 @@ class Approach:
         forget_pass: What runs batches through the module without a trace.
         forget: The forget loader as the user gave it: every process reads all of it.
         every_n_steps: Every how many steps of the trainer one is a combined one.
-        lands: Whether a step that goes too far is taken back: not with several groups, whose steps these are as well.
 
     Attributes:
         is_there: Whether the forget loss has reached the target.
@@ -74,10 +73,9 @@ class Approach:
         forget_pass: ForgetPass,
         forget: Any,
         every_n_steps: int,
-        lands: bool,
     ) -> None:
         quota = optimizer.rule.target_quotas[group]
-        self._trainer, self._optimizer, self._forget_pass, self._lands = trainer, optimizer, forget_pass, lands
+        self._trainer, self._optimizer, self._forget_pass = trainer, optimizer, forget_pass
         self._aim = optimizer.aim_of(group)
         self._target = as_target(quota.target)
         self._forget = Holdout(Excerpt(forget)) if can_be_read_again(forget) else None
@@ -88,13 +86,14 @@ class Approach:
         if isinstance(self._target, Holdout):
             warn_about_shared_samples(self._target.loader, forget)
 
-    def look(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, lands: bool) -> None:
         """Measure what has to be measured before the forget pass of a step; reads the host.
 
         Args:
             step: The strategy's `training_step`.
             args: The arguments of the retain batch.
             kwargs: Likewise.
+            lands: Whether a step that went too far is taken back: not with several groups, whose step it was as well.
         """
         aim, target = self._aim, self._look_at_target(step, args, kwargs)
         is_near = aim.level is not None and bool(aim.level >= _NEAR * target)
@@ -108,7 +107,7 @@ class Approach:
                 f"The forget loss is {float(aim.level):.4g} before the first step, and the target only "
                 f"{float(target):.4g}: there is nothing to forget. Check the forget set, or choose a higher target."
             )
-        if not self._lands:
+        if not lands:
             return
         if self.is_there:
             self._land(aim.level, target)

@@ -107,14 +107,14 @@ class Groups:
             self._loaders[name] = loader
             group.read(_compat.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
-            every, lands = settings.every_n_steps, self._is_single
-            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, lands)
+            every = settings.every_n_steps
+            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every)
 
     def open_window(self, *step: Any) -> list[Group]:
         """Measure what has to be measured before a step, and choose its groups; return those that leave now."""
         for group in self._active:
             if group.approach is not None:
-                group.approach.look(*step)
+                group.approach.look(*step, lands=self._is_single)
         leaving = [group for group in self._active if group.approach is not None and group.approach.is_there]
         if self.are_there:
             leaving = []  # the fit ends before the step

@@ -30,6 +30,7 @@ from hamu_lightning.solvers._projection import (
 )
 
 MOST_SOLVES = 20
+# Newton's method nearly always ends after one to three; a solver takes as long as ten.
 _MOST_REVISIONS = 10
 
 Questions: TypeAlias = Generator[Projection, Projected | None, "QPSolution"]
@@ -202,7 +203,7 @@ def search_ball(problem: BallProblem) -> Questions:
 
 
 def _improve(candidate: Candidate, solves: int) -> QPSolution | None:
-    """Revise the candidate until it is proved: one to three times nearly always; None if that leads nowhere."""
+    """Revise the candidate until it is proved; None if that leads nowhere."""
     for _ in range(_MOST_REVISIONS):
         solution = candidate.prove(solves)
         if solution is not None:

@@ -105,11 +105,6 @@ class GroupCoefficients(Coefficients):
         return sum((self.improvements[name] for name in self.forgotten), torch.zeros_like(self.total_quota))
 
     @cached_property
-    def retain_improvement(self) -> Tensor:
-        """Predicted fall of the retain loss, 0-d."""
-        return self.improvements["retain"]
-
-    @cached_property
     def feasible_improvement(self) -> Tensor:
         """The most forgetting, in the proportion of the quotas, that does not raise the retain loss, 0-d.
 

@@ -42,8 +42,8 @@ class FeasibleDirection(Rule):
 
     1. The Gramian, the radii and the quotas are copied to the host, packed.
     2. The gradients are divided by their lengths and written in an orthonormal basis of what they span.
-    3. Newton's method finds the active constraints, with the help of quadratic programs, solved through qpsolvers, where
-       it goes in circles. They give the step in closed form; it is taken only if its optimality conditions hold.
+    3. Newton's method finds the active constraints; where it goes in circles, quadratic programs do, solved through
+       qpsolvers. They give the step in closed form, which is taken only if its optimality conditions hold.
     4. If no step inside the radius serves all constraints: see `on_infeasible`.
     5. The coefficients and what they promise are copied back, packed.
 

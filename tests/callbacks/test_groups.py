@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps, preflight
 from hamu_lightning.callbacks import HAMUMisconfigurationError, StopReason
+from hamu_lightning.callbacks._kept_weights import KeptWeights
 from hamu_lightning.callbacks._prices import Prices
 from hamu_lightning.errors import HAMUError
 from hamu_lightning.rules import FixedRadius, TargetQuota
@@ -154,6 +155,29 @@ def test_a_request_is_added_between_epochs() -> None:
     twin.add_request("c", loader("c"), 0.004)
     fit(build(Base), twin)
     assert twin.state_dict()["groups"]["a"] == hamu.state_dict()["groups"]["a"]
+
+
+def test_a_request_alone_lands_until_another_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near its target a request keeps the weights of each step, to go back to; not where a step is others' as well."""
+    hamu = HAMUCallback({"a": loader("a")}, FeasibleDirection({"a": TargetQuota(1.3)}, radius=RADIUS))
+    kept: list[int] = []
+
+    class Adds(Callback):
+        @override
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            keep = KeptWeights.keep
+            monkeypatch.setattr(
+                KeptWeights, "keep", lambda weights: (kept.append(trainer.current_epoch), keep(weights))
+            )
+
+        @override
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.current_epoch == 0:
+                hamu.add_request("c", loader("c"), 0.004)
+
+    fit(build(Base), hamu, Adds())
+    assert hamu.combined_steps > 6
+    assert set(kept) == {0}
 
 
 def test_resumed_in_the_middle(tmp_path: Path) -> None:
