@@ -23,7 +23,7 @@ from hamu_lightning.solvers._projection import (
     Mask,
     Projected,
     Projection,
-    find_active_set,
+    bound_distance,
     project_exactly,
     solve_multipliers,
     split_space,
@@ -184,8 +184,8 @@ def search_ball(problem: BallProblem) -> Questions:
         return solution
     answer = project_exactly(problem.project(0.0))
     if answer is None:
-        is_empty = find_active_set(problem.project(0.0)) is None
-        return QPSolution(SolveStatus.INFEASIBLE if is_empty else SolveStatus.FAILED, solves=1)
+        is_too_far = bound_distance(problem.project(0.0)) > 1 + CAPACITY_SLACK
+        return QPSolution(SolveStatus.INFEASIBLE if is_too_far else SolveStatus.FAILED, solves=1)
     if np.linalg.norm(answer.point) > 1 + CAPACITY_SLACK:
         return QPSolution(SolveStatus.INFEASIBLE, solves=1)
     low, high = 0.0, np.inf

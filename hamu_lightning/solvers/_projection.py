@@ -103,26 +103,37 @@ def make_exact(question: Projection, active: Mask) -> Projected | None:
     return Projected(point * scale, is_needed)
 
 
-def find_active_set(question: Projection) -> Mask | None:
-    """Solve by non-negative least squares (Lawson and Hanson 1974, chapter 23): exact, finite, and dense.
+def bound_distance(question: Projection) -> float:
+    """Return a length by which each point of the polyhedron is at least away from the target; infinite if it is empty.
 
-    For `z = x - target`, `h = bounds - rows target` the residual of `min |[rows'; h'] u - (0, .., 0, 1)|`, `u >= 0`,
-    is proportional to `(z, -1)`, and its length is `1 / sqrt(1 + |z|^2)`.
+    `rows x >= bounds` gives `u·rows (x - target) >= u·ahead` for each `u >= 0`, and so `|x - target| >= u·ahead /
+    |rows' u|`. No rounding in `u` spoils this proof.
+    """
+    weights, ahead, _ = _solve_least_squares(question)
+    push, reach = float(weights @ ahead), float(np.linalg.norm(question.rows.T @ weights))
+    return question.scale * push / reach if reach > 0 else (np.inf if push > 0 else 0.0)
+
+
+def _solve_least_squares(question: Projection) -> tuple[Array, Array, float]:
+    """Non-negative least squares (Lawson and Hanson 1974, chapter 23): exact, finite, and dense.
+
+    For `z = x - target`, `ahead = bounds - rows target` the residual of `min |[rows'; ahead'] u - (0, .., 0, 1)|`,
+    `u >= 0`, is proportional to `(z, -1)`, and its length is `1 / sqrt(1 + |z|^2)`.
 
     Returns:
-        `[m]`, the active constraints; None if there is no point.
+        `u`, `ahead` and the length, in units of the question's scale.
     """
     ahead = (question.bounds - question.rows @ question.target) / question.scale
     weights, residual = solve_multipliers(
         np.column_stack((question.rows, ahead)), np.append(np.zeros(question.target.size), 1.0)
     )
-    return None if residual <= 1 / _FARTHEST else weights > 0
+    return weights, ahead, residual
 
 
 def project_exactly(question: Projection) -> Projected | None:
     """Return the projection by least squares alone; None if there is no point, or the proof fails."""
-    active = find_active_set(question)
-    return None if active is None else make_exact(question, active)
+    weights, _, residual = _solve_least_squares(question)
+    return None if residual <= 1 / _FARTHEST else make_exact(question, weights > 0)
 
 
 def compute_smallest_norm(rows: Array, bounds: Array) -> float:

@@ -97,3 +97,19 @@ def test_many_groups_agree_with_a_cone_solver(batch: int) -> None:
             np.testing.assert_allclose(in_shares, expected.duals, atol=1e-4, rtol=1e-3, err_msg=str(seed))
     assert max(solves) <= MOST_SOLVES
     assert np.median(solves) <= 4
+
+
+@pytest.mark.parametrize("seed", range(28, 58))
+def test_nearly_parallel_conflicts(seed: int) -> None:
+    """Sines of 3e-3 to 5e-4: the shortest step that serves all is thousands of radii long, and known to few digits."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(6, 20))
+    grads = rng.normal(size=(n, n + 2)) + 10 ** rng.uniform(2.5, 3.3) * rng.normal(size=n + 2)
+    reach = np.linalg.norm(grads, axis=1)
+    requests = Requests(grads, np.zeros(2), rng.uniform(0, 0.6, n - 3) * reach[3:], 1.0)
+    result = requests.solve()
+    step = requests.step(result)
+    assert int(result.status) == SolveStatus.INFEASIBLE
+    missing = np.maximum(requests.quotas - (grads @ step)[3:], 0) / reach[3:]
+    assert (grads @ step)[1:3].max() <= 1e-9 * reach[1:3].max()
+    assert np.linalg.norm(missing) == pytest.approx(violate_least(requests)[1], abs=2e-6)
