@@ -34,7 +34,9 @@ def main() -> None:
         cells = []
         for found in changes.values():
             numbers = [change[group] for change in found]
-            cells.append(" ".join(f"{number:+.1f}" for number in numbers) + f" (mean {mean(numbers):+.1f})")
+            cells.append(
+                " ".join(f"{number:+.1f}" for number in numbers) + f" (mean {round(mean(numbers), 1) + 0.0:+.1f})"
+            )
         print(f"| {group} | " + " | ".join(cells) + " |")
 
 
