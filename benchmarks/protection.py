@@ -34,9 +34,8 @@ def main() -> None:
         cells = []
         for found in changes.values():
             numbers = [change[group] for change in found]
-            cells.append(
-                " ".join(f"{number:+.1f}" for number in numbers) + f" (mean {round(mean(numbers), 1) + 0.0:+.1f})"
-            )
+            middle = round(mean(numbers), 1) + 0.0  # no "-0.0"
+            cells.append(" ".join(f"{number:+.1f}" for number in numbers) + f" (mean {middle:+.1f})")
         print(f"| {group} | " + " | ".join(cells) + " |")
 
 
