@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -110,6 +110,11 @@ def assign_blocks(names: Sequence[str], groups: Sequence[int], blocks: Blocks) -
     return [order[key] for key in keys], labels
 
 
+def check_blocks(blocks: Blocks) -> None:
+    """Raise unless `blocks` is one of its choices, by asking for the block of a tensor."""
+    assign_blocks(["layer.weight"], [0], blocks)
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on a device that has none."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -132,7 +137,7 @@ def _label_function(blocks: Blocks) -> Callable[[str], str]:
 
 def _multiply(rows: Sequence[Sequence[Tensor | None]], keys: Sequence[int], device: torch.device) -> dict[int, Tensor]:
     """The Gramians `[n, n]` of the rows' local parts, summed over the rows of each key. A row of None has none."""
-    products: dict[int, Tensor] = {}
+    found: list[tuple[int, Tensor]] = []
     dense: list[tuple[int, list[Tensor]]] = []
     for key, row in zip(keys, rows, strict=True):
         if all(map(_is_plain, row)):  # nearly always, and all that follows takes as long as the products
@@ -141,13 +146,14 @@ def _multiply(rows: Sequence[Sequence[Tensor | None]], keys: Sequence[int], devi
         local = [None if g is None else _local(g) for g in row]
         present = [g for g in local if g is not None]
         if any(g.is_sparse for g in present):
-            product = torch.stack([_sparse_inner(a, b, device) for a in local for b in local]).view(len(row), len(row))
-            products[key] = products[key] + product if key in products else product
+            product = torch.stack([_sparse_inner(a, b, device) for a in local for b in local])
+            found.append((key, product.view(len(row), len(row))))
         elif present:
             if len(present) < len(local):  # a missing gradient is zero
                 local = [torch.zeros_like(present[0]) if g is None else g for g in local]
             dense.append((key, _flatten([g for g in local if g is not None])))
-    for key, product in _multiply_dense(dense):
+    products: dict[int, Tensor] = {}
+    for key, product in chain(found, _multiply_dense(dense)):
         product = product.to(device)
         products[key] = products[key] + product if key in products else product
     return products

@@ -199,8 +199,7 @@ class Engine:
         """Apply the step, and take it back as long as the referee does not accept it; return whether it did at last."""
         before = Snapshot(self._applier(takes_d=True), layout.parameters)
         while True:
-            # The combination is written over the last gradients; they may be needed again.
-            self._take_step(groups, _with_spare_last(gradients), layout)
+            self._take_step(groups, gradients, layout, keeps_last=True)
             assert self.last_step is not None
             if not bool(self.last_step.coefficients.is_finite):
                 return True  # it has moved nothing, and is counted: the promise is not to blame
@@ -220,12 +219,15 @@ class Engine:
         """Whether the weights move by the rule's step, and so follow its radius; Adam's and momentum's do not."""
         return self.exact or is_plain_sgd(self.base)
 
-    def _take_step(self, groups: tuple[str, ...], gradients: Gradients, layout: Layout) -> None:
+    def _take_step(
+        self, groups: tuple[str, ...], gradients: Gradients, layout: Layout, *, keeps_last: bool = False
+    ) -> None:
         """Let the base apply the last answer of the rule."""
         assert self.last_step is not None
         before = [p.detach().clone() for p in layout.parameters] if self.track_actual else None
-        # The combination is written over the last gradients: those are needed again to measure, or in later steps.
-        spare = _with_spare_last(gradients) if self.track_actual or self.reuse_groups else gradients
+        # The combination is written over the last gradients: they may be needed again to measure, or in later steps.
+        keeps_last |= self.track_actual or self.reuse_groups
+        spare = _with_spare_last(gradients) if keeps_last else gradients
         combined, self.last_step = self._combine(groups, spare, self.last_step, layout)
         with pointed_gradients(layout.parameters, combined):
             self._step_base()

@@ -11,7 +11,7 @@ from torch import Tensor
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim._layout import Layout
-from hamu_lightning.optim._slots import GradientSlot, pointed_gradients
+from hamu_lightning.optim._slots import GradientSlot, hidden_gradients
 
 # Random numbers are drawn for so many weights at once.
 _PIECE = 2**20
@@ -97,7 +97,7 @@ class SketchSlot(GradientSlot):
     def filling(self, parameters: Iterable[Tensor]) -> Iterator[None]:
         """Let a gradient accumulate, and add its projection to what is there: projecting is linear."""
         parameters = list(parameters)
-        with pointed_gradients(parameters, [None] * len(parameters)):
+        with hidden_gradients(parameters):
             try:
                 yield
             except BaseException:
@@ -136,7 +136,7 @@ def make_gradients_again(
             "and each group's backward pass has to run again. Set it to a function of the group's name."
         )
     for name in groups:
-        with pointed_gradients(parameters, [None] * len(parameters)), torch.enable_grad():
+        with hidden_gradients(parameters), torch.enable_grad():
             recompute(name)
             grads = [p.grad for p in wanted]
         yield grads

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from hamu_lightning.gramian import Blocks, assign_blocks
+from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules._base import Branch, Coefficients, Rule, as_wide, check_gramian
 from hamu_lightning.rules._closed_form import compute_rounding, make_block_problem
 
@@ -40,7 +40,7 @@ class CombinationRule(Rule):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        assign_blocks(["layer.weight"], [0], self.blocks)
+        check_blocks(self.blocks)
 
     @abstractmethod
     def weigh(self, retain: Tensor, forget: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.gramian import Blocks, assign_blocks
+from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules._allocation import Allocation, allocate_quota, solve_jointly
 from hamu_lightning.rules._base import (
     FORGET,
@@ -31,7 +31,7 @@ from hamu_lightning.rules._closed_form import (
     solve_blocks,
 )
 from hamu_lightning.rules._quota import AbsoluteQuota, Quota, TargetQuota
-from hamu_lightning.rules._radius import LearningRateRadius, Radius, ScaledRadius
+from hamu_lightning.rules._radius import LearningRateRadius, Radius, ScaledRadius, check_radius
 
 OnInfeasible = Literal["best_effort", "skip"]
 
@@ -75,13 +75,10 @@ class HAMUQ(Rule):
     def __post_init__(self) -> None:
         """Check the settings."""
         as_quota(self.quota)
-        if not isinstance(self.radius, Radius):
-            raise HAMUValueError(
-                f"Expected `radius` to be a radius such as FixedRadius({self.radius}), but got {self.radius!r}."
-            )
+        check_radius(self.radius)
         check_choice("allocation", self.allocation, get_args(Allocation))
         check_choice("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
-        assign_blocks(["layer.weight"], [0], self.blocks)
+        check_blocks(self.blocks)
 
     @property
     def target_quotas(self) -> Mapping[str, TargetQuota]:

@@ -157,3 +157,9 @@ def check_positive(name: str, value: float) -> None:
     """Raise unless the number is positive and finite."""
     if not (math.isfinite(value) and value > 0):
         raise HAMUValueError(f"Expected `{name}` to be positive, but got {value}.")
+
+
+def check_radius(radius: object) -> None:
+    """Raise unless `radius` is one."""
+    if not isinstance(radius, Radius):
+        raise HAMUValueError(f"Expected `radius` to be a radius such as FixedRadius({radius}), but got {radius!r}.")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.gramian import Blocks, assign_blocks
+from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules import Branch, LearningRateRadius, Quota, Radius, Rule, TargetQuota
 from hamu_lightning.rules._base import check_gramian_dtype
 from hamu_lightning.rules._closed_form import SMALLEST_SINE, compute_rounding
 from hamu_lightning.rules._hamu import OnInfeasible, as_quota, check_choice
 from hamu_lightning.rules._quota import check_quota
-from hamu_lightning.rules._radius import ScaledRadius
+from hamu_lightning.rules._radius import ScaledRadius, check_radius
 from hamu_lightning.solvers._backend import Backend
 from hamu_lightning.solvers._ball import QPSolution, SolveStatus
 from hamu_lightning.solvers._pose import Posed, compute_capacity, pose_blocks, pose_global, tabulate
@@ -91,12 +91,9 @@ class FeasibleDirection(Rule):
         for name, quota in self.quota.items():
             if not isinstance(quota, Quota):
                 check_quota(f"quota[{name!r}]", quota)
-        if not isinstance(self.radius, Radius):
-            raise HAMUValueError(
-                f"Expected `radius` to be a radius such as FixedRadius({self.radius}), but got {self.radius!r}."
-            )
+        check_radius(self.radius)
         check_choice("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
-        assign_blocks(["layer.weight"], [0], self.blocks)
+        check_blocks(self.blocks)
         Backend(self.solver)
         object.__setattr__(self, "quota", dict(self.quota))
         object.__setattr__(self, "floor", dict(self.floor))

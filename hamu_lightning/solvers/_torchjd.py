@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.errors import HAMUError, HAMUStateError, HAMUValueError
-from hamu_lightning.gramian import Blocks, assign_blocks
+from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules import Coefficients, Rule
 from hamu_lightning.rules._base import as_wide, check_gramian
 from hamu_lightning.rules._combination import descend, descent_gramian, join_blocks, make_coefficients
@@ -73,7 +73,7 @@ class FromTorchJD(Rule):
             raise MissingTorchJDError(
                 "Expected TorchJD for FromTorchJD, but it is not installed. Run: pip install 'hamu_lightning[torchjd]'"
             )
-        assign_blocks(["layer.weight"], [0], self.blocks)
+        check_blocks(self.blocks)
         if self.forget_groups < 1:
             raise HAMUValueError(f"Expected `forget_groups` to be positive, but got {self.forget_groups}.")
         object.__setattr__(self, "weighting", find_weighting(self.weighting))
