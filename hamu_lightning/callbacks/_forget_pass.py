@@ -157,9 +157,7 @@ class ForgetPass:
 
     def _patience(self, batch: Any) -> int:
         if batch is not None or self.stream is None or self._group is not None:
-            return (
-                1  # with several processes each pass is a joint one: as Lightning, we cannot repeat it on one of them
-            )
+            return 1  # with several processes a pass is a joint one: it cannot be repeated on one of them
         return self.stream.length or 100
 
     def _isolated(self, batch: Any) -> ExitStack:
@@ -189,7 +187,7 @@ class ForgetPass:
                 return None
             self.logged = _compat.read_results(self._results) if self._has_samples else {}
             check_loss(loss)
-            loss = loss if share is None else loss * share.to(loss.dtype)
+            loss = _weigh(loss, share)
             self._backward(loss, self._slot)
             value = loss.detach().float().mean().clone()
             if self.records is not None and kept is not None:
@@ -210,7 +208,7 @@ class ForgetPass:
             loss = detached_loss(step(batch, *recording.args, **recording.kwargs))
         if loss is None:
             return torch.full_like(recording.loss, torch.nan)
-        return loss if recording.share is None else loss * recording.share.to(loss.dtype)
+        return _weigh(loss, recording.share)
 
     def repeat(self, step: Callable[..., Any], recording: Recording) -> None:
         """Run a batch again with its backward pass, at the same weights; the gradient adds up in `.grad`."""
@@ -219,7 +217,7 @@ class ForgetPass:
             restore_random(recording.random, self.generators)
             loss = _compat.split_step_output(step(batch, *recording.args, **recording.kwargs))
             assert loss is not None  # it was one before
-            self._backward(loss if recording.share is None else loss * recording.share.to(loss.dtype), nullcontext)
+            self._backward(_weigh(loss, recording.share), nullcontext)
 
     def _next_batch(self, retain: Any) -> Any:
         """The next forget batch. A process without one takes part with a copy of the retain batch that counts for 0."""
@@ -256,6 +254,11 @@ class ForgetPass:
         with slot(), _compat.hook_name(trainer.lightning_module, "backward"):
             # Lightning divides the loss of each micro-batch by the full window; so do we.
             trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
+
+
+def _weigh(loss: Tensor, share: Tensor | None) -> Tensor:
+    """The loss times the share of the samples that this process has; None for all."""
+    return loss if share is None else loss * share.to(loss.dtype)
 
 
 def check_loss(loss: object) -> None:

@@ -333,7 +333,6 @@ class HAMUCallback(Callback):
         self._running.warn_if_short()
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(self._running.totals())
-        self._running.draw_costs()
         self._summary, self._costs = self._running.summary(), self._running.mean_costs()
         rank_zero_info(self._summary)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +23,31 @@ class Prices:
     """Sums up the multipliers of all groups, and their parts, on the device."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        # For the groups, and pairs of groups, of each problem that there was: `[2, K]`, sums and counts.
+        self._totals: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, step: GroupCoefficients) -> None:
         """Take a step in. What it does not know (it was infeasible) does not count."""
-        for name, price in step.multipliers.items():
-            self._add(name, price)
-        for i, group in enumerate(step.groups[1 : 1 + step.n_protected]):
-            for j, request in enumerate(step.forgotten):
-                self._add(f"{group}\n{request}", step.costs[:, i, j])
+        protected = step.groups[1 : 1 + step.n_protected]
+        keys = (*step.multipliers, *(f"{group}\n{request}" for group in protected for request in step.forgotten))
+        values = torch.cat((torch.stack([*step.multipliers.values()]), step.costs.permute(1, 2, 0).flatten(0, 1)))
+        known = values.isfinite()  # [K, P]
+        added = torch.stack((torch.where(known, values, 0).sum(dim=1), known.sum(dim=1)))
+        self._totals[keys] = self._totals[keys].to(added) + added if keys in self._totals else added
 
-    def _add(self, key: str, values: Tensor) -> None:
-        known = values.isfinite()
-        zero = values.new_zeros(())
-        self._sums[key] = self._sums.get(key, zero) + torch.where(known, values, 0).sum()
-        self._counts[key] = self._counts.get(key, zero) + known.sum()
+    @property
+    def _by_key(self) -> dict[str, Tensor]:
+        """Sum and count of each group and pair, `[2]`."""
+        merged: dict[str, Tensor] = {}
+        for keys, totals in self._totals.items():
+            for key, total in zip(keys, totals.unbind(dim=1), strict=True):
+                merged[key] = merged[key].to(total) + total if key in merged else total
+        return merged
 
     def mean(self, group: str) -> float:
         """The mean multiplier of a group, retain loss units per loss unit of the group; NaN where none is known."""
-        return float(self._sums[group] / self._counts[group]) if group in self._sums else torch.nan
+        total = self._by_key.get(group)
+        return math.nan if total is None else float(total[0] / total[1])
 
     def costs(self, protected: list[str], requests: list[str]) -> Tensor:
         """The mean costs, `[n_protected, n_forget]`."""
@@ -50,7 +56,7 @@ class Prices:
     def draw(self, trainer: Trainer, protected: list[str], requests: list[str]) -> None:
         """Add the picture of the costs to the loggers that take one; nothing without matplotlib."""
         doors = [getattr(getattr(logger, "experiment", None), "add_figure", None) for logger in trainer.loggers]
-        if not (protected and requests and self._sums and any(map(callable, doors))):
+        if not (protected and requests and self._totals and any(map(callable, doors))):
             return
         try:
             figure: Any = plot_costs(self.costs(protected, requests), protected, requests)
@@ -80,8 +86,9 @@ class Prices:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, in tensors."""
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+        return {"totals": self._by_key}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
-        self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
+        totals = state.get("totals", {})
+        self._totals = {tuple(totals): torch.stack([*totals.values()], dim=1)} if totals else {}
