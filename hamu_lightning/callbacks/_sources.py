@@ -104,5 +104,11 @@ def _build_loader(dataset: Dataset[Any], train: Any, batch_size: int | None) -> 
             "Expected a batch size for the Dataset to forget, but the training loader has none to follow. "
             "Pass HAMUCallback(batch_size=...), or a DataLoader as `forget`."
         )
-    options = {} if like is None else {n: getattr(like, n) for n in ("num_workers", "collate_fn", "pin_memory")}
-    return DataLoader(dataset, batch_size=batch_size, shuffle=not isinstance(dataset, IterableDataset), **options)
+    is_stream = isinstance(dataset, IterableDataset)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=not is_stream, **loader_options(like))
+
+
+def loader_options(like: Any) -> dict[str, Any]:
+    """What a loader over other data has in common with this one, besides the batch size; of others nothing is known."""
+    names = ("num_workers", "collate_fn", "pin_memory")
+    return {name: getattr(like, name) for name in names} if isinstance(like, DataLoader) else {}

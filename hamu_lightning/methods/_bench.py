@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 
 from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.methods._data import joined, with_train_loader
-from hamu_lightning.methods._evaluation import Parts, evaluate_parts, measure
+from hamu_lightning.methods._evaluation import Parts, Seen, evaluate_parts, measure
 from hamu_lightning.methods._fingerprint import fingerprint
 from hamu_lightning.methods._metering import Meter, PathRecorder
 from hamu_lightning.methods._protocol import DataSource, Forget, Method
@@ -85,8 +85,8 @@ class Bench:
         self._original_seen = evaluate_parts(self._original, problem.parts)
         self._retrained_seen = evaluate_parts(self._retrained, problem.parts)
         self.references = [
-            self._finish("original", 0, None, self._original, *original_cost, []),
-            self._finish("retrained", 0, None, self._retrained, *retrained_cost, []),
+            self._finish("original", 0, None, self._original, self._original_seen, *original_cost, []),
+            self._finish("retrained", 0, None, self._retrained, self._retrained_seen, *retrained_cost, []),
         ]
 
     def run(self, name: str, trial: int, value: float | None, method: Method) -> Run:
@@ -111,15 +111,19 @@ class Bench:
         # Methods without a seed of their own draw from the global generators.
         with RandomStream(self._seed).active(), Meter() as meter:
             module = method(module, problem.datamodule, problem.forget)
-        return self._finish(name, trial, value, module, meter.seconds - recorder.seconds, meter.peak, recorder.path)
+        module = module.to(problem.device)  # a fit ends with its module in host memory
+        seen = evaluate_parts(module, problem.parts)
+        seconds = meter.seconds - recorder.seconds
+        return self._finish(name, trial, value, module, seen, seconds, meter.peak, recorder.path)
 
     def _train(self, name: str, datamodule: DataSource) -> tuple[LightningModule, tuple[float, float]]:
         problem = self._problem
         retrain = Retrain(problem.module_factory, problem.options, self._seed, problem.out / "models")
         path = problem.out / "costs" / f"{name}-seed{self._seed}-{problem.key}.json"
-        if retrain.is_cached(datamodule):
+        found = retrain.load(datamodule)
+        if found is not None:
             seconds, peak = load_json(path) or (math.nan, math.nan)
-            return retrain(None, datamodule).to(problem.device), (seconds, peak)
+            return found.to(problem.device), (seconds, peak)
         with Meter() as meter:
             module = retrain(None, datamodule)
         save_json(path, (meter.seconds, meter.peak))
@@ -131,12 +135,11 @@ class Bench:
         trial: int,
         value: float | None,
         module: LightningModule,
+        seen: Seen,
         seconds: float,
         memory: float,
         path: list[tuple[int, float, float]],
     ) -> Run:
-        # A fit ends with its module in host memory.
-        seen = evaluate_parts(module.to(self._problem.device), self._problem.parts)
         numbers = measure(seen, self._retrained_seen)
         numbers |= {
             title: float(metric(module, self._problem.parts)) for title, metric in self._problem.metrics.items()

@@ -10,14 +10,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from scipy.special import stdtrit
+
 from hamu_lightning.methods._bench import Run
 from hamu_lightning.methods._evaluation import GAPS, average_gap
 from hamu_lightning.methods._storage import save_json
 from hamu_lightning.report import plot_comparison
 
 REFERENCES = ("retrained", "original")
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; with more, the expansion in `_student`.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _BUILT_IN = (*GAPS, "KL", "retain_loss", "forget_loss")
 
 
@@ -128,15 +128,8 @@ def confidence(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and the half width of its 95 % confidence interval (Student's t); NaN for one value."""
     if len(values) < 2:
         return mean(values), math.nan
-    return mean(values), _student(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
-def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 1e-3 (Abramowitz and Stegun 26.7.5)."""
-    if freedom <= len(_STUDENT):
-        return _STUDENT[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    quantile = float(stdtrit(len(values) - 1, 0.975))
+    return mean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 
 def _cell(values: Sequence[float], digits: int) -> str:

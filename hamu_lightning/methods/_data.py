@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._sources import loader_options
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods._protocol import DataSource, Forget
 
@@ -82,8 +83,6 @@ def own_generators(loader: Any) -> list[torch.Generator]:
 
 
 def _options(like: Any) -> dict[str, Any]:
-    if not isinstance(like, DataLoader):
-        return {"batch_size": 128}
-    names = ("num_workers", "collate_fn", "pin_memory")
     # A loader with a batch sampler of its own has no batch size.
-    return {"batch_size": like.batch_size or 128, **{name: getattr(like, name) for name in names}}
+    batch_size = like.batch_size if isinstance(like, DataLoader) else None
+    return {"batch_size": batch_size or 128, **loader_options(like)}

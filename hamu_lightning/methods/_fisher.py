@@ -18,6 +18,7 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
+from hamu_lightning.objectives._reference import evaluating
 
 Forward: TypeAlias = Callable[..., Any]
 SampleLosses: TypeAlias = Callable[[Forward, Any], Tensor]
@@ -100,14 +101,8 @@ def on_device(module: LightningModule, batches: Iterable[Any]) -> Iterator[Any]:
 @contextmanager
 def looking(module: LightningModule) -> Iterator[None]:
     """Evaluation mode, and random numbers of its own; afterwards everything is as before."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with RandomStream(0).active():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with evaluating(module), RandomStream(0).active():
+        yield
 
 
 def _mean_squares(

@@ -49,19 +49,17 @@ class Retrain:
         """Return a fresh module trained on the retain data. The module and the data to forget are not looked at."""
         fresh = self._build()
         path = self._find_path(fresh, datamodule)
-        weights = load_weights(path) if path else None
-        if weights is not None:
-            fresh.load_state_dict(weights)
+        if _restore(fresh, path):
             return fresh
         fit(fresh, datamodule, self.options, self.seed)
         if path:
             save_weights(path, fresh.state_dict())
         return fresh
 
-    def is_cached(self, datamodule: DataSource) -> bool:
-        """Say whether the cache has the weights."""
-        path = self._find_path(self._build(), datamodule)
-        return path is not None and path.exists()
+    def load(self, datamodule: DataSource) -> LightningModule | None:
+        """Return the module with the weights from the cache; None where they are not there."""
+        fresh = self._build()
+        return fresh if _restore(fresh, self._find_path(fresh, datamodule)) else None
 
     def _build(self) -> LightningModule:
         with RandomStream(self.seed).active():
@@ -77,3 +75,11 @@ class Retrain:
         weights = hash_tensors(list(fresh.state_dict().items()))
         settings = (dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed)
         return Path(self.cache) / f"{fingerprint(data, weights, *settings)}.pt"
+
+
+def _restore(module: LightningModule, path: Path | None) -> bool:
+    """Give a module the weights of a file, and return whether there are any."""
+    weights = load_weights(path) if path else None
+    if weights is not None:
+        module.load_state_dict(weights)
+    return weights is not None
