@@ -82,8 +82,7 @@ class ReferenceKL(Objective):
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
-        prediction = batch.predict(self.outputs)
-        reference = prediction.align(self.reference.logits(batch, self.outputs))
+        prediction, reference = self.reference.predict(batch, self.outputs)
         pair = (reference, prediction.logits) if self.direction == "forward" else (prediction.logits, reference)
         return prediction.mean_over_places(kl_divergence(*pair, temperature=self.temperature))
 
@@ -120,8 +119,7 @@ class BadTeacher(Objective):
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
-        prediction = batch.predict(self.outputs)
-        teacher = prediction.align(self.teacher.logits(batch, self.outputs))
+        prediction, teacher = self.teacher.predict(batch, self.outputs)
         divergence = kl_divergence(teacher, prediction.logits, self.temperature)
         return to_raise(prediction.mean_over_places(divergence))
 
@@ -155,8 +153,7 @@ class UNDIAL(Objective):
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
-        prediction = batch.predict(self.outputs)
-        reference = prediction.align(self.reference.logits(batch, self.outputs))
+        prediction, reference = self.reference.predict(batch, self.outputs)
         taken = torch.full_like(reference[..., :1], -self.strength)
         adjusted = reference.scatter_add(-1, prediction.labels.unsqueeze(-1), taken)
         return to_raise(prediction.mean_over_places(kl_divergence(adjusted, prediction.logits)))

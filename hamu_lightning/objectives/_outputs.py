@@ -126,7 +126,12 @@ class Prediction:
 
     def mean_over_places(self, values: Tensor) -> Tensor:
         """The mean of `[N, T]` over each sample's places, `[N]`; 0 for a sample without one."""
-        return torch.where(self.mask, values, 0.0).sum(1) / self.mask.sum(1).clamp(min=1)
+        return mean_where(values, self.mask)
+
+
+def mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of `[N, T]` over each sample's places where `mask` is True, `[N]`; 0 for a sample without one."""
+    return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def make_prediction(logits: Tensor, labels: Tensor) -> Prediction:

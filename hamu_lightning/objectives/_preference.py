@@ -178,8 +178,7 @@ class IdkDPO(DPO):
 
 def log_ratio(batch: BatchPass, reference: Reference, outputs: Outputs) -> Tensor:
     """log(p(y|x) / p_ref(y|x)) per sample, `[N]` in nats, the likelihoods being products over tokens."""
-    prediction = batch.predict(outputs)
-    other = prediction.align(reference.logits(batch, outputs))
+    prediction, other = reference.predict(batch, outputs)
     return (prediction.log_likelihoods() - prediction.log_likelihoods(other)).sum(1)
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives._base import BatchPass
-from hamu_lightning.objectives._outputs import Outputs
+from hamu_lightning.objectives._outputs import Outputs, Prediction
 
 
 class Reference(ABC):
@@ -33,6 +33,11 @@ class Reference(ABC):
         """
         with torch.no_grad(), self.using(batch.module) as reference:
             return outputs(reference, batch.batch)[0]
+
+    def predict(self, batch: BatchPass, outputs: Outputs) -> tuple[Prediction, Tensor]:
+        """What the module says about a batch, and then the reference model's logits in the same form."""
+        prediction = batch.predict(outputs)
+        return prediction, prediction.align(self.logits(batch, outputs))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be in a checkpoint."""

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives._base import BatchPass, Objective, check_positive, to_raise
-from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
+from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs, mean_where
 from hamu_lightning.objectives._reference import FrozenCopy, Reference
 
 
@@ -109,8 +109,7 @@ def mean_square(differences: Tensor, batch: Any) -> Tensor:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.shape != squares.shape:
         return squares.mean(1)
-    mask = mask.bool()
-    return torch.where(mask, squares, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+    return mean_where(squares, mask.bool())
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.report._figures import BLACK, GREY, ORANGE, Numbers, as_array, make_figure, style_axes
-from hamu_lightning.report._tradeoff import LABELS, mark
+from hamu_lightning.report._figures import BLACK, ORANGE, Numbers, as_array, make_figure
+from hamu_lightning.report._tradeoff import draw_plane, mark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,11 +63,9 @@ def plot_comparison(
             raise HAMUValueError(f"Expected the path of `{name}` to be of shape [S, 2], but got {list(array.shape)}.")
     figure = make_figure(8.4, 4.8 + 0.18 * max(0, len(points) - 20))
     axes = figure.add_subplot()
-    style_axes(axes, title, *LABELS)
+    draw_plane(axes, title)
     ends = np.stack([array[-1] for array in points.values()])
     _scale(axes, np.concatenate(list(points.values())), ends, np.abs(reference or (0.0, 0.0)))
-    axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
     mark(axes, 0.0, 0.0, "s", BLACK, "original")
     if reference is not None:
         mark(axes, *reference, "*", ORANGE, reference_label)

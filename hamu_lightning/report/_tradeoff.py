@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LABELS = (
+_LABELS = (
     "retain improvement: fall of the retain loss (loss units)",
     "forget improvement: rise of the forget loss (loss units)",
 )
@@ -66,9 +66,7 @@ def plot_tradeoff(
     figure = make_figure(6.4, 4.8)
     axes = figure.add_subplot()
     axes.locator_params(axis="x", nbins=6)
-    style_axes(axes, title, *LABELS)
-    axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
+    draw_plane(axes, title)
     axes.plot(x, y, color="0.75", linewidth=1.2, zorder=2)
     points = axes.scatter(x, y, c=step, cmap="viridis", s=26, zorder=3)
     figure.colorbar(points, label="step", pad=0.02)
@@ -78,6 +76,13 @@ def plot_tradeoff(
         mark(axes, *reference, "*", ORANGE, reference_label)
     axes.legend(frameon=False, loc="best")
     return figure
+
+
+def draw_plane(axes: Axes, title: str) -> None:
+    """Label the plane of the two objectives, and draw its axes through the original model."""
+    style_axes(axes, title, *_LABELS)
+    axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+    axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
 
 
 def mark(axes: Axes, x: float, y: float, marker: str, color: str, label: str) -> None:
