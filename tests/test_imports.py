@@ -28,7 +28,7 @@ HEAVY = {
 PUBLIC = sorted(
     "hamu_lightning" if path.parent == ROOT / "hamu_lightning" else f"hamu_lightning.{path.parent.name}"
     for path in (ROOT / "hamu_lightning").rglob("__init__.py")
-) + ["hamu_lightning.gramian"]
+) + ["hamu_lightning.gramian", "hamu_lightning.randomness"]
 
 
 def loaded_after(statement: str) -> set[str]:

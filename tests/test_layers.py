@@ -16,6 +16,7 @@ PACKAGE = ROOT / "hamu_lightning"
 LAYERS = (
     "errors",
     "gramian",
+    "randomness",
     "rules",
     "solvers",
     "optim",

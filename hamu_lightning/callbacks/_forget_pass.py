@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._guard import ModuleGuard
-from hamu_lightning.callbacks._random import RandomStream, capture_random, restore_random
 from hamu_lightning.callbacks._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream, copied
 from hamu_lightning.callbacks._targets import Target
 from hamu_lightning.errors import HAMUStateError
@@ -20,6 +19,7 @@ from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._slots import hidden_gradients
+from hamu_lightning.randomness import RandomStream, capture_random, restore_random
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -14,8 +14,8 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._approach import Approach
 from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
 from hamu_lightning.callbacks._forget_pass import ForgetPass
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._streams import ForgetStream, count_shared_samples
+from hamu_lightning.randomness import RandomStream
 from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:

@@ -20,13 +20,13 @@ from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
 from hamu_lightning.callbacks._forget_pass import ForgetPass, check_loss, split_batch
 from hamu_lightning.callbacks._guard import ModuleGuard
 from hamu_lightning.callbacks._preflight_report import PreflightReport, make_report
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._streams import ForgetStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import HAMUOptimizer, StepReport
 from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._mask import NamedMasks
 from hamu_lightning.optim._slots import hidden_gradients
+from hamu_lightning.randomness import RandomStream
 from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from hamu_lightning.callbacks._guard import ModuleGuard
 from hamu_lightning.callbacks._preflight import BarePass, batchnorm_frozen, check_module
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim._mask import keep_largest
 from hamu_lightning.optim._slots import GradientSlot
+from hamu_lightning.randomness import RandomStream
 
 
 def compute_saliency_mask(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.randomness import RandomStream
 
 
 class EmptyStreamError(HAMUStateError):

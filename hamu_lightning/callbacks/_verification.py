@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hamu_lightning.callbacks._forget_pass import ForgetPass, Recording, detached_loss
 from hamu_lightning.callbacks._ledger import find_ledger
-from hamu_lightning.callbacks._random import capture_random
 from hamu_lightning.callbacks._streams import copied
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import StepReport
 from hamu_lightning.optim._trial import Verdict
+from hamu_lightning.randomness import capture_random
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

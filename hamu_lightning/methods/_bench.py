@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.methods._data import joined, with_train_loader
 from hamu_lightning.methods._evaluation import Parts, Seen, evaluate_parts, measure
 from hamu_lightning.methods._fingerprint import fingerprint
@@ -23,6 +22,7 @@ from hamu_lightning.methods._retrain import Retrain
 from hamu_lightning.methods._storage import load_json, save_json
 from hamu_lightning.methods._training_run import TrainingRun
 from hamu_lightning.methods._tuning import TuneBy, score
+from hamu_lightning.randomness import RandomStream
 
 
 @dataclass(frozen=True)

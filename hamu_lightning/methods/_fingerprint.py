@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hamu_lightning.callbacks._random import RandomStream
+from hamu_lightning.randomness import RandomStream
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.objectives._reference import evaluating
+from hamu_lightning.randomness import RandomStream
 
 Forward: TypeAlias = Callable[..., Any]
 SampleLosses: TypeAlias = Callable[[Forward, Any], Tensor]

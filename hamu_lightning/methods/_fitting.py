@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.methods._data import own_generators, with_train_loader
 from hamu_lightning.methods._protocol import DataSource
+from hamu_lightning.randomness import RandomStream
 
 # Only the weights at the end are wanted.
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}

@@ -9,12 +9,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.methods._data import in_order
 from hamu_lightning.methods._fingerprint import fingerprint, hash_batches, hash_tensors
 from hamu_lightning.methods._fitting import fit
 from hamu_lightning.methods._protocol import DataSource, Forget
 from hamu_lightning.methods._storage import load_weights, save_weights
+from hamu_lightning.randomness import RandomStream
 
 
 @dataclass(frozen=True)

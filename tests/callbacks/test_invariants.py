@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUCallback
-from hamu_lightning.callbacks._random import RandomStream
+from hamu_lightning.randomness import RandomStream
 from hamu_lightning.rules import FineTune
 from tests.callbacks.modules import MODULES, Base, WithBatchNorm, WithDropout, build, fit, make_data
 

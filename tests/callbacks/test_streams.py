@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hamu_lightning.callbacks import split_forget
-from hamu_lightning.callbacks._random import RandomStream
 from hamu_lightning.callbacks._streams import ForgetStream
 from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.randomness import RandomStream
 
 
 def take(stream: ForgetStream, random_stream: RandomStream, n: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from hamu_lightning.callbacks._random import capture_random
+from hamu_lightning.randomness import capture_random
 
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",

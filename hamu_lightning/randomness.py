@@ -1,4 +1,4 @@
-"""A random stream of its own for the forget pass."""
+"""Random streams of their own: what draws from one leaves the random numbers of training as they were."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+__all__ = ["RandomStream", "capture_random", "restore_random"]
 
 
 class RandomStream:
@@ -21,6 +23,10 @@ class RandomStream:
         seed: Where the stream begins.
         rank: Which of the processes that load different data this is.
         *more: Numbers that tell the stream from others with the same seed.
+
+    Attributes:
+        generators: Generators of your own that the stream seeds and puts back together with the global ones.
+        draw: The number of the present draw; count it up for new numbers.
 
     Example:
         >>> stream = RandomStream(seed=1)
@@ -57,14 +63,26 @@ class RandomStream:
 
 
 def capture_random(generators: Sequence[torch.Generator] = ()) -> tuple[Any, ...]:
-    """The states of all random generators that a training step may draw from."""
+    """Return the states of all random generators that a training step may draw from.
+
+    Args:
+        generators: Generators beside the global ones of torch (CPU and, where it is in use, CUDA), numpy and `random`.
+
+    Returns:
+        What `restore_random` takes, with the same generators.
+    """
     cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else None
     own = [generator.get_state() for generator in generators]
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), own
 
 
 def restore_random(state: tuple[Any, ...], generators: Sequence[torch.Generator] = ()) -> None:
-    """Put the states back that `capture_random` returned."""
+    """Put the states back that `capture_random` returned.
+
+    Args:
+        state: What `capture_random` returned.
+        generators: The generators that it was given, in the same order.
+    """
     cpu, cuda, arrays, python, own = state
     torch.set_rng_state(cpu)
     if cuda is not None:
