@@ -23,6 +23,7 @@ from quickstart import fit, load_data, parse_args, prepare, train
 from targets import SETS, each, print_table
 
 from hamu_lightning import HAMUQ, Chance, HAMUCallback, Holdout
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.rules import RelativeRadius, TargetQuota
 
 
@@ -64,7 +65,7 @@ def run(
     """Unlearn a copy; return the forget loss in units of the target, retain points lost, steps."""
     module = copy.deepcopy(original)
     rule = HAMUQ(TargetQuota(Chance(10) if data.gone else Holdout(data.val)), radius=RelativeRadius(fraction))
-    hamu = HAMUCallback(data.forget, rule, batch_size=batch_size, seed=args.seed, verify=verifies)
+    hamu = HAMUCallback(data.forget, rule, passes=PassOptions(batch_size=batch_size), seed=args.seed, verify=verifies)
     fit(module, data.retain, args, "unlearned", max_epochs=-1, max_steps=args.steps, callbacks=[hamu])
     target = float(hamu.state_dict()["optimizer"]["aims"]["forget"]["target"])
     before, after = (evaluate(m, data.retain).accuracy for m in (original, module))

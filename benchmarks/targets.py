@@ -24,7 +24,8 @@ from evaluation import Row, evaluate, make_row
 from quickstart import Data, fit, load_data, parse_args, prepare, train
 
 from hamu_lightning import HAMUQ, Chance, HAMUCallback, Holdout, VerifySteps
-from hamu_lightning.callbacks._verification import Outcome
+from hamu_lightning.callbacks import PassOptions
+from hamu_lightning.callbacks.goals._promises import Outcome
 from hamu_lightning.rules import LearningRateRadius, Radius, RelativeRadius, TargetQuota
 
 SETS = {"class 3": ("class", 3.0), "10 % at random": ("random", 0.1), "rho = 0.75": ("mixture", 0.75)}
@@ -101,7 +102,7 @@ def unlearn(
     module.lr = lr
     target = Chance(10) if data.gone else Holdout(data.val)
     rule = HAMUQ(TargetQuota(target), radius=radius)
-    hamu = HAMUCallback(data.forget, rule, batch_size=64, seed=case.seed, verify=VerifySteps())
+    hamu = HAMUCallback(data.forget, rule, passes=PassOptions(batch_size=64), seed=case.seed, verify=VerifySteps())
     with noted_promises(verifies) as promises:
         fit(module, data.retain, args, "unlearned", max_epochs=-1, max_steps=args.steps, callbacks=[hamu])
     rows = [

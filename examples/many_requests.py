@@ -24,6 +24,7 @@ from quickstart import fit, prepare, train
 from torch.utils.data import Subset, TensorDataset
 
 from hamu_lightning import Chance, HAMUCallback, Holdout
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.report import StepRecorder, plot_costs
 from hamu_lightning.rules import RelativeRadius, TargetQuota
 from hamu_lightning.solvers import FeasibleDirection
@@ -81,7 +82,9 @@ def unlearn(
     module = copy.deepcopy(original)
     rule = FeasibleDirection(choose_quota(data.val), dict.fromkeys(PROTECTED, 0.0) if protects else {}, radius=RADIUS)
     protect = data.protect if protects else {}
-    hamu = HAMUCallback(data.forget, rule, protect=protect, batch_size=BATCH_SIZE, seed=args.seed, verify=True)
+    hamu = HAMUCallback(
+        data.forget, rule, protect=protect, passes=PassOptions(batch_size=BATCH_SIZE), seed=args.seed, verify=True
+    )
     name = "protected" if protects else "unprotected"
     fit(module, data.retain, args, name, max_epochs=-1, max_steps=args.steps, callbacks=[hamu, StepRecorder(hamu)])
     return module, hamu

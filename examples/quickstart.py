@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from hamu_lightning import HAMUQ, HAMUU, HAMUCallback, split_forget
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.report import StepHistory, StepRecorder, plot_hardness, plot_tradeoff
 from hamu_lightning.rules import RelativeRadius
 
@@ -184,7 +185,9 @@ def unlearn(
     rule = choose_rule(args.rule, args.quota, rise, args.steps)
     print(f"Unlearning {len(data.forget)} samples: {type(rule).__name__} with quota {rule.quota:.3g} per step")
     module = copy.deepcopy(original)
-    hamu = HAMUCallback(data.forget, rule, batch_size=FORGET_BATCH_SIZE, seed=args.seed, progress_bar=True)
+    hamu = HAMUCallback(
+        data.forget, rule, passes=PassOptions(batch_size=FORGET_BATCH_SIZE), seed=args.seed, progress_bar=True
+    )
     path, steps = PathRecorder(data, end_level), StepRecorder(hamu)
     fit(module, data.retain, args, "unlearned", max_epochs=-1, max_steps=args.steps, callbacks=[hamu, path, steps])
     return module, path, steps

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hamu_lightning import HAMUCallback
-from hamu_lightning.callbacks._forget_pass import ForgetPass
-from hamu_lightning.callbacks._streams import copied
+from hamu_lightning.callbacks import PassOptions
+from hamu_lightning.callbacks.passes import ForgetPass, copied
 from hamu_lightning.rules import FineTune
 from tests.callbacks.modules import Recorder
 from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState
@@ -23,7 +23,7 @@ def check_no_trace(run: Run, forget: Iterable[Any]) -> None:
     """I1: with FineTune a run is bit-identical to plain training: weights, buffers and every logged value."""
     expected, recorded = Recorder(), Recorder()
     plain = run([expected])
-    callback = HAMUCallback(forget, FineTune(), batchnorm="retain")
+    callback = HAMUCallback(forget, FineTune(), passes=PassOptions(batchnorm="retain"))
     paired = run([callback, recorded])
     assert callback.combined_steps > 1
     assert plain.state_dict().keys() == paired.state_dict().keys()
@@ -36,7 +36,7 @@ def check_self_cancellation(run: Run, forget: Iterable[Any], monkeypatch: pytest
     monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
     monkeypatch.setattr(ForgetPass, "_next_batch", lambda self, retain: copied(retain))
     check = GradientsAreEqual()
-    run([HAMUCallback(forget, FineTune(), batchnorm="retain"), check])
+    run([HAMUCallback(forget, FineTune(), passes=PassOptions(batchnorm="retain")), check])
     assert check.steps > 1
 
 

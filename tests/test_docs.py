@@ -9,6 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUCallback
+from hamu_lightning.callbacks import StepOptions
 from tests.callbacks.modules import Base, build, fit, make_data
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_logged_name_is_explained() -> None:
     """Of a verified fit with a target that tracks the actual change."""
-    hamu = HAMUCallback(DataLoader(make_data(40, seed=9), batch_size=20), target=5.0, track_actual=True)
+    hamu = HAMUCallback(
+        DataLoader(make_data(40, seed=9), batch_size=20), target=5.0, steps=StepOptions(track_actual=True)
+    )
     with pytest.warns(UserWarning, match="before the target"):
         trainer, _ = fit(build(Base), hamu, log_every_n_steps=1, max_epochs=1)
     explained = (ROOT / "docs" / "logged.md").read_text()

@@ -13,6 +13,7 @@ import scvi
 from scvi.dataloaders import AnnDataLoader
 
 from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.callbacks import StepOptions
 from hamu_lightning.rules import RelativeRadius
 
 
@@ -33,7 +34,7 @@ model.train(max_epochs=30, train_size=1.0, accelerator="cpu")
 show("before")
 
 loader = AnnDataLoader(model.adata_manager, indices=forget, batch_size=64, shuffle=True)
-callback = HAMUCallback(loader, HAMUQ(1.0, radius=RelativeRadius(1e-3)), exact=True)
+callback = HAMUCallback(loader, HAMUQ(1.0, radius=RelativeRadius(1e-3)), steps=StepOptions(exact=True))
 split = {"external_indexing": [retain, None, forget]}  # train, validation, test
 model.train(max_epochs=10, datasplitter_kwargs=split, callbacks=[callback], accelerator="cpu")
 show("after")

@@ -17,6 +17,7 @@ from pytorch_tabular.models import CategoryEmbeddingModelConfig
 from sklearn.datasets import make_classification
 
 from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.callbacks import StepOptions
 from hamu_lightning.rules import RelativeRadius
 
 
@@ -43,6 +44,6 @@ tabular.fit(table)
 show("before")
 
 loader = tabular.datamodule.prepare_inference_dataloader(forget, batch_size=100)
-callback = HAMUCallback(loader, HAMUQ(0.002, radius=RelativeRadius(1e-3)), exact=True)
+callback = HAMUCallback(loader, HAMUQ(0.002, radius=RelativeRadius(1e-3)), steps=StepOptions(exact=True))
 tabular.train(tabular.model, tabular.prepare_dataloader(retain), callbacks=[callback])
 show("after")

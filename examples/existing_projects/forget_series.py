@@ -12,6 +12,7 @@ from pytorch_forecasting import NBeats, TimeSeriesDataSet
 from pytorch_forecasting.data.examples import generate_ar_data
 
 from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.callbacks import StepOptions
 from hamu_lightning.rules import RelativeRadius
 
 
@@ -33,7 +34,9 @@ trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpoi
 trainer.fit(model, everything.to_dataloader(batch_size=64))
 show("before")
 
-callback = HAMUCallback(forget.to_dataloader(batch_size=32), HAMUQ(0.05, radius=RelativeRadius(2e-3)), exact=True)
+callback = HAMUCallback(
+    forget.to_dataloader(batch_size=32), HAMUQ(0.05, radius=RelativeRadius(2e-3)), steps=StepOptions(exact=True)
+)
 trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback])
 trainer.fit(model, retain.to_dataloader(batch_size=64))
 show("after")

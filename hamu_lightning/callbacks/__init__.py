@@ -1,22 +1,23 @@
 """Lightning: the callback, and the split of a dataset into what is retained and what is forgotten."""
 
-from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
 from hamu_lightning.callbacks._hamu_callback import HAMUCallback
-from hamu_lightning.callbacks._preflight import preflight
-from hamu_lightning.callbacks._preflight_report import PreflightReport
-from hamu_lightning.callbacks._saliency import compute_saliency_mask
-from hamu_lightning.callbacks._stopping import (
+from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks._settings import PassOptions, StepOptions
+from hamu_lightning.callbacks.forecast import PreflightReport, compute_saliency_mask, preflight
+from hamu_lightning.callbacks.goals import (
+    Chance,
     CollateralDamage,
     ForgetAbove,
+    Holdout,
     Infeasible,
     NotFinite,
     RetainAbove,
     StopCondition,
     StopReason,
+    Target,
+    VerifySteps,
 )
-from hamu_lightning.callbacks._streams import split_forget
-from hamu_lightning.callbacks._targets import Chance, Holdout, Target
-from hamu_lightning.callbacks._verification import VerifySteps
+from hamu_lightning.callbacks.passes import split_forget
 
 __all__ = [
     "Chance",
@@ -27,8 +28,10 @@ __all__ = [
     "Holdout",
     "Infeasible",
     "NotFinite",
+    "PassOptions",
     "PreflightReport",
     "RetainAbove",
+    "StepOptions",
     "StopCondition",
     "StopReason",
     "Target",

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.errors import HAMUError, HAMUValueError
+from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.optim import HAMUOptimizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-
-class HAMUMisconfigurationError(HAMUError, MisconfigurationException):
-    """A setting of the Trainer, the module or the callback does not go together with unlearning."""
-
-
-@contextmanager
-def refusing(trainer: Trainer) -> Iterator[None]:
-    """Let a refusal also be the MisconfigurationException of the trainer's own package, for who catches that one."""
-    try:
-        yield
-    except HAMUMisconfigurationError as error:
-        own = _compat.misconfiguration_exception(trainer)
-        if isinstance(error, own):
-            raise
-        kind = type("HAMUMisconfigurationError", (HAMUMisconfigurationError, own), {"__module__": __name__})
-        raise kind(str(error)).with_traceback(error.__traceback__) from error.__cause__
-
+from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.objectives import Objective
+from hamu_lightning.rules import Rule
 
 MANUAL_RECIPE = """\
 Expected automatic optimization, but the module sets `automatic_optimization = False`. There the module steps itself: \
@@ -43,8 +25,6 @@ let it use HAMUOptimizer instead of the callback:
     with optimizer.retain(): self.manual_backward(retain_loss)
     with optimizer.forget(): self.manual_backward(forget_loss)
     optimizer.step()"""
-
-
 # By name: these strategies cannot be imported everywhere, and `pytorch_lightning` has its own.
 REFUSED_STRATEGIES = {
     "FSDPStrategy": "flattens the weights and shards them where HAMU cannot see which gradients belong together",
@@ -102,20 +82,12 @@ def check_sketch(trainer: Trainer, sketch: int | None, *, verifies: bool) -> Non
         )
 
 
-def best_checkpoints(trainer: Trainer) -> dict[str, str]:
-    """The path of the best checkpoint so far, for each value that a checkpoint callback monitors."""
-    found = {getattr(c, "monitor", None): getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks}
-    # Who monitors what unlearning does has chosen for unlearning.
-    return {name: path for name, path in found.items() if name and path and not name.startswith(("forget/", "hamu/"))}
-
-
-def warn_about_stale_best(before: dict[str, str], after: dict[str, str]) -> None:
-    """Warn where the best checkpoint is from before the last step: whoever loads it takes unlearning back."""
-    for monitor in sorted(name for name, path in after.items() if before.get(name) == path):
-        rank_zero_warn(
-            f"The best checkpoint by {monitor!r} is from before the end of this fit. Whoever loads it, as some "
-            "projects do at the end of training, takes unlearning back. Keep the module as it is now, or save it: "
-            "ModelCheckpoint(save_last=True) or trainer.save_checkpoint(path)."
+def check_target(objective: Objective | None, rule: Rule) -> None:
+    """Raise if a loss is to reach a target that the objective cannot reach."""
+    if rule.target_quotas and objective is not None and not objective.is_nonnegative:
+        raise HAMUMisconfigurationError(
+            "Expected an objective of at least 0 with a target for the forget loss, but got "
+            f"{type(objective).__name__}, which is at most 0. Use a rule with a quota, or LossCap(CrossEntropy(), ...)."
         )
 
 
@@ -143,3 +115,20 @@ def wrap_optimizer(module: LightningModule, base: Any, rule: Any, mask: Any = No
         return HAMUOptimizer(base, rule, named_parameters=module.named_parameters(), mask=mask, **options)
     except HAMUValueError as error:
         raise HAMUMisconfigurationError(str(error)) from error
+
+
+def best_checkpoints(trainer: Trainer) -> dict[str, str]:
+    """The path of the best checkpoint so far, for each value that a checkpoint callback monitors."""
+    found = {getattr(c, "monitor", None): getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks}
+    # Who monitors what unlearning does has chosen for unlearning.
+    return {name: path for name, path in found.items() if name and path and not name.startswith(("forget/", "hamu/"))}
+
+
+def warn_about_stale_best(before: dict[str, str], after: dict[str, str]) -> None:
+    """Warn where the best checkpoint is from before the last step: whoever loads it takes unlearning back."""
+    for monitor in sorted(name for name, path in after.items() if before.get(name) == path):
+        rank_zero_warn(
+            f"The best checkpoint by {monitor!r} is from before the end of this fit. Whoever loads it, as some "
+            "projects do at the end of training, takes unlearning back. Keep the module as it is now, or save it: "
+            "ModelCheckpoint(save_last=True) or trainer.save_checkpoint(path)."
+        )

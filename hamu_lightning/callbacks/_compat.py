@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import _extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -116,14 +115,6 @@ def transfer_batch(trainer: Trainer, batch: Any) -> Any:
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     with hook_name(module, "batch_to_device"):
         return strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def transfer_batch_alone(module: Any, batch: Any, device: torch.device) -> Any:
-    """Send a batch to a device by the module's own hooks where it has them, without a trainer."""
-    if not hasattr(module, "transfer_batch_to_device"):
-        return move_data_to_device(batch, device)
-    batch = module.on_before_batch_transfer(batch, 0)
-    return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, device, 0), 0)
 
 
 def step_arguments(module: Any, batch: Any, index: int) -> tuple[Any, ...]:

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._approach import Approach
-from hamu_lightning.callbacks._forget_pass import Recording
-from hamu_lightning.callbacks._group import Group, check_disjoint, name_sources, take_turns
-from hamu_lightning.callbacks._guard import ModuleGuard
-from hamu_lightning.callbacks._sources import find_loader
+from hamu_lightning.callbacks._group import Group, take_turns
+from hamu_lightning.callbacks.goals import Approach
+from hamu_lightning.callbacks.passes import ModuleGuard, Recording, check_disjoint, find_loader, name_sources
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from hamu_lightning.callbacks._fit import FitSettings
+    from hamu_lightning.callbacks._settings import FitSettings
     from hamu_lightning.optim import HAMUOptimizer
 
 
@@ -56,7 +54,7 @@ class Groups:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the groups of the present step, retain first: of those that reuse gradients, all."""
-        chosen = self.present if self._settings.groups_per_step is None else self._active
+        chosen = self.present if self._settings.passes.groups_per_step is None else self._active
         return ("retain", *(group.name for group in chosen))
 
     @property
@@ -102,12 +100,14 @@ class Groups:
     def _start_group(self, name: str) -> None:
         settings, group, state = self._settings, self._groups[name], self._state.get(name, {})
         is_forgotten = name not in settings.protect
-        loader = find_loader(self._trainer, name, self._sources[name], settings.batch_size, is_forgotten=is_forgotten)
+        loader = find_loader(
+            self._trainer, name, self._sources[name], settings.passes.batch_size, is_forgotten=is_forgotten
+        )
         if loader is not None:
             self._loaders[name] = loader
             group.read(_compat.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
-            every = settings.every_n_steps
+            every = settings.passes.every_n_steps
             group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every)
 
     def open_window(self, *step: Any) -> list[Group]:
@@ -121,7 +121,7 @@ class Groups:
         for group in leaving:
             group.is_done = True
         # Each group needs a gradient of its own before an earlier one can be reused.
-        per_step = self._settings.groups_per_step if self._has_begun else None
+        per_step = self._settings.passes.groups_per_step if self._has_begun else None
         self.present = take_turns(self._active, per_step, self._turn)
         for group in self.present:
             group.losses.clear()

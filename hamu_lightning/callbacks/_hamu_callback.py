@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from hamu_lightning.callbacks._checks import HAMUMisconfigurationError, check_setup, check_strategy, refusing
-from hamu_lightning.callbacks._fit import Fit, FitSettings
-from hamu_lightning.callbacks._group import name_sources
-from hamu_lightning.callbacks._objective import check_objectives
-from hamu_lightning.callbacks._preflight_report import PreflightReport
-from hamu_lightning.callbacks._stopping import StopCondition, StopOn, StopReason, as_conditions
-from hamu_lightning.callbacks._targets import as_target
-from hamu_lightning.callbacks._verification import VerifySteps
-from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.callbacks._checks import check_setup, check_strategy
+from hamu_lightning.callbacks._fit import Fit
+from hamu_lightning.callbacks._refusal import refusing
+from hamu_lightning.callbacks._settings import (
+    DeprecatedOptions,
+    FitSettings,
+    PassOptions,
+    StepOptions,
+    choose_rule,
+    choose_verification,
+    take_deprecated,
+)
+from hamu_lightning.callbacks.forecast import PreflightReport
+from hamu_lightning.callbacks.goals import StopCondition, StopOn, StopReason, VerifySteps, as_conditions
+from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
-from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, Schedule, TargetQuota
-from hamu_lightning.rules._schedule import check_schedule
-from hamu_lightning.solvers import FeasibleDirection
-
-# Chosen in docs/targets.md.
-_TARGET_RADIUS = 1e-3
-BatchNormMode: TypeAlias = Literal["freeze", "retain"]
+from hamu_lightning.rules import Quota, Rule, Schedule
 
 
 class HAMUCallback(Callback):
@@ -67,26 +66,15 @@ class HAMUCallback(Callback):
         rule: How the gradients are combined, such as `HAMUQ(quota=1e-3)`, or
             `FeasibleDirection(quota={"request-17": 1e-3, "request-18": 5e-4}, floor={"minority": 0.0})`.
         protect: The data of the groups that the rule protects, by name.
-        groups_per_step: So many of the groups other than retain run in each step, one after the other; the others take
-            part with their last gradients (the first step takes all). Saves passes, costs one gradient of memory.
-        sketch: Keep projections of so many numbers in place of the groups' gradients, for memory: each group then runs
-            twice per step; see `HAMUOptimizer`.
         target: Instead of a rule: where the forget loss should end, and the fit with it. A loss, `Holdout(loader)` (the
             model's loss on held-out data: for samples), `Chance()` (the loss of a guess: for a whole class), or a
             function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(1e-3))`.
-        batchnorm: "freeze" keeps all BatchNorm layers in evaluation mode in both passes, as in the paper; "retain"
-            updates their statistics from the retain stream only.
-        batch_size: Batch size of the forget stream where `forget` is a Dataset; default: that of the training loader.
-        every_n_steps: Combine at every n-th optimizer step; the steps between are plain steps on the retain data.
         seed: Seed of the forget stream's own random state.
         stop_on: When to stop before a step is applied: "collateral_damage" (no step can meet the quota without harm,
             DESIGN 1.4), "infeasible" (the trust region does not allow the quota), "not_finite", or conditions with
             settings: `CollateralDamage`, `Infeasible`, `NotFinite`, `RetainAbove(loss)`, `ForgetAbove(loss)`. The model
             reached is kept; above a ceiling, the one from before. `hamu/score` is for `ModelCheckpoint`.
         progress_bar: Whether `forget/loss` and `hamu/margin` are shown in the progress bar.
-        exact: For an optimizer that is not plain SGD: apply the rule's step itself, as `HAMUOptimizer(exact=True)`.
-        track_actual: Log `hamu/actual_retain_improvement` and `hamu/actual_forget_improvement`, what the weights'
-            actual change did to first order, as `HAMUOptimizer(track_actual=True)`.
         preflight: Before the first forget pass, predict from up to 16 batch pairs what can be had and what it costs,
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
             bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.
@@ -97,17 +85,19 @@ class HAMUCallback(Callback):
             units; a target needs one that is at least 0.
         retain_objective: What is lowered on the retain data instead, such as
             `WeightedSum((1.0, ReferenceKL()), (0.1, CrossEntropy()))`; likewise.
-        mask: For names of the module's parameters a bool tensor each, True where a weight may move, such as
-            `compute_saliency_mask(module, forget_loader)`; see `HAMUOptimizer`.
         schedule: Instead of a rule: rules that take turns, such as `Alternate(max_epochs=3, max_steps=10)`, the
             alternation of SCRUB. A step of a plain rule runs no forget pass and is no combined step; in any other one
             both passes run, also where the rule uses one gradient alone. `turns` and `hamu/turn` say which rule made
             the steps. Epochs count from where unlearning began.
         verify: `VerifySteps()`, or True, measures both losses again after each step, and takes back a step that breaks
             its promise. Default: with `target`, and not else.
+        passes: Batch size, BatchNorm, and how often forget passes run.
+        steps: How the optimizer takes the steps: exactly, within a mask, from projections.
+        **deprecated: The fields of `passes` and `steps` by their own names, as before there were these two.
 
     Raises:
         HAMUValueError: If an argument is out of its range.
+        HAMUMisconfigurationError: If the rule and the data have different groups.
 
     Example:
         >>> from hamu_lightning.rules import HAMUQ
@@ -121,69 +111,35 @@ class HAMUCallback(Callback):
         rule: Rule | None = None,
         *,
         protect: Mapping[str, Any] | None = None,
-        groups_per_step: int | None = None,
-        sketch: int | None = None,
         target: Any = None,
-        batchnorm: BatchNormMode = "freeze",
-        batch_size: int | None = None,
-        every_n_steps: int = 1,
         seed: int = 0,
         stop_on: Iterable[StopOn | StopCondition] = (),
         progress_bar: bool = False,
-        exact: bool = False,
-        track_actual: bool = False,
         preflight: bool = False,
         verify: VerifySteps | bool | None = None,
         objective: Objective | None = None,
         retain_objective: Objective | None = None,
-        mask: Mapping[str, Tensor] | None = None,
         schedule: Schedule | None = None,
+        passes: PassOptions = PassOptions(),  # noqa: B008  # frozen
+        steps: StepOptions = StepOptions(),  # noqa: B008
+        **deprecated: Unpack[DeprecatedOptions],
     ) -> None:
         super().__init__()
-        if schedule is not None:
-            check_alone(schedule, rule=rule, target=target, every_n_steps=None if every_n_steps == 1 else every_n_steps)
-            rule = schedule.rule_at(0, 0)
-        if target is not None:
-            if rule is not None:
-                raise HAMUValueError(
-                    "Expected `target` or `rule`, but got both. With a rule of your own: "
-                    "HAMUQ(quota=TargetQuota(target), radius=...)."
-                )
-            rule = HAMUQ(TargetQuota(as_target(target)), radius=RelativeRadius(_TARGET_RADIUS))
-        if rule is not None and not isinstance(rule, Rule):
-            raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
-        if batchnorm not in get_args(BatchNormMode):
-            raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
-        for name, number in (
-            ("every_n_steps", every_n_steps),
-            ("batch_size", batch_size),
-            ("groups_per_step", groups_per_step),
-        ):
-            if number is not None and number < 1:
-                raise HAMUValueError(f"Expected `{name}` to be at least 1, but got {number}.")
-        if rule is not None and (protect or isinstance(forget, Mapping)):
-            name_sources(rule, forget, protect or {})
-        check_objectives(objective, retain_objective)
+        passes, steps = take_deprecated(passes, steps, deprecated)
         self.settings = FitSettings(
-            forget,
-            dict(protect or {}),
-            groups_per_step,
-            sketch,
-            rule,
-            batchnorm == "freeze",
-            batch_size,
-            every_n_steps,
-            seed,
-            as_conditions(stop_on),
-            progress_bar,
-            exact,
-            track_actual,
-            preflight,
-            _choose_verification(verify, has_target=target is not None),
-            objective,
-            retain_objective,
-            mask,
-            schedule,
+            forget=forget,
+            protect=dict(protect or {}),
+            rule=choose_rule(rule, target, schedule, passes.every_n_steps),
+            schedule=schedule,
+            objective=objective,
+            retain_objective=retain_objective,
+            stop_on=as_conditions(stop_on),
+            verify=choose_verification(verify, has_target=target is not None),
+            passes=passes,
+            steps=steps,
+            preflight=preflight,
+            progress_bar=progress_bar,
+            seed=seed,
         )
         self._requests: list[str] = []
         self._summary: str | None = None
@@ -212,23 +168,7 @@ class HAMUCallback(Callback):
             HAMUValueError: If the name is known already, or there is neither a quota nor a target.
             HAMUMisconfigurationError: If the callback has no rule for several groups.
         """
-        settings, rule = self.settings, self.settings.rule
-        is_fixed = settings.schedule is not None
-        if is_fixed or not isinstance(rule, FeasibleDirection) or not isinstance(settings.forget, Mapping):
-            raise HAMUMisconfigurationError(
-                "Expected named requests and a rule for several groups, HAMUCallback({name: loader}, "
-                f"FeasibleDirection({{name: quota}})), to add a request to, but got {settings.schedule or rule!r}."
-            )
-        if name in rule.groups:
-            raise HAMUValueError(f"Expected a new name for the request, but {name!r} is one of {rule.groups}.")
-        if (quota is None) == (target is None):
-            raise HAMUValueError(f"Expected either `quota` or `target` for the request {name!r}, but got both or none.")
-        asked = TargetQuota(as_target(target)) if quota is None else quota
-        self.settings = replace(
-            settings,
-            forget={**settings.forget, name: forget},
-            rule=replace(rule, quota={**rule.quota, name: asked}),
-        )
+        self.settings = self.settings.with_request(name, forget, quota, target)
         if self._fit is not None:
             self._requests.append(name)
 
@@ -275,7 +215,7 @@ class HAMUCallback(Callback):
     @property
     def last_step(self) -> StepReport | None:
         """What the last combined step did."""
-        return self._fit.optimizer.last_step if self._fit else self._last_step
+        return self._fit.parts.optimizer.last_step if self._fit else self._last_step
 
     @property
     def summary(self) -> str | None:
@@ -290,7 +230,7 @@ class HAMUCallback(Callback):
     @property
     def preflight_report(self) -> PreflightReport | None:
         """What `preflight=True` found; None before the first batch."""
-        return (self._fit and self._fit.preflight_report) or self._preflight_report
+        return (self._fit and self._fit.flow.preflight_report) or self._preflight_report
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -314,11 +254,11 @@ class HAMUCallback(Callback):
         with refusing(trainer):
             while self._requests:
                 self._running.add_request(self.settings, self._requests.pop(0))
-        self._running.start_epoch()
+        self._running.flow.start_epoch()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._running.prepare_forget_gradient()
+        self._running.flow.prepare_forget_gradient()
 
     @override
     def on_train_batch_end(
@@ -328,17 +268,18 @@ class HAMUCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._running.unfreeze()
-        self._running.check_it_happened()
-        self._running.warn_if_short()
+        fit, account = self._running, self._running.account
+        fit.flow.batchnorm.thaw()
+        account.check_it_happened()
+        account.warn_if_short()
         # Where processes were spawned, nothing but this comes back to the first one.
-        trainer.callback_metrics.update(self._running.totals())
-        self._summary, self._costs = self._running.summary(), self._running.mean_costs()
+        trainer.callback_metrics.update(account.totals())
+        self._summary, self._costs = account.summary(), account.mean_costs()
         rank_zero_info(self._summary)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._running.draw_costs()
+        self._running.account.draw_costs()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -355,13 +296,13 @@ class HAMUCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._fit.state_dict() if self._fit else dict(self._state)
+        return self._fit.parts.state_dict() if self._fit else dict(self._state)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = dict(state_dict)
         if self._fit is not None:
-            self._fit.load_state_dict(self._state)
+            self._fit.parts.load_state_dict(self._state)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the settings and the state, but nothing of a running fit (iterators, patches)."""
@@ -384,30 +325,8 @@ class HAMUCallback(Callback):
     def _finish(self) -> None:
         """Take back everything that was changed; what was counted stays readable."""
         if self._fit is not None:
-            fit, self._state, self._last_step = self._fit, self._fit.state_dict(), self._fit.optimizer.last_step
-            self._preflight_report = fit.preflight_report or self._preflight_report
+            fit, parts = self._fit, self._fit.parts
+            self._state, self._last_step = parts.state_dict(), parts.optimizer.last_step
+            self._preflight_report = fit.flow.preflight_report or self._preflight_report
             self._fit = None
             fit.close()
-
-
-def check_alone(schedule: Schedule, **others: Any) -> None:
-    """Raise unless a schedule can be used, and nothing is given that it decides."""
-    if not isinstance(schedule, Schedule):
-        raise HAMUValueError(
-            f"Expected `schedule` to be a schedule such as Alternate(max_epochs=3), but got {schedule!r}."
-        )
-    check_schedule(schedule)
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise HAMUValueError(
-            f"Expected `schedule` without `{given[0]}`, but got both: the schedule says which rule makes each step. "
-            "Give rules to it, Alternate(max_epochs=3, forget=..., retain=...)."
-        )
-
-
-def _choose_verification(verify: VerifySteps | bool | None, *, has_target: bool) -> VerifySteps | None:
-    if verify is None:
-        verify = has_target
-    if not isinstance(verify, VerifySteps | bool):
-        raise HAMUValueError(f"Expected `verify` to be VerifySteps(...), True or False, but got {verify!r}.")
-    return VerifySteps() if verify is True else verify or None

@@ -104,7 +104,7 @@ trainer:
   enable_model_summary: false
   callbacks:
     class_path: hamu_lightning.HAMUCallback
-    init_args: {batchnorm: retain, every_n_steps: 2, stop_on: [infeasible], seed: 3}
+    init_args: {passes: {batchnorm: retain, every_n_steps: 2}, stop_on: [infeasible], seed: 3}
 """
 
 
@@ -123,6 +123,6 @@ def test_from_yaml(name: str, forget: str, tmp_path: Path, monkeypatch: pytest.M
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, HAMUCallback))  # type: ignore[attr-defined]
     assert callback.settings.rule == rule
     assert callback.settings.stop_on == (Infeasible(),)
-    assert (callback.settings.every_n_steps, callback.settings.seed) == (2, 3)
+    assert (callback.settings.passes.every_n_steps, callback.settings.seed) == (2, 3)
     assert isinstance(callback.settings.forget, Samples) == (forget == "dataset")
     assert callback.forget_passes > 0

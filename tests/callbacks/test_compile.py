@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUCallback
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.rules import FineTune
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, make_data
 from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState, assert_no_trace
@@ -60,7 +61,7 @@ def train(kind: type[Base], batchnorm: Any = None) -> tuple[Base, list[int]]:
 
     whole = torch.compile(module, backend=module.counter) if kind is CompiledWhole else module
     forget = DataLoader(make_data(48, seed=9), batch_size=16, shuffle=True)
-    callback = [] if batchnorm is None else [HAMUCallback(forget, FineTune(), batchnorm=batchnorm)]
+    callback = [] if batchnorm is None else [HAMUCallback(forget, FineTune(), passes=PassOptions(batchnorm=batchnorm))]
     fit(whole, *callback, Look())  # type: ignore[arg-type]
     assert compiled[-1] > 0
     return module, compiled

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.rules import FineTune, FixedRadius
 from tests.callbacks.modules import Recorder, WithBatchNorm, build, fit, make_data
 from tests.callbacks.test_invariants import forget_loader
@@ -126,7 +127,7 @@ def test_nothing_is_lost(where: str, batchnorm: Any) -> None:
     module.where = where
     data = BadSample() if where in ("loader", "worker") else make_data(40, seed=9)
     forget = DataLoader(data, batch_size=8, num_workers=int(where == "worker"))
-    callback = HAMUCallback(forget, RULE, batchnorm=batchnorm)
+    callback = HAMUCallback(forget, RULE, passes=PassOptions(batchnorm=batchnorm))
     with pytest.raises(ZeroDivisionError, match="in loader" if where == "worker" else f"in {where}"):
         fit(module, witness, callback, accumulate_grad_batches=2)
     assert witness.is_checked
@@ -191,6 +192,6 @@ def go_on(module: Everything, callback: HAMUCallback | None, keeps: bool) -> lis
 @pytest.mark.parametrize("keeps", [True, False])
 def test_what_comes_after_a_fit(keeps: bool) -> None:
     """As without us; and the second fit with the callback goes on where the first has ended."""
-    callback = HAMUCallback(forget_loader(), FineTune(), batchnorm="retain")
+    callback = HAMUCallback(forget_loader(), FineTune(), passes=PassOptions(batchnorm="retain"))
     assert go_on(build(Everything), callback, keeps) == go_on(build(Everything), None, keeps)
     assert callback.combined_steps == callback.forget_passes == (24 if keeps else 12)

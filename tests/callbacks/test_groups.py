@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps, preflight
-from hamu_lightning.callbacks import HAMUMisconfigurationError, StopReason
-from hamu_lightning.callbacks._kept_weights import KeptWeights
+from hamu_lightning.callbacks import HAMUMisconfigurationError, PassOptions, StepOptions, StopReason
 from hamu_lightning.callbacks._prices import Prices
+from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.errors import HAMUError
 from hamu_lightning.rules import FixedRadius, TargetQuota
 from hamu_lightning.solvers import FeasibleDirection, GroupCoefficients
@@ -85,7 +85,7 @@ def test_the_groups_leave_no_trace(kind: type[Base]) -> None:
     """With no radius worth speaking of the retain stream sees what it would see alone: I1 for many groups."""
     rule = FeasibleDirection({"a": 0.0, "b": 0.0}, {"rare": 0.0}, radius=FixedRadius(1e-30))
     module, plain = build(kind), build(kind)
-    _, recorder = fit(module, make_callback(rule, batchnorm="retain"))
+    _, recorder = fit(module, make_callback(rule, passes=PassOptions(batchnorm="retain")))
     _, expected = fit(plain, _Rests())
     own = [{name: v for name, v in row.items() if not name.startswith(GROUPS)} for row in recorder.values]
     assert own == expected.values
@@ -112,7 +112,7 @@ def test_passes(settings: dict[str, Any], passes: int) -> None:
 
 def test_groups_in_turn() -> None:
     """All in the first step, then so many per step, one after the other, whatever their number."""
-    hamu = make_callback(groups_per_step=2)
+    hamu = make_callback(passes=PassOptions(groups_per_step=2))
     fit(build(Base), hamu, max_epochs=1)
     state = hamu.state_dict()["groups"]
     assert {name: group["passes"] for name, group in state.items()} == {"rare": 4, "a": 4, "b": 5}
@@ -207,7 +207,7 @@ def test_verified_steps_judge_every_group(optimizer: str, tmp_path: Path) -> Non
     ends = []
     for option in (verify, None):
         module = build(Base, optimizer)
-        hamu = make_callback(rule, verify=option, exact=True)
+        hamu = make_callback(rule, verify=option, steps=StepOptions(exact=True))
         fit(module, hamu, max_epochs=3)
         x, y = DATA["rare"].tensors
         ends.append(float(nn.functional.cross_entropy(module(x), y).detach()))
@@ -239,7 +239,7 @@ def test_the_table_at_the_end() -> None:
         @override
         def on_train_end(self, *_: Any) -> None:
             assert hamu._fit is not None
-            self.table = hamu._fit.summary()
+            self.table = hamu._fit.account.summary()
 
     reads = Reads()
     fit(build(Base), hamu, reads)
@@ -298,7 +298,7 @@ TWO = FeasibleDirection({"a": 0.01, "b": 0.01})
             "Expected `forget` to name its groups",
         ),
         (lambda: HAMUCallback({"a": loader("a")}, HAMUQ(0.1)), "Several loaders become one by CombinedLoader"),
-        (lambda: make_callback(groups_per_step=0), "Expected `groups_per_step` to be at least 1"),
+        (lambda: make_callback(passes=PassOptions(groups_per_step=0)), "Expected `groups_per_step` to be at least 1"),
         (lambda: FeasibleDirection({"a": 0.1}, {"rare": -1.0}), "not negative"),
         (lambda: FeasibleDirection({"a": 0.1}, solver="nonesuch"), "nonesuch"),
         (lambda: make_callback().add_request("a", loader("a"), 0.1), "Expected a new name for the request"),
@@ -346,7 +346,7 @@ def test_sketches_tend_to_the_exact_run(kind: type[Base], accumulation: int) -> 
     """The passes are made again on the same batches with the same random numbers, and leave no trace."""
     ends, logged = [], []
     for sketch in (None, 2**18):
-        module, hamu = build(kind), make_callback(sketch=sketch)
+        module, hamu = build(kind), make_callback(steps=StepOptions(sketch=sketch))
         _, recorder = fit(module, hamu, max_epochs=1, accumulate_grad_batches=accumulation)
         ends.append(flat(module))
         logged.append(recorder.values[0])
@@ -366,4 +366,4 @@ def test_sketches_tend_to_the_exact_run(kind: type[Base], accumulation: int) -> 
 )
 def test_what_does_not_go_with_sketches(options: Any, settings: Any, message: str) -> None:
     with pytest.raises(HAMUMisconfigurationError, match=message):
-        fit(build(Base), make_callback(sketch=64, **options), **settings)
+        fit(build(Base), make_callback(steps=StepOptions(sketch=64), **options), **settings)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer, split_forget
+from hamu_lightning.callbacks import PassOptions, StepOptions
 from hamu_lightning.errors import HAMUError, HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius
 from tests.callbacks.modules import Base, WithBatchNorm, build, fit, make_data
@@ -41,7 +42,9 @@ def loss_on(module: Base, data: TensorDataset) -> float:
 def test_the_forget_loss_rises() -> None:
     module = build(Base)
     before = loss_on(module, forget_data())
-    callback = HAMUCallback(forget_data(), RULE, batch_size=40)  # the whole set: each step's promise is about all of it
+    callback = HAMUCallback(
+        forget_data(), RULE, passes=PassOptions(batch_size=40)
+    )  # the whole set: each step's promise is about all of it
     fit(module, callback)
     # 12 steps that promise 0.02 each; half of that leaves room for second-order terms.
     assert loss_on(module, forget_data()) > before + 0.12
@@ -93,7 +96,7 @@ def test_logged_names_and_progress_bar(tmp_path: Path) -> None:
 
 def test_exact_steps_and_actual_improvements() -> None:
     """With AdamW as the base; a warning would be an error."""
-    callback = HAMUCallback(forget_data(), RULE, exact=True, track_actual=True)
+    callback = HAMUCallback(forget_data(), RULE, steps=StepOptions(exact=True, track_actual=True))
     trainer, _ = fit(build(Base, "adamw"), callback)
     logged = trainer.callback_metrics
     for name in ("forget", "retain"):
@@ -113,14 +116,14 @@ def test_batchnorm(mode: Any) -> None:
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             modes.append(pl_module.net[1].training)
 
-    fit(module, HAMUCallback(forget_data(), RULE, batchnorm=mode), Look())
+    fit(module, HAMUCallback(forget_data(), RULE, passes=PassOptions(batchnorm=mode)), Look())
     assert modes == [mode == "retain"] * 12
     assert torch.equal(before, module.net[1].running_mean) == (mode == "freeze")
     assert module.net[1].training  # as it was found
 
 
 def test_every_n_steps() -> None:
-    callback = HAMUCallback(forget_data(), RULE, every_n_steps=3)
+    callback = HAMUCallback(forget_data(), RULE, passes=PassOptions(every_n_steps=3))
     fit(build(Base), callback)
     assert (callback.combined_steps, callback.forget_passes) == (4, 4)
 
@@ -354,7 +357,7 @@ class Empty(IterableDataset[Any]):
         (Base, {"forget": []}, "but the list is empty"),
         (Base, {"forget": Subset(forget_data(), [])}, "but the Subset is empty"),
         (Base, {"forget": DataLoader(forget_data(), 64, drop_last=True)}, "but the DataLoader is empty"),
-        (Base, {"forget": [1], "batch_size": 3}, "Expected `batch_size` to go with a Dataset"),
+        (Base, {"forget": [1], "passes": PassOptions(batch_size=3)}, "Expected `batch_size` to go with a Dataset"),
         (Base, {"forget": 3}, "Expected the data of 'forget' to be a DataLoader"),
     ],
 )
@@ -399,15 +402,26 @@ def test_an_empty_stream_is_noticed_at_its_first_batch() -> None:
     ("arguments", "message"),
     [
         ({"rule": 0.1}, "Expected `rule` to be a rule"),
-        ({"batchnorm": "eval"}, "Expected `batchnorm` to be 'freeze' or 'retain'"),
-        ({"every_n_steps": 0}, "Expected `every_n_steps` to be at least 1"),
-        ({"batch_size": 0}, "Expected `batch_size` to be at least 1"),
         ({"stop_on": ["boredom"]}, "Expected `stop_on` to hold some of"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(HAMUValueError, match=message):
         HAMUCallback(forget_data(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batchnorm": "eval"}, "Expected `batchnorm` to be 'freeze' or 'retain'"),
+        ({"every_n_steps": 0}, "Expected `every_n_steps` to be at least 1"),
+        ({"batch_size": 0}, "Expected `batch_size` to be at least 1"),
+        ({"groups_per_step": 0}, "Expected `groups_per_step` to be at least 1"),
+    ],
+)
+def test_bad_pass_options(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(HAMUValueError, match=message):
+        PassOptions(**arguments)
 
 
 def test_own_hamu_optimizer_is_used_with_its_rule() -> None:

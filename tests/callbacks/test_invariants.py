@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUCallback
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.randomness import RandomStream
 from hamu_lightning.rules import FineTune
 from tests.callbacks.modules import MODULES, Base, WithBatchNorm, WithDropout, build, fit, make_data
@@ -30,7 +31,9 @@ def attributes(module: Base) -> dict[str, str]:
 def assert_no_trace(kind: type[Base], optimizer: str = "sgd", **settings: Any) -> HAMUCallback:
     plain, paired = build(kind, optimizer), build(kind, optimizer)
     trainer, expected = fit(plain, **settings)
-    callback = HAMUCallback(forget_loader(settings.get("workers", 0)), FineTune(), batchnorm="retain")
+    callback = HAMUCallback(
+        forget_loader(settings.get("workers", 0)), FineTune(), passes=PassOptions(batchnorm="retain")
+    )
     other, recorded = fit(paired, callback, **settings)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, paired.state_dict()[name]), name
@@ -84,7 +87,9 @@ def assert_self_cancellation(
     same = DataLoader(make_data(), batch_size=16)
     check = GradientsAreEqual()
     # A list of batches: `iter()` of a DataLoader would draw from the random state that is to be the same.
-    callback = HAMUCallback(list(DataLoader(make_data(), batch_size=16)), FineTune(), batchnorm=batchnorm)
+    callback = HAMUCallback(
+        list(DataLoader(make_data(), batch_size=16)), FineTune(), passes=PassOptions(batchnorm=batchnorm)
+    )
     fit(build(kind), callback, check, loader=same, **settings)
     assert check.steps == callback.combined_steps > 0
 

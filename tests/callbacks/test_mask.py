@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer, preflight
-from hamu_lightning.callbacks import compute_saliency_mask
+from hamu_lightning.callbacks import PassOptions, StepOptions, compute_saliency_mask
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FixedRadius, GradDiff, RelativeRadius
 from tests.callbacks.modules import MODULES, Base, WithBatchNorm, build, fit, make_data
@@ -60,7 +60,9 @@ def test_weights_outside_rest(optimizer: str, settings: dict[str, Any], verify: 
     module = build(Base, optimizer)
     before, mask = weights_of(module), compute_saliency_mask(module, forget_loader(), keep=0.5)
     every = settings.get("every_n_steps", 1)
-    hamu = HAMUCallback(forget_loader(), RULE, mask=mask, verify=verify, every_n_steps=every)
+    hamu = HAMUCallback(
+        forget_loader(), RULE, steps=StepOptions(mask=mask), verify=verify, passes=PassOptions(every_n_steps=every)
+    )
     fit(module, hamu, **{name: value for name, value in settings.items() if name != "every_n_steps"})
     assert hamu.combined_steps > 0
     assert_rest(module, before, mask)
@@ -80,7 +82,7 @@ def test_salun_is_a_loop_in_plain_pytorch() -> None:
     mask = compute_saliency_mask(module, doubled)
     assert all(torch.equal(mask[name], expected[name]) for name in names)
 
-    hamu = HAMUCallback(forget_loader(), GradDiff(0.5), mask=mask)
+    hamu = HAMUCallback(forget_loader(), GradDiff(0.5), steps=StepOptions(mask=mask))
     fit(module, hamu, loader=DataLoader(make_data(), batch_size=16), max_epochs=1, precision="64-true")
     for (x, y), (u, v) in zip(DataLoader(make_data(), batch_size=16), [*forget_loader()] * 2, strict=True):
         loss = cross_entropy(twin(x.double()), y) - 0.5 * cross_entropy(twin(u.double()), v)
@@ -148,7 +150,7 @@ def test_refusals() -> None:
     with pytest.raises(HAMUStateError, match="it returned None for all forget data"):
         compute_saliency_mask(build(Silent), forget_loader(16))
     with pytest.raises(MisconfigurationException, match="or their names, but got 'weight'"):
-        fit(module, HAMUCallback(forget_loader(), RULE, mask={"weight": torch.ones(2) > 0}))
+        fit(module, HAMUCallback(forget_loader(), RULE, steps=StepOptions(mask={"weight": torch.ones(2) > 0})))
 
 
 class _Endless:
@@ -164,7 +166,7 @@ def test_the_preflight_sees_the_problem_of_the_mask() -> None:
     expected = float(sum((g * m).double().square().sum() for g, m in zip(grads, mask.values(), strict=True)).sqrt())  # type: ignore[union-attr]
     retain, forget = DataLoader(make_data(16), batch_size=16), forget_loader(16)
     alone = preflight(module, retain, forget, RULE, mask=mask)
-    hamu = HAMUCallback(forget, RULE, mask=mask, preflight=True)
+    hamu = HAMUCallback(forget, RULE, steps=StepOptions(mask=mask), preflight=True)
     fit(module, hamu, loader=retain, max_epochs=1)
     for report in (alone, hamu.preflight_report):
         assert report is not None
@@ -181,7 +183,7 @@ def test_a_mask_is_never_ignored() -> None:
     module = build(OwnOptimizer)
     mask = compute_saliency_mask(build(Base), forget_loader())
     with pytest.raises(MisconfigurationException, match=r"Expected a plain optimizer with `mask`"):
-        fit(module, HAMUCallback(forget_loader(), RULE, mask=mask))
+        fit(module, HAMUCallback(forget_loader(), RULE, steps=StepOptions(mask=mask)))
 
 
 def test_the_mask_survives_a_resumed_run(tmp_path: Path) -> None:
@@ -199,7 +201,9 @@ def train(processes: int, optimizer: str) -> dict[str, Any]:
     module, data = build(Base, optimizer), make_data(48)
     mask = compute_saliency_mask(module, forget_loader())
     rule = HAMUQ(0.02, radius=RelativeRadius(0.01))
-    hamu = HAMUCallback(DataLoader(make_data(24, seed=9), batch_size=12 // processes), rule, mask=mask)
+    hamu = HAMUCallback(
+        DataLoader(make_data(24, seed=9), batch_size=12 // processes), rule, steps=StepOptions(mask=mask)
+    )
     options: dict[str, Any] = {"precision": "64-true"}
     if processes > 1:
         strategy = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)
@@ -214,7 +218,7 @@ def train_sharded() -> str:
     mask = {name: torch.ones(p.shape) > 0 for name, p in module.named_parameters()}
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     try:
-        fit(module, HAMUCallback(forget_loader(), RULE, mask=mask), strategy=strategy, devices=2)
+        fit(module, HAMUCallback(forget_loader(), RULE, steps=StepOptions(mask=mask)), strategy=strategy, devices=2)
     except MisconfigurationException as error:
         return str(error)
     return ""

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.callbacks import StepOptions
 from hamu_lightning.rules import FineTune, FixedRadius
 from tests.callbacks.modules import Base, build, fit, make_data
 from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState, assert_no_trace
@@ -101,7 +102,7 @@ def test_what_moves(kind: type[Base]) -> None:
     module = build(kind)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     forget = DataLoader(make_data(40, seed=9), batch_size=8)
-    callback = HAMUCallback(forget, RULE, track_actual=True)
+    callback = HAMUCallback(forget, RULE, steps=StepOptions(track_actual=True))
     fit(module, callback)
     assert {name for name, p in module.named_parameters() if not torch.equal(p, before[name])} == MOVED[kind]
     report = callback.last_step

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.rules import FineTune, RelativeRadius
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, make_data
 from tests.callbacks.test_invariants import forget_loader
@@ -120,7 +121,7 @@ def test_i1_beside_other_callbacks(name: str, is_first: bool, tmp_path: Path) ->
     kind, make = NEIGHBOURS[name]
     plain, paired = build(kind), build(kind)
     alone, beside = make(tmp_path / "a"), make(tmp_path / "b")
-    ours = HAMUCallback(forget_loader(), FineTune(), batchnorm="retain")
+    ours = HAMUCallback(forget_loader(), FineTune(), passes=PassOptions(batchnorm="retain"))
     settings = {"enable_checkpointing": isinstance(alone, ModelCheckpoint)}
     expected_trainer, expected = fit_beside(plain, alone, **settings)
     trainer, recorded = fit_beside(paired, *([ours, beside] if is_first else [beside, ours]), **settings)
@@ -206,7 +207,7 @@ def tune_and_fit(path: Path, finder: Callback | None, *callbacks: Callback) -> l
 )
 def test_tuners_tune_plain_training(make: Callable[[], Callback | None], tmp_path: Path) -> None:
     """They put the callbacks aside; the fit that follows unlearns."""
-    callback = HAMUCallback(forget_loader(), FineTune(), batchnorm="retain")
+    callback = HAMUCallback(forget_loader(), FineTune(), passes=PassOptions(batchnorm="retain"))
     expected = tune_and_fit(tmp_path, make())
     assert tune_and_fit(tmp_path, make(), callback) == expected
     assert callback.combined_steps == callback.forget_passes == 2 * math.ceil(48 / expected[1])

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer
-from hamu_lightning.callbacks import StopReason
-from hamu_lightning.callbacks._objective import wrap_step
+from hamu_lightning.callbacks import PassOptions, StopReason
+from hamu_lightning.callbacks.passes import wrap_step
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import (
     NPO,
@@ -102,7 +102,9 @@ def test_the_forget_objective_leaves_no_trace(kind: type[Base]) -> None:
     plain, paired = build(kind), build(kind)
     _, expected = fit(plain, accumulate_grad_batches=4)
     objective = WeightedSum((1.0, NPO()), (1.0, RandomLabels()), (1.0, ModuleLoss()))
-    callback = HAMUCallback(forget_loader(shuffle=True), FineTune(), batchnorm="retain", objective=objective)
+    callback = HAMUCallback(
+        forget_loader(shuffle=True), FineTune(), passes=PassOptions(batchnorm="retain"), objective=objective
+    )
     _, found = fit(paired, callback, accumulate_grad_batches=4)
     assert_same_weights(plain, paired)
     assert found.values == expected.values
@@ -229,8 +231,8 @@ def test_steps_are_verified_in_the_objectives_units() -> None:
 
         @override
         def on_train_batch_end(self, *_: Any) -> None:
-            assert callback._fit is not None and callback._fit._verifier is not None
-            self.outcomes.append(callback._fit._verifier.outcome)
+            assert callback._fit is not None and callback._fit.parts.verifier is not None
+            self.outcomes.append(callback._fit.parts.verifier.outcome)
 
     callback = HAMUCallback(
         forget_loader(), HAMUQ(0.01, radius=FixedRadius(0.01)), objective=NPO(), retain_objective=scrub(), verify=True

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, preflight
-from hamu_lightning.callbacks import PreflightReport
-from hamu_lightning.callbacks._preflight_report import bootstrap, make_report
+from hamu_lightning.callbacks import PassOptions, PreflightReport
+from hamu_lightning.callbacks.forecast._estimates import bootstrap
+from hamu_lightning.callbacks.forecast._report import make_report
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius, TargetQuota
 from tests.callbacks.modules import MODULES, Base, EditsItsBatch, WithBatchNorm, WithDropout, build, fit, make_data
@@ -79,7 +80,9 @@ def run(preflight: bool, kind: type[Base] = Base, rule: Any = RULE, **settings: 
     """A fit, all that is left of it, and the callback."""
     module = build(kind, settings.pop("optimizer", "sgd"))
     forget = settings.pop("forget", None)
-    callback = HAMUCallback(forget, rule, preflight=preflight, batchnorm=settings.pop("batchnorm", "freeze"))
+    callback = HAMUCallback(
+        forget, rule, preflight=preflight, passes=PassOptions(batchnorm=settings.pop("batchnorm", "freeze"))
+    )
     trainer, recorder = fit(module, callback, **settings)
     found: dict[str, Any] = {name: value.tolist() for name, value in module.state_dict().items()}
     found |= {f"logged {name}": float(value) for name, value in trainer.callback_metrics.items()}

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer
+from hamu_lightning.callbacks import PassOptions, StepOptions
 from hamu_lightning.rules import FineTune, FixedRadius, LearningRateRadius, Rule
 from tests.callbacks.modules import OPTIMIZERS, Base, build, fit, make_data
 from tests.callbacks.test_clipping import gradients
@@ -142,7 +143,7 @@ def test_every_second_step_from_zero_raises_no_false_alarm() -> None:
     """The first step is left out, and the second, a plain one, moves the weights before any combined step has."""
     module = build(Scheduled)
     module.schedule = "from zero"
-    callback = HAMUCallback(DataLoader(make_data(40, 9), batch_size=16), RULE, every_n_steps=2)
+    callback = HAMUCallback(DataLoader(make_data(40, 9), batch_size=16), RULE, passes=PassOptions(every_n_steps=2))
     fit(module, callback)
     assert (callback.combined_steps, callback.left_out_steps) == (5, 1)
 
@@ -170,7 +171,9 @@ def test_exact_steps_move_the_weights_by_d(optimizer: str) -> None:
             before[:] = [p.detach().clone() for p in module.parameters()]
             grads[:] = [gradients(module, data) for data in (make_data(96), forget)]
 
-    callback = HAMUCallback(DataLoader(forget, batch_size=40), HAMUQ(0.01, radius=FixedRadius(0.02)), exact=True)
+    callback = HAMUCallback(
+        DataLoader(forget, batch_size=40), HAMUQ(0.01, radius=FixedRadius(0.02)), steps=StepOptions(exact=True)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nor is there anything to say about the base
         warnings.filterwarnings("ignore", "`isinstance|The 'train_dataloader'|The number of training")

@@ -19,11 +19,13 @@ from hamu_lightning.callbacks import (
     ForgetAbove,
     Infeasible,
     NotFinite,
+    PassOptions,
     RetainAbove,
     StopCondition,
     StopReason,
 )
-from hamu_lightning.callbacks._stopping import Signals, StopMonitor, compute_score
+from hamu_lightning.callbacks.goals._signals import Signals
+from hamu_lightning.callbacks.goals._stopper import StopMonitor, compute_score
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.rules import FixedRadius
 from tests.callbacks.modules import Base, build, fit, make_data
@@ -119,7 +121,9 @@ def test_above_a_ceiling_the_model_goes_back(condition: Any, reason: StopReason)
 def test_a_stop_that_the_trainer_delays_changes_nothing(every: int, caplog: pytest.LogCaptureFixture) -> None:
     """Neither combined steps nor the plain ones between."""
     module, history = build(Base, "momentum"), History()
-    hamu = HAMUCallback(FORGET, HAMUQ(1e3, radius=FixedRadius(1e-3)), stop_on=["infeasible"], every_n_steps=every)
+    hamu = HAMUCallback(
+        FORGET, HAMUQ(1e3, radius=FixedRadius(1e-3)), stop_on=["infeasible"], passes=PassOptions(every_n_steps=every)
+    )
     with pytest.warns(UserWarning, match="The base optimizer"):
         trainer, _ = fit(module, history, hamu, min_steps=8, max_epochs=4)
     assert trainer.global_step == 8

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from hamu_lightning.callbacks import split_forget
-from hamu_lightning.callbacks._streams import ForgetStream
+from hamu_lightning.callbacks.passes import ForgetStream
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.randomness import RandomStream
 

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from hamu_lightning import HAMUQ, Chance, HAMUCallback, Holdout, VerifySteps
 from hamu_lightning.callbacks import StopReason
-from hamu_lightning.callbacks._forget_pass import ForgetPass
-from hamu_lightning.callbacks._targets import count_classes
+from hamu_lightning.callbacks.goals._targets import count_classes
+from hamu_lightning.callbacks.passes import ForgetPass
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FixedRadius, RelativeRadius, TargetQuota
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, make_data
@@ -257,7 +257,7 @@ def test_landing(
 
     module = build(Base)
     monkeypatch.setattr(ForgetPass, "measure", measure)
-    monkeypatch.setattr("hamu_lightning.callbacks._approach._MEASURE_EVERY", 1)
+    monkeypatch.setattr("hamu_lightning.callbacks.goals._approach._MEASURE_EVERY", 1)
     rule = HAMUQ(TargetQuota(1.0), radius=FixedRadius(1e-3))
     settings = VerifySteps(tolerance=0.0, grow=1.0) if verify else False
     hamu = HAMUCallback(DataLoader(FORGET, batch_size=40), rule, verify=settings)

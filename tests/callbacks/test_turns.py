@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.callbacks import StepOptions
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import CrossEntropy, ReferenceKL, WeightedSum
 from hamu_lightning.rules import Alternate, FineTune, FixedRadius, GradAscent, GradDiff, Rule, Schedule
@@ -180,7 +181,7 @@ def test_with_a_mask_and_verified_steps() -> None:
     before = weights_of(module)
     mask = {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.5 for name, p in before.items()}
     schedule = Alternate(2, 2, forget=HAMUQ(0.01, radius=FixedRadius(0.05)))
-    hamu = HAMUCallback(forget_loader(), schedule=schedule, mask=mask, verify=True)
+    hamu = HAMUCallback(forget_loader(), schedule=schedule, steps=StepOptions(mask=mask), verify=True)
     fit(module, hamu, loader=retain_loader())
     assert tuple(hamu.turns.values()) == (4, 8)
     assert_rest(module, before, mask)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from hamu_lightning import HAMUQ, HAMUCallback
-from hamu_lightning.callbacks import HAMUMisconfigurationError
+from hamu_lightning.callbacks import HAMUMisconfigurationError, PassOptions
 from hamu_lightning.rules import FineTune, RelativeRadius
 from tests.callbacks.modules import Recorder, make_data
 from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState
@@ -101,7 +101,7 @@ def test_both_packages_give_the_same_run(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1}], ids=str)
 def test_i1_no_trace_under_pytorch_lightning(settings: dict[str, Any]) -> None:
     plain, logged = run("pytorch_lightning", **settings)
-    callback = make_callback(FineTune(), batchnorm="retain")
+    callback = make_callback(FineTune(), passes=PassOptions(batchnorm="retain"))
     paired, logged_there = run("pytorch_lightning", callback, **settings)
     assert_equal(plain, paired)
     assert logged == logged_there and callback.forget_passes == len(logged) == 12

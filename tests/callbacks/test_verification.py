@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps
 from hamu_lightning.callbacks import StopReason
-from hamu_lightning.callbacks._verification import GroupOutcome, Outcome
+from hamu_lightning.callbacks.goals._promises import GroupOutcome, Outcome
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.rules import FixedRadius, RelativeQuota, TargetQuota
 from tests.callbacks.modules import Base, EditsItsBatch, WithBatchNorm, WithDropout, build, fit, make_data
@@ -85,9 +85,9 @@ class Spy(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        assert self.hamu._fit is not None and self.hamu._fit._verifier is not None
-        self.regions.append(self.hamu._fit._verifier.region)
-        self.outcome = self.hamu._fit._verifier.outcome
+        assert self.hamu._fit is not None and self.hamu._fit.parts.verifier is not None
+        self.regions.append(self.hamu._fit.parts.verifier.region)
+        self.outcome = self.hamu._fit.parts.verifier.outcome
 
 
 def train(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUQ, HAMUCallback, compare
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods import SSD, Comparison, FisherForgetting, Retrain, Run, Search, TrainingRun
 from hamu_lightning.methods._comparison import _cell, confidence
@@ -28,7 +29,9 @@ def run_with(callback: Callable[[Any, int], Callback]) -> TrainingRun:
 
 
 def hamu(quota: float) -> TrainingRun:
-    return run_with(lambda forget, seed: HAMUCallback(forget, HAMUQ(quota), batch_size=8, seed=seed))
+    return run_with(
+        lambda forget, seed: HAMUCallback(forget, HAMUQ(quota), passes=PassOptions(batch_size=8), seed=seed)
+    )
 
 
 def run_compare(out: Path, methods: Any, **settings: Any) -> Comparison:

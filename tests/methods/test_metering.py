@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hamu_lightning.callbacks import HAMUCallback
+from hamu_lightning.callbacks import HAMUCallback, PassOptions
 from hamu_lightning.methods import TrainingRun, _metering
 from hamu_lightning.methods._evaluation import evaluate
 from hamu_lightning.methods._metering import Meter, PathRecorder
@@ -42,7 +42,9 @@ def test_the_path_is_measured_on_all_samples_and_changes_nothing() -> None:
     source, forget = make_split()
     retain_loader, forget_loader = (DataLoader(part, batch_size=32) for part in (source.retain, forget))
     recorder = PathRecorder(retain_loader, forget_loader, every=3)
-    run = TrainingRun(lambda forget, seed: HAMUCallback(forget, HAMUQ(1e-2), batch_size=8, seed=seed), OPTIONS)
+    run = TrainingRun(
+        lambda forget, seed: HAMUCallback(forget, HAMUQ(1e-2), passes=PassOptions(batch_size=8), seed=seed), OPTIONS
+    )
     module = build(batchnorm=True)
     result = run.observed_by(recorder)(module, source, forget)
     assert torch.equal(weights_of(result), weights_of(run(module, source, forget)))

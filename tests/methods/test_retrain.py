@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from hamu_lightning.callbacks import HAMUCallback
+from hamu_lightning.callbacks import HAMUCallback, PassOptions
 from hamu_lightning.methods import SSD, Method, Retrain, TrainingRun, _storage
 from hamu_lightning.rules import HAMUQ, FineTune
 from tests.methods.setups import OPTIONS, Classifier, Source, build, make_samples, make_split, untouched, weights_of
@@ -117,7 +117,7 @@ def test_an_interrupted_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest
 
 
 def hamu(forget: Any, seed: int) -> Callback:
-    return HAMUCallback(forget, HAMUQ(quota=1e-2), batch_size=8, seed=seed)
+    return HAMUCallback(forget, HAMUQ(quota=1e-2), passes=PassOptions(batch_size=8), seed=seed)
 
 
 def test_a_training_run_is_the_fit_that_one_would_write() -> None:

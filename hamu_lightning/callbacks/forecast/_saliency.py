@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hamu_lightning.callbacks._guard import ModuleGuard
-from hamu_lightning.callbacks._preflight import BarePass, batchnorm_frozen, check_module
+from hamu_lightning.callbacks.passes import BarePass, ModuleGuard, batchnorm_frozen, check_module
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim._mask import keep_largest
 from hamu_lightning.optim._slots import GradientSlot

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
-import torch
-from torch import Tensor
-
+from hamu_lightning.callbacks.goals._signals import Signals
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.optim import StepReport
 
 StopOn: TypeAlias = Literal["collateral_damage", "infeasible", "not_finite"]
-
-# So close to a target it counts as met.
-_AT_TARGET = 0.95
 
 
 class StopReason(str, Enum):
@@ -42,25 +35,6 @@ class StopReason(str, Enum):
 
 
 CEILINGS = (StopReason.RETAIN_CEILING, StopReason.FORGET_CEILING)
-
-
-@dataclass(frozen=True)
-class Signals:
-    """The numbers of a step that is about to be applied: loss units, and losses at the weights before it."""
-
-    quota: float
-    feasible: float
-    given: float
-    retain_loss: float
-    forget_loss: float
-    is_finite: float
-    is_served: float
-    bound: str
-
-    @property
-    def free(self) -> str:
-        """The objective that the quota is not about."""
-        return "retain" if self.bound == "forget" else "forget"
 
 
 class StopCondition(ABC):
@@ -252,66 +226,6 @@ def as_conditions(stop_on: Iterable[StopOn | StopCondition]) -> tuple[StopCondit
             f"but got {unknown}."
         )
     return tuple(c for c in conditions if isinstance(c, StopCondition))
-
-
-class StopMonitor:
-    """Follows the steps, and says when a condition holds.
-
-    Args:
-        conditions: The conditions; the first one that holds is the reason.
-    """
-
-    def __init__(self, conditions: tuple[StopCondition, ...]) -> None:
-        self._conditions = conditions
-        longest = max((c.patience for c in conditions), default=1)
-        self._steps: deque[Signals] = deque(maxlen=longest)
-
-    def judge(self, signals: Signals) -> tuple[StopReason, str] | None:
-        """Take a step in; return the reason to stop before it and why, or None."""
-        self._steps.append(signals)
-        for condition in self._conditions:
-            if len(self._steps) < condition.patience:
-                continue
-            why = condition.explain(list(self._steps)[-condition.patience :])
-            if why is not None:
-                return condition.reason, why
-        return None
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Return the last steps in numbers."""
-        return [dict(vars(signals)) for signals in self._steps]
-
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Go on with what `state_dict` returned."""
-        self._steps.extend(Signals(**signals) for signals in state)
-
-
-def compute_score(signals: Signals, conditions: tuple[StopCondition, ...], target: float | None) -> float:
-    """How good the weights before a step are, for `ModelCheckpoint(monitor="hamu/score", mode="max")`.
-
-    - Above the ceiling of the retain loss: less than 0, by how much.
-    - Short of the target (or without one): the more forgotten, the nearer to 1.
-    - At the target: more than 1, the more the smaller the retain loss.
-    """
-    excess = max((signals.retain_loss - c.loss for c in conditions if isinstance(c, RetainAbove)), default=-math.inf)
-    if excess > 0:
-        return -excess
-    forget = max(signals.forget_loss, 0.0)
-    if target is not None and forget >= _AT_TARGET * target:
-        return 1 + 1 / (1 + max(signals.retain_loss, 0.0))
-    return forget / (forget + 1) if target is None else forget / target
-
-
-NUMBERS = ("quota", "feasible", "given", "retain_loss", "forget_loss", "is_finite", "is_served")
-
-
-def pack_signals(report: StepReport, retain_loss: Tensor, forget_loss: Tensor) -> Tensor:
-    """The `NUMBERS` of `Signals` in one tensor, on the device."""
-    step = report.coefficients
-    given = step.forget_improvement if step.constrained == 1 else step.retain_improvement
-    losses = retain_loss, forget_loss
-    numbers = (step.total_quota, step.feasible_improvement, given, *losses, step.is_finite, step.is_served)
-    return torch.stack([number.to(step.total_quota) for number in numbers])
 
 
 def _mean(numbers: Iterable[float]) -> float:

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
-from hamu_lightning.callbacks._forget_pass import ForgetPass
-from hamu_lightning.callbacks._kept_weights import KeptWeights
-from hamu_lightning.callbacks._streams import count_shared_samples
-from hamu_lightning.callbacks._targets import Holdout, Target, as_target
+from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
+from hamu_lightning.callbacks.goals._targets import Holdout, Target, as_target
+from hamu_lightning.callbacks.passes import ForgetPass, count_shared_samples
 from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.rules import TargetQuota
 
@@ -150,8 +150,13 @@ class Approach:
         return aim.target
 
     def _measure(self, target: Target, *step: Any) -> Tensor:
+        strategy = self._trainer.strategy
+        level = self._forget_pass.measure(target.measure, *step)
+        if level.numel() != 1:
+            raise HAMUStateError(f"Expected {target} to be one number, but got {level}.")
+        level = level.reshape(()).to(strategy.root_device, widest_float(strategy.root_device))
         # Processes may have summed in different orders; they have to decide alike.
-        level = self._trainer.strategy.reduce(self._forget_pass.measure(target, *step), reduce_op="mean")
+        level = strategy.reduce(level, reduce_op="mean")
         if not bool(level.isfinite()):
             what = "the forget loss" if target is self._forget else f"the target {target}"
             if self._aim.taken == 0:

@@ -9,21 +9,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._kept_weights import KeptWeights
-from hamu_lightning.callbacks._stopping import (
-    CEILINGS,
-    NUMBERS,
-    Signals,
-    StopCondition,
-    StopMonitor,
-    StopReason,
-    compute_score,
-    pack_signals,
-)
+from hamu_lightning.callbacks.goals._conditions import CEILINGS, RetainAbove, StopCondition, StopReason
+from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
+from hamu_lightning.callbacks.goals._signals import NUMBERS, Signals, pack_signals
 from hamu_lightning.optim import HAMUOptimizer, StepReport
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+import math
+from collections import deque
+
+# So close to a target it counts as met.
+_AT_TARGET = 0.95
 
 
 class Stopper:
@@ -106,3 +104,51 @@ class Stopper:
         """Return the reason and the last steps, in strings and numbers."""
         reason = None if self.reason is None else self.reason.value
         return {"reason": reason, "message": self.message, "steps": self._monitor.state_dict()}
+
+
+class StopMonitor:
+    """Follows the steps, and says when a condition holds.
+
+    Args:
+        conditions: The conditions; the first one that holds is the reason.
+    """
+
+    def __init__(self, conditions: tuple[StopCondition, ...]) -> None:
+        self._conditions = conditions
+        longest = max((c.patience for c in conditions), default=1)
+        self._steps: deque[Signals] = deque(maxlen=longest)
+
+    def judge(self, signals: Signals) -> tuple[StopReason, str] | None:
+        """Take a step in; return the reason to stop before it and why, or None."""
+        self._steps.append(signals)
+        for condition in self._conditions:
+            if len(self._steps) < condition.patience:
+                continue
+            why = condition.explain(list(self._steps)[-condition.patience :])
+            if why is not None:
+                return condition.reason, why
+        return None
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the last steps in numbers."""
+        return [dict(vars(signals)) for signals in self._steps]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Go on with what `state_dict` returned."""
+        self._steps.extend(Signals(**signals) for signals in state)
+
+
+def compute_score(signals: Signals, conditions: tuple[StopCondition, ...], target: float | None) -> float:
+    """How good the weights before a step are, for `ModelCheckpoint(monitor="hamu/score", mode="max")`.
+
+    - Above the ceiling of the retain loss: less than 0, by how much.
+    - Short of the target (or without one): the more forgotten, the nearer to 1.
+    - At the target: more than 1, the more the smaller the retain loss.
+    """
+    excess = max((signals.retain_loss - c.loss for c in conditions if isinstance(c, RetainAbove)), default=-math.inf)
+    if excess > 0:
+        return -excess
+    forget = max(signals.forget_loss, 0.0)
+    if target is not None and forget >= _AT_TARGET * target:
+        return 1 + 1 / (1 + max(signals.retain_loss, 0.0))
+    return forget / (forget + 1) if target is None else forget / target

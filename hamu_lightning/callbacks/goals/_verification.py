@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hamu_lightning.callbacks._forget_pass import ForgetPass, Recording, detached_loss
-from hamu_lightning.callbacks._ledger import find_ledger
-from hamu_lightning.callbacks._streams import copied
+from hamu_lightning.callbacks.goals._ledger import find_ledger
+from hamu_lightning.callbacks.goals._promises import GroupOutcome, Outcome
+from hamu_lightning.callbacks.passes import ForgetPass, Recording, copied, detached_loss
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import StepReport
@@ -23,8 +23,6 @@ from hamu_lightning.randomness import capture_random
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-# A loss is known to about this share of itself: a step that promises less cannot be judged.
-_ROUNDING = 1e-5
 # Below this region a step moves nothing, and still broke its promise.
 _SMALLEST_REGION = 1e-6
 
@@ -89,53 +87,6 @@ class VerifySteps:
         ):
             if not is_good:
                 raise HAMUValueError(f"Expected `{name}` to be {range_}, but got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
-class GroupOutcome:
-    """What a step promised for the loss of one group, and what it did, in loss units.
-
-    Improvements count positive where they serve: a loss to forget rises, any other one falls. `due` is what the actual
-    change of the weights should do, to first order: the promise, with plain SGD. `loss` is from before the step.
-    """
-
-    is_forgotten: bool
-    loss: float
-    promised: float
-    due: float
-    measured: float
-
-    def is_kept(self, tolerance: float, slack: float) -> bool:
-        """Whether the step kept its promise to the group; see `VerifySteps`. NaN breaks it."""
-        if not self.is_forgotten:
-            return -self.measured <= 1.5 * max(-self.promised, 0.0) + 0.1 * abs(self.loss) + slack
-        due = min(self.promised, self.due)
-        # Past a target less than nothing is due: the loss may fall by that much.
-        least = due * (tolerance if due > 0 else 2 - tolerance) - slack
-        most = 3 * max(self.promised, 0.0) + 0.5 * abs(self.loss) + slack
-        return least <= self.measured <= most
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step promised and what it did, for each group by name."""
-
-    groups: Mapping[str, GroupOutcome]
-
-    def is_kept(self, tolerance: float) -> bool:
-        """Whether the step kept all its promises."""
-        slack = _ROUNDING * sum(abs(group.loss) for group in self.groups.values())
-        return all(group.is_kept(tolerance, slack) for group in self.groups.values())
-
-    def numbers(self) -> dict[str, float]:
-        """The losses, the promises, what was due of them, and what was measured, by name."""
-        groups = self.groups
-        return {
-            **{f"{name}_loss": group.loss for name, group in groups.items()},
-            **{f"promised_{name}": group.promised for name, group in groups.items()},
-            **{f"due_{name}": group.due for name, group in groups.items() if group.is_forgotten},
-            **{f"measured_{name}": group.measured for name, group in groups.items()},
-        }
 
 
 class Verifier:

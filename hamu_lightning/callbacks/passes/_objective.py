@@ -7,11 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
-from hamu_lightning.callbacks._streams import copied
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.callbacks.passes._loaders import copied
 from hamu_lightning.objectives import BatchPass, ModuleLoss, Objective
-from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -56,26 +53,3 @@ def _replaced_training_step(module: LightningModule, objective: Objective) -> It
     finally:
         del attributes["training_step"]
         attributes.update(before)
-
-
-def check_objectives(objective: object, retain_objective: object) -> None:
-    """Raise unless both are objectives, or None, that make sense on their streams."""
-    for name, value in (("objective", objective), ("retain_objective", retain_objective)):
-        if not isinstance(value, Objective | None):
-            raise HAMUValueError(
-                f"Expected `{name}` to be one of hamu_lightning.objectives, such as NPO(beta=0.1), but got {value!r}."
-            )
-    if isinstance(retain_objective, Objective) and retain_objective.is_forget_only:
-        raise HAMUValueError(
-            "Expected `retain_objective` to be something to lower on the retain data, but got "
-            f"{type(retain_objective).__name__}, which is to be raised on the forget data. Give it to `objective`."
-        )
-
-
-def check_target(objective: Objective | None, rule: Rule) -> None:
-    """Raise if a loss is to reach a target that the objective cannot reach."""
-    if rule.target_quotas and objective is not None and not objective.is_nonnegative:
-        raise HAMUMisconfigurationError(
-            "Expected an objective of at least 0 with a target for the forget loss, but got "
-            f"{type(objective).__name__}, which is at most 0. Use a rule with a quota, or LossCap(CrossEntropy(), ...)."
-        )

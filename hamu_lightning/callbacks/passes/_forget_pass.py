@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._guard import ModuleGuard
-from hamu_lightning.callbacks._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream, copied
-from hamu_lightning.callbacks._targets import Target
+from hamu_lightning.callbacks.passes._guard import ModuleGuard
+from hamu_lightning.callbacks.passes._loaders import copied
+from hamu_lightning.callbacks.passes._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
@@ -109,20 +109,21 @@ class ForgetPass:
                 )
 
     def measure(
-        self, target: Target, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, level: Callable[..., Any], step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """Measure a target at the present weights, without a trace.
+        """Measure a level at the present weights, without a trace.
 
         Every process takes all of its data: with shares of unequal length the forward passes could not be joint ones.
 
         Args:
-            target: The target.
+            level: Called with the module, a function that gives its mean loss on the batches of a loader, and a retain
+                batch; see `Target.measure`.
             step: As in `run`.
             args: The arguments of the retain batch.
             kwargs: Likewise.
 
         Raises:
-            HAMUStateError: If the level is not one number, or there is no loss to measure.
+            HAMUStateError: If there is no loss to measure.
         """
 
         def mean_loss(loader: Iterable[Any]) -> Tensor:
@@ -139,11 +140,7 @@ class ForgetPass:
             return torch.stack(losses) @ weights / weights.sum()
 
         with self._isolated(args[0]), torch.no_grad():
-            level = torch.as_tensor(target.measure(self._trainer.lightning_module, mean_loss, copied(args[0])))
-        device = self._trainer.strategy.root_device
-        if level.numel() != 1:
-            raise HAMUStateError(f"Expected {target} to be one number, but got {level}.")
-        return level.detach().reshape(()).to(device, widest_float(device))
+            return torch.as_tensor(level(self._trainer.lightning_module, mean_loss, copied(args[0]))).detach()
 
     def clip(self) -> None:
         """Clip the forget gradient as the trainer and the module clip the retain gradient, on its own."""

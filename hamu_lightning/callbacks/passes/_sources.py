@@ -9,8 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._checks import HAMUMisconfigurationError
-from hamu_lightning.callbacks._streams import count_shared_samples
+from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks.passes._loaders import loader_options
+from hamu_lightning.callbacks.passes._samples import count_shared_samples
+from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -108,7 +110,45 @@ def _build_loader(dataset: Dataset[Any], train: Any, batch_size: int | None) -> 
     return DataLoader(dataset, batch_size=batch_size, shuffle=not is_stream, **loader_options(like))
 
 
-def loader_options(like: Any) -> dict[str, Any]:
-    """What a loader over other data has in common with this one, besides the batch size; of others nothing is known."""
-    names = ("num_workers", "collate_fn", "pin_memory")
-    return {name: getattr(like, name) for name in names} if isinstance(like, DataLoader) else {}
+def name_sources(rule: Rule, forget: Any, protect: Mapping[str, Any]) -> dict[str, Any]:
+    """The data of each group by name, in the order of the rule.
+
+    Raises:
+        HAMUMisconfigurationError: If the rule and the data have different groups.
+    """
+    names = rule.groups[1:]
+    if not isinstance(forget, Mapping) and names == ("forget",) and not protect:
+        return {"forget": forget}
+    if not isinstance(forget, Mapping) and forget is not None:
+        raise HAMUMisconfigurationError(
+            f"Expected `forget` to name its groups, for a rule with the groups {names}, but got "
+            f"{type(forget).__name__}. Pass HAMUCallback(forget={{name: loader, ...}}, protect={{name: loader, ...}})."
+        )
+    given = {**protect, **(forget or {})}
+    if forget is None and not protect:
+        return dict.fromkeys(names)  # the training loader brings them
+    unknown, missing = [n for n in given if n not in names], [n for n in names if n not in given]
+    if unknown or missing:
+        cure = "Give each group to forget a quota and each protected one a floor: FeasibleDirection(quota, floor)."
+        if names == ("forget",):
+            cure = (
+                "Several loaders become one by CombinedLoader(loaders, 'max_size_cycle'); several groups need a rule "
+                "for them: FeasibleDirection(quota={name: ...}, floor={name: ...})."
+            )
+        raise HAMUMisconfigurationError(
+            f"Expected data for the rule's groups {names}, but there is none for {missing}, and the rule knows nothing "
+            f"of {unknown}. {cure}"
+        )
+    return {name: given[name] for name in names}
+
+
+def check_disjoint(forgotten: Mapping[str, Any], protected: Mapping[str, Any]) -> None:
+    """Raise where samples are both to be forgotten and protected, as far as it can be seen."""
+    for name, loader in forgotten.items():
+        for other, kept in protected.items():
+            shared = count_shared_samples(loader, kept)
+            if shared:
+                raise HAMUMisconfigurationError(
+                    f"Expected {name!r} and {other!r} to have no sample in common, but they share {shared} of one "
+                    "Dataset: what is to be forgotten cannot be protected. Take them out of one of the two."
+                )

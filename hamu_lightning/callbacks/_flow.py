@@ -1,0 +1,221 @@
+"""The flow of one batch: the passes of the other groups, the retain pass, the step, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._group import Group
+from hamu_lightning.callbacks._parts import Parts
+from hamu_lightning.callbacks._watchdog import Watchdog
+from hamu_lightning.callbacks.forecast import FitPreflight, PreflightReport
+from hamu_lightning.callbacks.goals import StopReason
+from hamu_lightning.callbacks.passes import FrozenBatchNorm, detached_loss, split_batch, wrap_step
+from hamu_lightning.optim import StepReport
+from hamu_lightning.optim._engine import Plan
+from hamu_lightning.solvers import GroupCoefficients
+
+
+class Flow:
+    """Pairs each retain batch with one of each other group, window of accumulation by window.
+
+    Args:
+        parts: The parts of the fit.
+
+    Attributes:
+        batchnorm: Keeps BatchNorm layers in evaluation mode.
+        preflight_report: What the preflight found, where there was one.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.batchnorm = FrozenBatchNorm()
+        self.preflight_report: PreflightReport | None = None
+        self._preflight: FitPreflight | None = None
+        self._watchdog: Watchdog | None = None
+        # The accumulation window: micro-batches so far, whether the last one gave a loss, whether the window will be
+        # combined, and the retain losses, 0-d each.
+        self._window, self._gave_loss, self._combines = 0, False, True
+        self._retain_losses: list[Tensor] = []
+        self._reported = parts.optimizer.last_step
+
+    def start(self) -> None:
+        """Prepare for the first batch; the loaders of all groups are there now."""
+        parts = self._parts
+        if parts.settings.preflight:
+            self._preflight = FitPreflight(parts.trainer, parts.optimizer, parts.groups.loader, parts.settings.seed)
+        self._watchdog = Watchdog([p for group in parts.optimizer.param_groups for p in group["params"]])
+
+    def start_epoch(self) -> None:
+        """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
+        optimizer, groups = self._parts.optimizer, self._parts.groups
+        self._window = 0
+        if optimizer.has_forget_gradient:  # of a window that was cut short
+            optimizer.release_forget()
+            groups.take_all_next()
+        groups.guard.look_again()
+
+    def around_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the passes of the other groups, then the retain pass as it is.
+
+        Args:
+            step: The strategy's `training_step`.
+            args: The arguments of the retain batch.
+            kwargs: Likewise.
+        """
+        parts, trainer, settings = self._parts, self._parts.trainer, self._parts.settings
+        batches: Mapping[str, Any] = {}
+        if parts.groups.are_in_batch:
+            names = parts.optimizer.rule.groups
+            batches = dict(zip(names, split_batch(args[0], names), strict=True))
+            _compat.set_foreground_batch(trainer, batches["retain"])
+            args = (batches["retain"], *args[1:])
+        if _compat.skips_backward(trainer):
+            self.batchnorm.thaw()
+            self._combines = False
+            parts.optimizer.plan_step("retain_only")
+            return step(*args, **kwargs)
+        if settings.passes.batchnorm == "freeze":
+            self.batchnorm.freeze(trainer.lightning_module)
+        if self._window == 0:
+            self._open_window()
+        self._window += 1
+        objectives = settings.objective, settings.retain_objective
+        forget_step, retain_step = (wrap_step(step, objective, trainer) for objective in objectives)
+        if self._combines:
+            self._run_groups(forget_step, retain_step, args, kwargs, batches)
+        if parts.verifier is not None and self._combines and parts.verifier.is_due:
+            output = parts.verifier.run_retain(retain_step, args, kwargs)
+        else:
+            output = retain_step(*args, **kwargs)
+        self._note_retain(detached_loss(output))
+        return output
+
+    def _open_window(self) -> None:
+        parts = self._parts
+        self._combines = parts.trainer.global_step % parts.settings.passes.every_n_steps == 0
+        if parts.turns is not None:
+            self._combines = parts.turns.open_window()
+        self._retain_losses = []
+
+    def _run_groups(
+        self,
+        forget_step: Callable[..., Any],
+        retain_step: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batches: Mapping[str, Any],
+    ) -> None:
+        """Measure what is to be measured before the step, then run the pass of each group."""
+        parts, groups = self._parts, self._parts.groups
+        if self._window == 1:
+            for group in groups.open_window(forget_step, args, kwargs):
+                self._say_done(group)
+        if self._preflight is not None:
+            self._run_preflight(self._preflight, forget_step, retain_step)
+        protected = parts.settings.protect
+        steps = {name: retain_step if name in ("retain", *protected) else forget_step for name in groups.names}
+        if parts.verifier is not None and self._window == 1:
+            parts.verifier.open_window(steps, {group.name: group.run for group in groups.present})
+        if parts.settings.steps.sketch is not None and self._window == 1:
+            parts.optimizer.recompute = groups.record(steps)
+        for group in groups.present:
+            loss = group.run_batch(steps[group.name], args, kwargs, batches.get(group.name))
+            parts.journal.add_loss(group.name, loss)
+
+    def _run_preflight(
+        self, preflight: FitPreflight, step: Callable[..., Any], retain_step: Callable[..., Any]
+    ) -> None:
+        """Predict what the run will do, and say so; leaves no trace."""
+        self._preflight = None
+        self.preflight_report = preflight.run(step, retain_step)
+        rank_zero_info(f"\n{self.preflight_report}")  # not behind a progress bar
+
+    def _say_done(self, group: Group) -> None:
+        """A group has met its target, and others have not."""
+        assert group.approach is not None
+        self._parts.journal.end_group(group.name)
+        rank_zero_info(
+            f"HAMU: {group.name!r} leaves the problem at step {self._parts.trainer.global_step}: "
+            f"{group.approach.describe()}."
+        )
+
+    def _note_retain(self, loss: Tensor | None) -> None:
+        """Count the retain loss, and tell the optimizer what its next step is to do."""
+        parts = self._parts
+        self._gave_loss = loss is not None
+        if loss is not None:
+            self._retain_losses.append(loss)
+            parts.journal.add_loss("retain", loss)
+        full, n = parts.trainer.accumulate_grad_batches, len(self._retain_losses)
+        plan: Plan = "combine" if self._combines else "retain_only" if parts.stopper.reason is None else "drop"
+        shares = n / full, self._window / full
+        parts.optimizer.plan_step(plan if n else "drop", window_shares=shares, groups=parts.groups.names)
+
+    def prepare_forget_gradient(self) -> None:
+        """Unscale and clip the other gradients, each on its own, before Lightning clips the retain gradient."""
+        parts = self._parts
+        if not (self._combines and self._retain_losses):
+            return
+        scaler = _compat.grad_scaler(parts.trainer)
+        if scaler is not None:
+            if not self._gave_loss:  # Lightning calls neither the scaler nor `step` then
+                return
+            parts.optimizer.unscale_forget_(scaler)
+        if _compat.clips_gradients(parts.trainer):
+            for group in parts.groups.present:
+                group.run.clip()
+
+    def approve(self, report: StepReport) -> bool:
+        """Whether a step is to be applied."""
+        groups, stopper = self._parts.groups, self._parts.stopper
+        if groups.are_there:
+            stopper.stop(StopReason.TARGET_REACHED, f"{groups.describe()}.")
+        if groups.are_lost:
+            stopper.stop(StopReason.NOT_FINITE, f"{groups.describe()}. Verified steps or a smaller radius prevent it.")
+        return stopper.approves(report, self._retain_losses, groups.forget_losses, groups.target)
+
+    def end_batch(self) -> bool:
+        """After a batch: log, stop, and open a new window where one has ended; return whether one has."""
+        parts = self._parts
+        for group in parts.groups.present:
+            parts.journal.log_module(group.name, group.run.logged)
+        if _compat.is_accumulating(parts.trainer):
+            return False
+        parts.optimizer.drop_step()  # does nothing unless the loss scaler has left `step` out
+        if self._watchdog is not None and not self._watchdog.check(parts.optimizer.calls):
+            self._watchdog = None
+        self._report()
+        if parts.turns is not None and self._window:
+            parts.turns.close_window()
+        if self._combines:
+            self._close_window()
+        parts.stopper.end_fit()
+        self._window = 0
+        parts.groups.guard.end_window()
+        return True
+
+    def _report(self) -> None:
+        """Log the step of the window; none where it had none."""
+        parts, report = self._parts, self._parts.optimizer.last_step
+        more = parts.stopper.numbers() | parts.groups.levels()
+        if parts.verifier is not None:
+            more |= parts.verifier.numbers()
+        is_new = report is not self._reported
+        if report is not None and is_new and isinstance(report.coefficients, GroupCoefficients):
+            parts.prices.add(report.coefficients)
+        turn = {} if parts.turns is None else parts.turns.numbers()
+        parts.journal.log_step(report if is_new else None, more, turn)
+        self._reported = report
+
+    def _close_window(self) -> None:
+        parts = self._parts
+        parts.groups.close_window()
+        if parts.verifier is not None:
+            parts.verifier.close_window()
+            if parts.verifier.is_lost:
+                parts.stopper.stop(StopReason.PROMISES_BROKEN, f"{parts.verifier.describe()}.")

@@ -1,0 +1,243 @@
+"""What the user asked for: the arguments of HAMUCallback, checked, and those that belong together as objects."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
+
+from torch import Tensor
+
+from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks.goals import StopCondition, VerifySteps, as_target
+from hamu_lightning.callbacks.passes import name_sources
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.objectives import Objective
+from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, Schedule, TargetQuota
+from hamu_lightning.rules._schedule import check_schedule
+from hamu_lightning.solvers import FeasibleDirection
+
+# Chosen in docs/targets.md.
+_TARGET_RADIUS = 1e-3
+BatchNormMode: TypeAlias = Literal["freeze", "retain"]
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """Which passes a fit makes besides those on the retain data, and how.
+
+    Args:
+        batch_size: Batch size of the forget stream where `forget` is a Dataset; default: that of the training loader.
+        batchnorm: "freeze" keeps all BatchNorm layers in evaluation mode in both passes, as in the paper; "retain"
+            updates their statistics from the retain stream only.
+        every_n_steps: Combine at every n-th optimizer step; the steps between are plain steps on the retain data.
+        groups_per_step: So many of the groups other than retain run in each step, one after the other; the others take
+            part with their last gradients (the first step takes all). Saves passes, costs one gradient of memory.
+
+    Raises:
+        HAMUValueError: If an argument is out of its range.
+
+    Example:
+        >>> PassOptions(batch_size=32).every_n_steps
+        1
+    """
+
+    batch_size: int | None = None
+    batchnorm: BatchNormMode = "freeze"
+    every_n_steps: int = 1
+    groups_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.batchnorm not in get_args(BatchNormMode):
+            raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {self.batchnorm!r}.")
+        for name in ("every_n_steps", "batch_size", "groups_per_step"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise HAMUValueError(f"Expected `{name}` to be at least 1, but got {number}.")
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How the optimizer takes the combined steps: the options of `HAMUOptimizer`, in which the callback wraps it.
+
+    Args:
+        exact: For an optimizer that is not plain SGD: apply the rule's step itself.
+        track_actual: Log `hamu/actual_retain_improvement` and `hamu/actual_forget_improvement`, what the weights'
+            actual change did to first order.
+        sketch: Keep projections of so many numbers in place of the groups' gradients, for memory: each group then runs
+            twice per step.
+        mask: For names of the module's parameters a bool tensor each, True where a weight may move, such as
+            `compute_saliency_mask(module, forget_loader)`.
+
+    Example:
+        >>> StepOptions(exact=True).track_actual
+        False
+    """
+
+    exact: bool = False
+    track_actual: bool = False
+    sketch: int | None = None
+    mask: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+
+
+class DeprecatedOptions(TypedDict, total=False):
+    """What `HAMUCallback` took directly before there were `PassOptions` and `StepOptions`."""
+
+    batch_size: int | None
+    batchnorm: BatchNormMode
+    every_n_steps: int
+    groups_per_step: int | None
+    exact: bool
+    track_actual: bool
+    sketch: int | None
+    mask: Mapping[str, Tensor] | None
+
+
+# From this date on, and from this version on, the deprecated options are gone.
+DEPRECATED_UNTIL = "2027-06-01"
+DEPRECATED_UNTIL_VERSION = "0.4"
+
+
+def take_deprecated(
+    passes: PassOptions, steps: StepOptions, deprecated: Mapping[str, Any]
+) -> tuple[PassOptions, StepOptions]:
+    """Put options that were given by their old place into the new one, with a warning.
+
+    Raises:
+        TypeError: If a name is none of them.
+        HAMUValueError: If an option is given in both ways.
+    """
+    given: dict[str, Any] = {"passes": passes, "steps": steps}
+    homes = {f.name: home for home, options in given.items() for f in fields(options)}
+    options = dict(given)
+    for name, value in deprecated.items():
+        if name not in homes:
+            raise TypeError(f"HAMUCallback.__init__() got an unexpected keyword argument {name!r}")
+        home, kind = homes[name], type(given[homes[name]])
+        if given[home] != kind():
+            raise HAMUValueError(
+                f"Expected `{name}` inside of `{home}`, but got both `{home}` and `{name}`. "
+                f"Write {home}={kind.__name__}({name}=...)."
+            )
+        warnings.warn(
+            f"`HAMUCallback({name}=...)` is deprecated and goes with version {DEPRECATED_UNTIL_VERSION}, not before "
+            f"{DEPRECATED_UNTIL}: write `{home}={kind.__name__}({name}=...)`, from hamu_lightning.callbacks.",
+            FutureWarning,
+            stacklevel=3,  # who calls HAMUCallback
+        )
+        options[home] = replace(options[home], **{name: value})
+    return options["passes"], options["steps"]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """The arguments of HAMUCallback, as it uses them.
+
+    Raises:
+        HAMUMisconfigurationError: If the rule and the data have different groups.
+        HAMUValueError: If an objective makes no sense on its stream.
+    """
+
+    forget: Any
+    protect: Mapping[str, Any]
+    rule: Rule | None
+    schedule: Schedule | None
+    objective: Objective | None
+    retain_objective: Objective | None
+    stop_on: tuple[StopCondition, ...]
+    verify: VerifySteps | None
+    passes: PassOptions
+    steps: StepOptions
+    preflight: bool
+    progress_bar: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check what depends on several of them."""
+        if self.rule is not None and (self.protect or isinstance(self.forget, Mapping)):
+            name_sources(self.rule, self.forget, self.protect)
+        check_objectives(self.objective, self.retain_objective)
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """The objectives that are not the module's own loss."""
+        pair = {"forget": self.objective, "retain": self.retain_objective}
+        return {name: objective for name, objective in pair.items() if objective is not None}
+
+    def with_request(self, name: str, forget: Any, quota: float | Quota | None, target: Any) -> FitSettings:
+        """The same with one more request to forget; see `HAMUCallback.add_request`."""
+        rule, is_fixed = self.rule, self.schedule is not None
+        if is_fixed or not isinstance(rule, FeasibleDirection) or not isinstance(self.forget, Mapping):
+            raise HAMUMisconfigurationError(
+                "Expected named requests and a rule for several groups, HAMUCallback({name: loader}, "
+                f"FeasibleDirection({{name: quota}})), to add a request to, but got {self.schedule or rule!r}."
+            )
+        if name in rule.groups:
+            raise HAMUValueError(f"Expected a new name for the request, but {name!r} is one of {rule.groups}.")
+        if (quota is None) == (target is None):
+            raise HAMUValueError(f"Expected either `quota` or `target` for the request {name!r}, but got both or none.")
+        asked = TargetQuota(as_target(target)) if quota is None else quota
+        return replace(
+            self, forget={**self.forget, name: forget}, rule=replace(rule, quota={**rule.quota, name: asked})
+        )
+
+
+def choose_rule(rule: Any, target: Any, schedule: Any, every_n_steps: int) -> Rule | None:
+    """Return the rule that a fit begins with: the user's, the one that leads to a target, or the schedule's first.
+
+    Raises:
+        HAMUValueError: If more than one of them is given, or something else.
+    """
+    if schedule is not None:
+        check_alone(schedule, rule=rule, target=target, every_n_steps=None if every_n_steps == 1 else every_n_steps)
+        rule = schedule.rule_at(0, 0)
+    if target is not None:
+        if rule is not None:
+            raise HAMUValueError(
+                "Expected `target` or `rule`, but got both. With a rule of your own: "
+                "HAMUQ(quota=TargetQuota(target), radius=...)."
+            )
+        rule = HAMUQ(TargetQuota(as_target(target)), radius=RelativeRadius(_TARGET_RADIUS))
+    if not isinstance(rule, Rule | None):
+        raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
+    return rule
+
+
+def check_alone(schedule: Any, **others: Any) -> None:
+    """Raise unless a schedule can be used, and nothing is given that it decides."""
+    if not isinstance(schedule, Schedule):
+        raise HAMUValueError(
+            f"Expected `schedule` to be a schedule such as Alternate(max_epochs=3), but got {schedule!r}."
+        )
+    check_schedule(schedule)
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise HAMUValueError(
+            f"Expected `schedule` without `{given[0]}`, but got both: the schedule says which rule makes each step. "
+            "Give rules to it, Alternate(max_epochs=3, forget=..., retain=...)."
+        )
+
+
+def choose_verification(verify: Any, *, has_target: bool) -> VerifySteps | None:
+    """Return how steps are verified: as the user says, and by default where there is a target."""
+    if verify is None:
+        verify = has_target
+    if not isinstance(verify, VerifySteps | bool):
+        raise HAMUValueError(f"Expected `verify` to be VerifySteps(...), True or False, but got {verify!r}.")
+    return VerifySteps() if verify is True else verify or None
+
+
+def check_objectives(objective: object, retain_objective: object) -> None:
+    """Raise unless both are objectives, or None, that make sense on their streams."""
+    for name, value in (("objective", objective), ("retain_objective", retain_objective)):
+        if not isinstance(value, Objective | None):
+            raise HAMUValueError(
+                f"Expected `{name}` to be one of hamu_lightning.objectives, such as NPO(beta=0.1), but got {value!r}."
+            )
+    if isinstance(retain_objective, Objective) and retain_objective.is_forget_only:
+        raise HAMUValueError(
+            "Expected `retain_objective` to be something to lower on the retain data, but got "
+            f"{type(retain_objective).__name__}, which is to be raised on the forget data. Give it to `objective`."
+        )

@@ -1,0 +1,39 @@
+"""What decides: where the forget loss should end, when to stop, whose turn it is, whether a step kept its promise."""
+
+from hamu_lightning.callbacks.goals._approach import Approach
+from hamu_lightning.callbacks.goals._conditions import (
+    CollateralDamage,
+    ForgetAbove,
+    Infeasible,
+    NotFinite,
+    RetainAbove,
+    StopCondition,
+    StopOn,
+    StopReason,
+    as_conditions,
+)
+from hamu_lightning.callbacks.goals._stopper import Stopper
+from hamu_lightning.callbacks.goals._targets import Chance, Holdout, Target, as_target
+from hamu_lightning.callbacks.goals._turns import Turns
+from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
+
+__all__ = [
+    "Approach",
+    "Chance",
+    "CollateralDamage",
+    "ForgetAbove",
+    "Holdout",
+    "Infeasible",
+    "NotFinite",
+    "RetainAbove",
+    "StopCondition",
+    "StopOn",
+    "StopReason",
+    "Stopper",
+    "Target",
+    "Turns",
+    "Verifier",
+    "VerifySteps",
+    "as_conditions",
+    "as_target",
+]
