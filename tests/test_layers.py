@@ -15,7 +15,9 @@ PACKAGE = ROOT / "hamu_lightning"
 # From bottom to top: a layer may import itself and what stands before it.
 LAYERS = (
     "errors",
+    "checks",
     "gramian",
+    "tolerances",
     "randomness",
     "rules",
     "solvers",
@@ -38,7 +40,7 @@ HOMES = {
     "torchjd": {"solvers"},
 }
 # Layers that import torch, the standard library and the backport of typing, and nothing else.
-PURE = {"errors", "gramian", "rules"}
+PURE = {"errors", "checks", "gramian", "tolerances", "rules"}
 PURE_IMPORTS = {"torch", "typing_extensions", "hamu_lightning"} | sys.stdlib_module_names
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hamu_lightning.rules._base import Branch
 from hamu_lightning.rules._closed_form import BlockProblem, is_within_capacity, label_branches, safe_divide
+from hamu_lightning.rules._coefficients import Branch
 from hamu_lightning.rules._search import bracket_root
 
 Allocation: TypeAlias = Literal["proportional", "uniform", "softmax", "optimal"]

@@ -7,15 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hamu_lightning.rules._base import Branch
-
-# A quota that exceeds the capacity by no more than rounding is feasible.
-CAPACITY_SLACK = 1e-9
-# |p|^2 / |g_r|^2 is known to this many roundings of the Gramian's own dtype: each of its three sums is off by a few.
-_ROUNDINGS = 16
-# Where the sine of the angle is smaller, c_r g_r and c_f g_f cancel so far that even float64 misses the quota by more
-# than 1e-10 of the capacity. Counting as collinear gives up at most this share of the step.
-SMALLEST_SINE = 1e-5
+from hamu_lightning.rules._coefficients import Branch
+from hamu_lightning.tolerances import CAPACITY_SLACK, SMALLEST_SINE
 
 
 @dataclass(frozen=True)
@@ -70,11 +63,6 @@ class BlockProblem:
     def quota_share(self, quota: Tensor) -> Tensor:
         """`Q / (R |g_f|)`: the quota `[B]` in units of the capacity; 0 for a block without capacity."""
         return safe_divide(quota, self.capacity)
-
-
-def compute_rounding(dtype: torch.dtype) -> float:
-    """Return the relative rounding of `|p|^2` for Gramians of this dtype."""
-    return _ROUNDINGS * torch.finfo(dtype).eps
 
 
 def make_block_problem(gramian: Tensor, radius: Tensor, rounding: float) -> BlockProblem:

@@ -9,29 +9,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_choice
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules._allocation import Allocation, allocate_quota, solve_jointly
-from hamu_lightning.rules._base import (
-    FORGET,
-    RETAIN,
-    Branch,
-    Coefficients,
-    Rule,
-    as_wide,
-    check_gramian,
-    exchange_objectives,
-)
+from hamu_lightning.rules._base import Rule, as_wide, check_gramian
 from hamu_lightning.rules._closed_form import (
     BlockProblem,
-    compute_rounding,
     is_within_capacity,
     label_branches,
     make_block_problem,
     solve_blocks,
 )
-from hamu_lightning.rules._quota import AbsoluteQuota, Quota, TargetQuota
+from hamu_lightning.rules._coefficients import FORGET, RETAIN, Branch, Coefficients, exchange_objectives
+from hamu_lightning.rules._quota import Quota, TargetQuota, as_quota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius, ScaledRadius, check_radius
+from hamu_lightning.tolerances import compute_rounding
 
 OnInfeasible = Literal["best_effort", "skip"]
 
@@ -233,14 +226,3 @@ class FineTune(Rule):
             gramian=gramian,
             constrained=FORGET,
         )
-
-
-def as_quota(quota: float | Quota) -> Quota:
-    """A number means the same quota at each step."""
-    return quota if isinstance(quota, Quota) else AbsoluteQuota(quota)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless the value is one of the choices."""
-    if value not in choices:
-        raise HAMUValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")

@@ -8,10 +8,10 @@ from itertools import combinations
 import numpy as np
 from scipy.optimize import minimize
 
-from hamu_lightning.rules._closed_form import CAPACITY_SLACK
 from hamu_lightning.solvers._ball import QPSolution
 from hamu_lightning.solvers._problem import GroupProblem
 from hamu_lightning.solvers._projection import Array, compute_smallest_norm, split_space
+from hamu_lightning.tolerances import CAPACITY_SLACK
 
 # Up to this many constraints all subsets are tried (about 1,500 for 16 constraints: tens of milliseconds).
 _LARGEST_SUBSET = 3
