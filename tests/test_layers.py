@@ -19,6 +19,7 @@ LAYERS = (
     "gramian",
     "tolerances",
     "randomness",
+    "loaders",
     "rules",
     "solvers",
     "optim",
@@ -40,7 +41,7 @@ HOMES = {
     "torchjd": {"solvers"},
 }
 # Layers that import torch, the standard library and the backport of typing, and nothing else.
-PURE = {"errors", "checks", "gramian", "tolerances", "rules"}
+PURE = {"errors", "checks", "gramian", "tolerances", "loaders", "rules"}
 PURE_IMPORTS = {"torch", "typing_extensions", "hamu_lightning"} | sys.stdlib_module_names
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -10,9 +10,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
-from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._sources import loader_options
 from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.loaders import loader_options, transfer_by_hooks
 from hamu_lightning.methods._protocol import DataSource, Forget
 
 _Source = TypeVar("_Source", bound=DataSource)
@@ -46,7 +45,7 @@ class _Hooked:
 
     def __iter__(self) -> Iterator[Any]:
         device = torch.device("cpu")
-        return (_compat.transfer_batch_alone(self._source, batch, device) for batch in self._batches)
+        return (transfer_by_hooks(self._source, batch, device) for batch in self._batches)
 
 
 def joined(retain: Any, forget: Forget) -> DataLoader[Any]:
@@ -72,14 +71,6 @@ def with_train_loader(source: _Source, loader: Any) -> _Source:
     copied = copy.copy(source)
     copied.train_dataloader = lambda: loader  # type: ignore[method-assign]
     return copied
-
-
-def own_generators(loader: Any) -> list[torch.Generator]:
-    """Return the generators that the loader draws from besides the global one."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _options(like: Any) -> dict[str, Any]:
