@@ -15,7 +15,7 @@ from hamu_lightning.errors import HAMUValueError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Blocks", "assign_blocks", "compute_gramian"]
+__all__ = ["Blocks", "assign_blocks", "check_blocks", "compute_gramian", "widest_float"]
 
 Blocks: TypeAlias = Literal["tensor", "layer", "global"] | Callable[[str], str]
 
@@ -111,12 +111,24 @@ def assign_blocks(names: Sequence[str], groups: Sequence[int], blocks: Blocks) -
 
 
 def check_blocks(blocks: Blocks) -> None:
-    """Raise unless `blocks` is one of its choices, by asking for the block of a tensor."""
+    """Raise unless `blocks` is one of its choices, by asking for the block of a tensor.
+
+    Args:
+        blocks: As for `assign_blocks`.
+
+    Raises:
+        HAMUValueError: If it is none of them.
+    """
     assign_blocks(["layer.weight"], [0], blocks)
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on a device that has none."""
+    """Return the dtype that sums over weights are taken in: float64, or float32 on a device that has none.
+
+    Example:
+        >>> widest_float(torch.device("cpu"))
+        torch.float64
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -1,4 +1,4 @@
-"""Slow answers that are easy to check against the design, for the fast paths to be compared with.
+"""Slow answers that are easy to check against docs/method.md, for the fast paths to be compared with.
 
 Nothing here imports the rules. One block is solved in 50 decimal digits on the numbers as they are, several blocks
 together by a cone solver on the gradients themselves, and the shares of a quota by plain loops.
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ZERO, ONE = Decimal(0), Decimal(1)
-# DESIGN 1.2: a quota counts as feasible up to this share above the capacity.
+# docs/method.md#closed-form, eq. 3.2: a quota counts as feasible up to this share above the capacity.
 SLACK = Decimal("1e-9")
 # Parallel vectors leave a remainder of about 1e-50 here, if they are parallel to the last digit.
 PARALLEL = 1e-40
@@ -48,7 +48,7 @@ def in_fifty_digits(function: Callable[P, T]) -> Callable[P, T]:
 
 @dataclass(frozen=True)
 class BlockStep:
-    """The step `d = c_r g_r + c_f g_f` of one block, and the name of its case in DESIGN 1.2."""
+    """The step `d = c_r g_r + c_f g_f` of one block, and the name of its case in docs/method.md#closed-form."""
 
     c_r: Decimal
     c_f: Decimal
@@ -139,7 +139,7 @@ def distance(
     return inner(difference, difference).sqrt()
 
 
-# Shares of a quota (DESIGN 1.3) -------------------------------------------------------------------------------------
+# Shares of a quota (docs/method.md#allocations) ---------------------------------------------------------------------
 
 
 def share_proportionally(capacities: Sequence[float], quota: float) -> list[float]:
@@ -174,7 +174,7 @@ def share_by_softmax(hardness: Sequence[float], capacities: Sequence[float], quo
     return fill(weights, capacities, quota)
 
 
-# All blocks together (DESIGN 1.3 "optimal" and 1.4) -----------------------------------------------------------------
+# All blocks together (docs/method.md#allocations, eq. 5.6; docs/method.md#certificates, eq. 6.3) --------------------
 
 
 @dataclass(frozen=True)

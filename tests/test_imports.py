@@ -25,10 +25,12 @@ HEAVY = {
     "torchjd",
     "matplotlib",
 }
+PACKAGE = ROOT / "hamu_lightning"
 PUBLIC = sorted(
-    "hamu_lightning" if path.parent == ROOT / "hamu_lightning" else f"hamu_lightning.{path.parent.name}"
-    for path in (ROOT / "hamu_lightning").rglob("__init__.py")
-) + ["hamu_lightning.gramian", "hamu_lightning.randomness"]
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.name == "__init__.py" or (path.parent == PACKAGE and path.name != "errors.py")
+)
 
 
 def loaded_after(statement: str) -> set[str]:

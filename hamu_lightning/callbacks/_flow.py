@@ -15,8 +15,7 @@ from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.callbacks.forecast import FitPreflight, PreflightReport
 from hamu_lightning.callbacks.goals import StopReason
 from hamu_lightning.callbacks.passes import FrozenBatchNorm, detached_loss, split_batch, wrap_step
-from hamu_lightning.optim import StepReport
-from hamu_lightning.optim._engine import Plan
+from hamu_lightning.optim import Plan, StepReport
 from hamu_lightning.solvers import GroupCoefficients
 
 

@@ -71,9 +71,10 @@ class HAMUCallback(Callback):
             function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(1e-3))`.
         seed: Seed of the forget stream's own random state.
         stop_on: When to stop before a step is applied: "collateral_damage" (no step can meet the quota without harm,
-            DESIGN 1.4), "infeasible" (the trust region does not allow the quota), "not_finite", or conditions with
-            settings: `CollateralDamage`, `Infeasible`, `NotFinite`, `RetainAbove(loss)`, `ForgetAbove(loss)`. The model
-            reached is kept; above a ceiling, the one from before. `hamu/score` is for `ModelCheckpoint`.
+            docs/method.md#certificates), "infeasible" (the trust region does not allow the quota), "not_finite", or
+            conditions with settings: `CollateralDamage`, `Infeasible`, `NotFinite`, `RetainAbove(loss)`,
+            `ForgetAbove(loss)`. The model reached is kept; above a ceiling, the one from before. `hamu/score` is for
+            `ModelCheckpoint`.
         progress_bar: Whether `forget/loss` and `hamu/margin` are shown in the progress bar.
         preflight: Before the first forget pass, predict from up to 16 batch pairs what can be had and what it costs,
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for

@@ -14,8 +14,7 @@ from hamu_lightning.callbacks.goals import StopCondition, VerifySteps, as_target
 from hamu_lightning.callbacks.passes import name_sources
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import Objective
-from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, Schedule, TargetQuota
-from hamu_lightning.rules._schedule import check_schedule
+from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, Schedule, TargetQuota, check_schedule
 from hamu_lightning.solvers import FeasibleDirection
 
 # Chosen in docs/targets.md.

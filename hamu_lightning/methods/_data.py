@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
-from hamu_lightning.callbacks.passes import loader_options, transfer_batch_alone
 from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.loaders import loader_options, transfer_by_hooks
 from hamu_lightning.methods._protocol import DataSource, Forget
 
 _Source = TypeVar("_Source", bound=DataSource)
@@ -45,7 +45,7 @@ class _Hooked:
 
     def __iter__(self) -> Iterator[Any]:
         device = torch.device("cpu")
-        return (transfer_batch_alone(self._source, batch, device) for batch in self._batches)
+        return (transfer_by_hooks(self._source, batch, device) for batch in self._batches)
 
 
 def joined(retain: Any, forget: Forget) -> DataLoader[Any]:

@@ -14,10 +14,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hamu_lightning.callbacks.passes import transfer_batch_alone
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
-from hamu_lightning.objectives._reference import evaluating
+from hamu_lightning.loaders import transfer_by_hooks
+from hamu_lightning.objectives import evaluating
 from hamu_lightning.randomness import RandomStream
 
 Forward: TypeAlias = Callable[..., Any]
@@ -95,7 +95,7 @@ def expected_fisher(module: LightningModule, batches: Iterable[Any]) -> dict[str
 
 def on_device(module: LightningModule, batches: Iterable[Any]) -> Iterator[Any]:
     """Yield the batches where the module is, sent there by its own hooks."""
-    return (transfer_batch_alone(module, batch, module.device) for batch in batches)
+    return (transfer_by_hooks(module, batch, module.device) for batch in batches)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from hamu_lightning.callbacks.passes import own_generators
+from hamu_lightning.loaders import own_generators
 from hamu_lightning.methods._data import with_train_loader
 from hamu_lightning.methods._protocol import DataSource
 from hamu_lightning.randomness import RandomStream

@@ -6,7 +6,7 @@ from hamu_lightning.objectives._divergence import UNDIAL, BadTeacher, ReferenceK
 from hamu_lightning.objectives._labels import CrossEntropy, RandomLabels, UniformLabels
 from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
 from hamu_lightning.objectives._preference import DPO, NPO, IdkDPO, SimNPO
-from hamu_lightning.objectives._reference import AdaptersDisabled, FrozenCopy, Reference
+from hamu_lightning.objectives._reference import AdaptersDisabled, FrozenCopy, Reference, evaluating
 from hamu_lightning.objectives._representation import RMU, RMURetain
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "SimNPO",
     "UniformLabels",
     "WeightedSum",
+    "evaluating",
 ]

@@ -132,10 +132,24 @@ class AdaptersDisabled(Reference):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each submodule back in its own mode at the end."""
+    """Put a module into evaluation mode, and each of its submodules back into its own mode at the end.
+
+    `eval()` and `train()` are not called: modules override them to do more.
+
+    Args:
+        module: The module.
+
+    Example:
+        >>> module = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluating(module):
+        ...     module[0].training
+        False
+        >>> module[0].training, module[1].training
+        (True, False)
+    """
     modes = [(part, part.training) for part in module.modules()]
     for part, _ in modes:
-        part.training = False  # not by `eval()`, which modules override to do more
+        part.training = False
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import LBFGS, SGD, Optimizer
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.optim._layout import Layout
 from hamu_lightning.rules import Rule
 
 
@@ -44,6 +45,19 @@ def check_group(base: Optimizer, group: Mapping[str, Any]) -> None:
         raise HAMUValueError(
             f"Expected `maximize=False`, but a parameter group of {type(base).__name__} has maximize=True. "
             "The rule already gives the direction of both objectives."
+        )
+
+
+def check_can_move(layout: Layout, rule: Rule) -> None:
+    """Raise unless some weight may move, and has a radius to move in."""
+    if layout.mask is not None and not any(layout.sizes):
+        raise HAMUValueError(
+            "Expected some weight inside of `mask`, but all rest. True lets a weight move; is the mask inverted?"
+        )
+    if rule.radius.needs_weights and not any(bool(w.any()) for w in layout.weights):
+        raise HAMUValueError(
+            f"Expected some weight to differ from zero with {rule.radius}, but all are zero. "
+            "A radius relative to the weights needs weights: use FixedRadius, or load the trained model first."
         )
 
 

@@ -8,25 +8,25 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.gramian import compute_gramian
 from hamu_lightning.optim._aim import Aim
+from hamu_lightning.optim._applier import Applier, apply_
 from hamu_lightning.optim._checks import check_all_present, is_at_rest, is_plain_sgd
-from hamu_lightning.optim._combine import add_up, combine_
+from hamu_lightning.optim._counters import Counters
+from hamu_lightning.optim._gradients import StepGradients
 from hamu_lightning.optim._layout import Layout, make_layout
 from hamu_lightning.optim._mask import Mask
 from hamu_lightning.optim._report import StepReport
-from hamu_lightning.optim._scaling import Unscaling
-from hamu_lightning.optim._sketch import Sketch, SketchSlot, make_gradients_again
+from hamu_lightning.optim._scaling import Unscalings
+from hamu_lightning.optim._sketch import Sketch, SketchedGradients, SketchSlot
 from hamu_lightning.optim._slots import GradientSlot, SpentGradients, pointed_gradients
 from hamu_lightning.optim._trial import Referee, Snapshot
 from hamu_lightning.rules import Rule
 
 Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
-Gradients: TypeAlias = list[list[Tensor | None]]
-COUNTERS = ("steps", "zero_lr_steps", "not_finite_steps", "rejected_steps", "dropped_steps", "undone_steps")
+"""What a step is to do: see `HAMUOptimizer.plan_step`."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Engine:
     sketch: Sketch | None = None
     recompute: Callable[[str], object] | None = None
     mask: Mask | None = None
-    plain: Optimizer | None = None
+    counters: Counters = field(default_factory=Counters)
     slots: dict[str, GradientSlot] = field(default_factory=dict)
     spent: SpentGradients = field(default_factory=SpentGradients)
     aims: dict[str, Aim] = field(default_factory=dict)
@@ -56,18 +56,11 @@ class Engine:
     window_shares: tuple[float, float] = (1.0, 1.0)
     approve: Callable[[StepReport], bool] | None = None
     referee: Referee | None = None
-    unscalings: list[Unscaling] = field(default_factory=list)
-    calls: int = 0
-    steps: int = 0
-    zero_lr_steps: int = 0
-    not_finite_steps: Tensor | int = 0
-    rejected_steps: int = 0
-    dropped_steps: int = 0
-    undone_steps: int = 0
+    unscalings: Unscalings = field(default_factory=Unscalings)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy does not take part in the step that a loss scaler has begun."""
-        return {**self.__dict__, "unscalings": []}
+    def __post_init__(self) -> None:
+        """Make what moves the weights."""
+        self.applier = Applier(self.base, self.exact)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -104,7 +97,7 @@ class Engine:
 
     def drop_step(self) -> None:
         """Give up a step whose gradients are there already, and count it."""
-        self.dropped_steps += self.is_filled
+        self.counters.dropped_steps += self.is_filled
         self.release_slots()
 
     def find_aim(self, name: str) -> Aim:
@@ -120,13 +113,24 @@ class Engine:
 
     def notice_overflow(self) -> None:
         """Drop the gradients of a step that the scaler has ended without calling `step()`."""
-        if not self.unscalings or not self.unscalings[0].is_over:
+        if not self.unscalings.is_over:
             return
         if self.is_filled:
-            first = self.unscalings[0]
-            self.spent.remember(p for p in self.parameters if first.is_stale(p.grad))
+            self.spent.remember(p for p in self.parameters if self.unscalings.is_stale(p.grad))
             self.drop_step()
-        self.unscalings = []
+        self.unscalings.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters, the losses that targets need, and what the rule keeps."""
+        aims = {name: aim.state_dict() for name, aim in self.aims.items()}
+        return {**self.counters.state_dict(), "aims": aims, "rule": self.rule.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        self.counters.load_state_dict(state_dict)
+        for name, state in state_dict.get("aims", {}).items():
+            self.find_aim(name).load_state_dict(state)
+        self.rule.load_state_dict(state_dict.get("rule", {}))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -134,7 +138,7 @@ class Engine:
         plan, self.plan = self.plan, "combine"
         self.base._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn when a step is left out
         is_initialisation = plan == "combine" and self._is_initialisation()
-        self.calls += not is_initialisation
+        self.counters.calls += not is_initialisation
         if is_initialisation or plan == "retain_only":
             self._step_on_retain()
         elif plan == "combine":
@@ -147,40 +151,39 @@ class Engine:
 
     def _step_on_retain(self) -> None:
         """Take a plain step of the base on what `.grad` holds."""
-        applier, parameters = self._applier(takes_d=False), self.parameters
+        optimizer, parameters = self.applier.choose(takes_d=False), self.parameters
         if self.mask is None:
-            applier.step()
+            optimizer.step()
             return
         masked = self.mask.hide_all([p.grad for p in parameters], parameters)
         with pointed_gradients(parameters, masked):
-            self._apply(applier)
+            apply_(optimizer, self.mask, parameters)
 
     def _is_initialisation(self) -> bool:
         """Whether this step only makes the base's state: torch's `get_optimizer_state_dict` takes one at lr 0."""
         return not self.is_filled and all(float(group["lr"]) == 0 for group in self.base.param_groups)
 
     def _combine_and_step(self) -> None:
-        layout, groups = self.update_layout(), self.groups or self.rule.groups
-        gradients = self._gather(groups, layout)
-        self.steps += 1
+        gradients = self._gather(self.groups or self.rule.groups, self.update_layout())
+        self.counters.steps += 1
         if not self.rule.is_plain and is_at_rest(self.base.param_groups):
-            self.zero_lr_steps += 1
+            self.counters.zero_lr_steps += 1
             return
-        self.last_step = self._ask_rule(groups, gradients, layout)
+        self.last_step = self._ask_rule(gradients)
         if self.approve is not None and not self.approve(self.last_step):
-            self.rejected_steps += 1
+            self.counters.rejected_steps += 1
             return
         if self.referee is None or self.rule.is_plain or not self.referee.is_due:
-            self._take_step(groups, gradients, layout)
-        elif not self._take_step_on_trial(groups, gradients, layout, self.referee):
-            self.undone_steps += 1
+            self._take_step(gradients)
+        elif not self._take_step_on_trial(gradients, self.referee):
+            self.counters.undone_steps += 1
             return
         for name in self.rule.target_quotas:
-            if name in groups:
+            if name in gradients.groups:
                 self.find_aim(name).advance(self.last_step.improvement(name))
 
-    def _gather(self, groups: tuple[str, ...], layout: Layout) -> Gradients:
-        """The gradients of each group, in the order of the layout."""
+    def _gather(self, groups: tuple[str, ...], layout: Layout) -> StepGradients:
+        """The gradients of each group."""
         retain = [None if self.spent.is_spent(p) else p.grad for p in layout.parameters]
         slots = [self.find_slot(name) for name in groups[1:]]
         is_there = [any(g is not None for g in retain), *(slot.is_filled for slot in slots)]
@@ -191,89 +194,20 @@ class Engine:
             retain = self.mask.hide_all(retain, layout.parameters)  # copies: `.grad` is the user's
             for grads in others:
                 self.mask.hide_(grads, layout.parameters)
-        return [retain, *others]
+        own, new = self.window_shares
+        shares = (own, *(new if slot.is_fresh else slot.share for slot in slots))
+        if self.sketch is None:
+            return StepGradients(groups, [retain, *others], layout, shares)
+        kept = [slot.projection for slot in slots if isinstance(slot, SketchSlot) and slot.projection is not None]
+        known = self.sketch, kept, self.recompute, self.parameters
+        return SketchedGradients(groups, [retain, *others], layout, shares, *known)
 
-    def _take_step_on_trial(
-        self, groups: tuple[str, ...], gradients: Gradients, layout: Layout, referee: Referee
-    ) -> bool:
-        """Apply the step, and take it back as long as the referee does not accept it; return whether it did at last."""
-        before = Snapshot(self._applier(takes_d=True), layout.parameters)
-        while True:
-            self._take_step(groups, gradients, layout, keeps_last=True)
-            assert self.last_step is not None
-            if not bool(self.last_step.coefficients.is_finite):
-                return True  # it has moved nothing, and is counted: the promise is not to blame
-            if not self._moves_by_d:
-                before.shorten_step(referee.region)
-                self.last_step = self._measure(groups, gradients, self.last_step, before.weights)
-            verdict = referee.judge(self.last_step)
-            if verdict == "accept":
-                return True
-            before.restore()
-            if verdict == "drop":
-                return False
-            self.last_step = self._ask_rule(groups, gradients, layout)
-
-    @property
-    def _moves_by_d(self) -> bool:
-        """Whether the weights move by the rule's step, and so follow its radius; Adam's and momentum's do not."""
-        return self.exact or is_plain_sgd(self.base)
-
-    def _take_step(
-        self, groups: tuple[str, ...], gradients: Gradients, layout: Layout, *, keeps_last: bool = False
-    ) -> None:
-        """Let the base apply the last answer of the rule."""
-        assert self.last_step is not None
-        before = [p.detach().clone() for p in layout.parameters] if self.track_actual else None
-        # The combination is written over the last gradients: they may be needed again to measure, or in later steps.
-        keeps_last |= self.track_actual or self.reuse_groups
-        spare = _with_spare_last(gradients) if keeps_last else gradients
-        combined, self.last_step = self._combine(groups, spare, self.last_step, layout)
-        with pointed_gradients(layout.parameters, combined):
-            self._step_base()
-        if before is not None:
-            self.last_step = self._measure(groups, gradients, self.last_step, before)
-
-    def _measure(
-        self, groups: tuple[str, ...], gradients: Gradients, report: StepReport, before: list[Tensor]
-    ) -> StepReport:
-        """Add what the weights' actual change does to the losses, to first order."""
-        change = [p.detach() - old for p, old in zip(self.update_layout().parameters, before, strict=True)]
-        products = compute_gramian(*gradients, change).sum(dim=0)[: len(groups), -1]
-        return replace(report, actual_changes=self._as_means(products, groups))
-
-    def _as_means(self, numbers: Tensor, groups: tuple[str, ...]) -> Tensor:
-        """Turn numbers `[..., n]` about the gradients in the slots into those of the means over the window."""
-        slots = [self.slots.get(name) for name in groups[1:]]
-        own, others = self.window_shares
-        shares = [own, *(others if s is None or s.is_fresh else s.share for s in slots)]
-        if all(share == 1 for share in shares):  # a new tensor would be one more copy from the host in each step
-            return numbers
-        return numbers / numbers.new_tensor(shares)
-
-    def _applier(self, *, takes_d: bool) -> Optimizer:
-        """What moves the weights: the base, or (`exact`) plain SGD, at rate 1 where its gradient is `-d` itself."""
-        if not self.exact:
-            return self.base
-        known = [] if self.plain is None else [[*map(id, group["params"])] for group in self.plain.param_groups]
-        groups = self.base.param_groups
-        if self.plain is None or known != [[*map(id, group["params"])] for group in groups]:
-            self.plain = SGD([{"params": list(group["params"])} for group in groups], lr=0.0)
-        for plain, group in zip(self.plain.param_groups, groups, strict=True):
-            plain["lr"] = 1.0 if takes_d else group["lr"]
-        return self.plain
-
-    def _ask_rule(self, groups: tuple[str, ...], gradients: Gradients, layout: Layout) -> StepReport:
-        """Compute the Gramians of the mean gradients, and ask the rule for the coefficients."""
-        rule = self.rule
-        if self.referee is not None and self.referee.region != 1 and self._moves_by_d:
+    def _ask_rule(self, gradients: StepGradients) -> StepReport:
+        """Ask the rule for the coefficients."""
+        rule, layout, groups = self.rule, gradients.layout, gradients.groups
+        if self.referee is not None and self.referee.region != 1 and self.applier.moves_by_d:
             rule = rule.in_region(self.referee.region)
-        gramian = self._as_means(self._compute_gramian(groups, gradients, layout), groups)
-        gramian = self._as_means(gramian.mT, groups).mT
-        for unscaling in self.unscalings:
-            if unscaling.found_inf is not None:
-                # Clipping by value would hide an overflow from the rule, although the scaler backs off.
-                gramian = gramian.masked_fill(unscaling.found_inf.to(gramian.device), torch.nan)
+        gramian = self.unscalings.mark_overflow(gradients.gramian())
         known: dict[str, Any] = {}
         if rule.radius.needs_weights:
             known = {"weight_norms": layout.weight_norms(), "sizes": layout.vector(layout.sizes)}
@@ -282,53 +216,57 @@ class Engine:
         lr = layout.learning_rates(self.base.param_groups)
         return StepReport(gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels)
 
-    def _compute_gramian(self, groups: tuple[str, ...], gradients: Gradients, layout: Layout) -> Tensor:
-        """The Gramians `[B, n, n]`: of the gradients, or of their projections."""
-        if self.sketch is None:
-            return compute_gramian(*gradients, blocks=layout.blocks)
-        slots = [self.slots[name] for name in groups[1:]]
-        kept = [slot.projection for slot in slots if isinstance(slot, SketchSlot) and slot.projection is not None]
-        rows = torch.stack([self.sketch.project(gradients[0], layout.blocks), *kept], dim=1)  # [B, n, size]
-        return rows @ rows.mT
+    def _take_step_on_trial(self, gradients: StepGradients, referee: Referee) -> bool:
+        """Apply the step, and take it back as long as the referee does not accept it; return whether it did at last."""
+        before = Snapshot(self.applier.choose(takes_d=True), gradients.layout.parameters)
+        while True:
+            self._take_step(gradients, keeps_last=True)
+            assert self.last_step is not None
+            if not bool(self.last_step.coefficients.is_finite):
+                return True  # it has moved nothing, and is counted: the promise is not to blame
+            if not self.applier.moves_by_d:
+                before.shorten_step(referee.region)
+                self.last_step = replace(self.last_step, actual_changes=gradients.measure(before.weights))
+            verdict = referee.judge(self.last_step)
+            if verdict == "accept":
+                return True
+            before.restore()
+            if verdict == "drop":
+                return False
+            self.last_step = self._ask_rule(gradients)
 
-    def _combine(
-        self, groups: tuple[str, ...], gradients: Gradients, report: StepReport, layout: Layout
-    ) -> tuple[list[Tensor | None], StepReport]:
-        """The gradients that make the base apply the coefficients: `-c/lr` times each (`exact`: `-c` times)."""
-        step = report.coefficients
+    def _take_step(self, gradients: StepGradients, *, keeps_last: bool = False) -> None:
+        """Let the base apply the last answer of the rule."""
+        parameters = gradients.layout.parameters
+        before = [p.detach().clone() for p in parameters] if self.track_actual else None
+        # The combination is written over the last gradients: they may be needed again to measure, or in later steps.
+        combined = self._combine(gradients, keeps_last or self.track_actual or self.reuse_groups)
+        with pointed_gradients(parameters, combined):
+            self._step_base()
+        if before is not None:
+            assert self.last_step is not None
+            self.last_step = replace(self.last_step, actual_changes=gradients.measure(before))
+
+    def _combine(self, gradients: StepGradients, keeps_last: bool) -> list[Tensor | None]:
+        """The gradients that make the base apply the coefficients; the report says whether float16 holds them."""
+        assert self.last_step is not None
         if self.rule.is_plain:
-            return gradients[0], report
-        lr = report.lr.unsqueeze(1)
-        # The rule saw mean gradients; the slots hold shares of them.
-        factors = self._as_means(-step.values, groups)
-        factors = torch.where(lr == 0, 0, factors if self.exact else factors / lr)
-        if self.sketch is not None:
-            again = make_gradients_again(groups[1:], self.recompute, self.parameters, layout.parameters)
-            combined, is_finite = add_up(gradients[0], again, factors, layout.blocks, step.is_finite)
-        else:
-            combined, is_finite = combine_(gradients, factors, layout.blocks, step.is_finite)
-        return combined, report.left_out_unless(is_finite)
+            return gradients.lists[0]
+        step, lr = self.last_step.coefficients, self.last_step.lr
+        combined, is_finite = gradients.equivalent(
+            step.values, lr, step.is_finite, exact=self.exact, keeps_last=keeps_last
+        )
+        self.last_step = self.last_step.left_out_unless(is_finite)
+        return combined
 
     def _step_base(self) -> None:
         """Let the base apply the gradients, unless they are not finite; plain SGD then gets zeros and does not move."""
         assert self.last_step is not None
-        coefficients, applier = self.last_step.coefficients, self._applier(takes_d=not self.rule.is_plain)
+        is_finite = self.last_step.coefficients.is_finite
+        optimizer = self.applier.choose(takes_d=not self.rule.is_plain)
         if not self.rule.is_plain:
-            self.not_finite_steps = self.not_finite_steps + (~coefficients.is_finite).long()
+            self.counters.not_finite_steps = self.counters.not_finite_steps + (~is_finite).long()
             # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.
-            if not is_plain_sgd(applier) and not bool(coefficients.is_finite):
+            if not is_plain_sgd(optimizer) and not bool(is_finite):
                 return
-        self._apply(applier)
-
-    def _apply(self, applier: Optimizer) -> None:
-        """Let an optimizer move the weights; those outside of the mask rest, whatever it does on its own."""
-        if self.mask is None or is_plain_sgd(applier):  # which moves nothing where the gradient is zero
-            applier.step()
-        else:
-            with self.mask.holding(self.parameters):
-                applier.step()
-
-
-def _with_spare_last(gradients: Gradients) -> Gradients:
-    """The same gradients, with copies of the last group's."""
-    return [*gradients[:-1], [None if g is None else g.clone() for g in gradients[-1]]]
+        apply_(optimizer, self.mask, self.parameters)

@@ -11,21 +11,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.optim._aim import Aim
-from hamu_lightning.optim._checks import check_base, check_group, check_sketch, warn_about_base
-from hamu_lightning.optim._engine import COUNTERS, Engine, Plan
+from hamu_lightning.optim._checks import check_base, check_can_move, check_sketch, warn_about_base
+from hamu_lightning.optim._counters import CountedSteps, Counters
+from hamu_lightning.optim._engine import Engine
 from hamu_lightning.optim._layout import collect_names
 from hamu_lightning.optim._mask import NamedMasks, make_mask
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscaling
 from hamu_lightning.optim._sketch import Sketch
 from hamu_lightning.optim._slots import own_gradients_
-from hamu_lightning.optim._trial import Referee
+from hamu_lightning.optim._steering import SteeredSteps
+from hamu_lightning.optim._wrapper import OptimizerWrapper
 from hamu_lightning.rules import Rule
 
 
-class HAMUOptimizer(Optimizer):
+class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
     """Wraps an optimizer so that each step follows an unlearning rule.
 
     The problem: the weights should move by `d = c_r g_r + c_f g_f` per block, where `g_r`, `g_f` are the gradients of
@@ -96,8 +98,6 @@ class HAMUOptimizer(Optimizer):
         tensor(0.0100, dtype=torch.float64)
     """
 
-    _core: Engine
-
     def __init__(
         self,
         base: Optimizer,
@@ -123,20 +123,12 @@ class HAMUOptimizer(Optimizer):
             self._core.sketch = Sketch(sketch)
         if mask is not None:
             self._core.mask = make_mask(mask, names, self._core.parameters)
-        layout = self._core.update_layout()
-        if mask is not None and not any(layout.sizes):
-            raise HAMUValueError(
-                "Expected some weight inside of `mask`, but all rest. True lets a weight move; is the mask inverted?"
-            )
-        if rule.radius.needs_weights and not any(bool(w.any()) for w in layout.weights):
-            raise HAMUValueError(
-                f"Expected some weight to differ from zero with {rule.radius}, but all are zero. "
-                "A radius relative to the weights needs weights: use FixedRadius, or load the trained model first."
-            )
+        check_can_move(self._core.update_layout(), rule)
         if not exact:
             warn_about_base(base, rule)
 
     @property
+    @override
     def base(self) -> Optimizer:
         """The wrapped optimizer."""
         return self._core.base
@@ -167,48 +159,6 @@ class HAMUOptimizer(Optimizer):
         One with numbers that are not finite reports NOT_FINITE; one that was refused or undone, what it was to do.
         """
         return self._core.last_step
-
-    @property
-    def steps(self) -> int:
-        """How many combined steps were asked for by `step()`, the left-out ones included."""
-        return self._core.steps
-
-    @property
-    def calls(self) -> int:
-        """How many times `step()` was called, whatever it was to do."""
-        return self._core.calls
-
-    @property
-    def applied_steps(self) -> Tensor:
-        """How many combined steps have moved the weights: 0-d, on the device."""
-        core = self._core
-        return core.steps - core.zero_lr_steps - core.rejected_steps - core.undone_steps - self.not_finite_steps
-
-    @property
-    def left_out_steps(self) -> Tensor:
-        """How many combined steps came to nothing: not finite, learning rate 0, dropped, undone. 0-d, on the device."""
-        core = self._core
-        return core.zero_lr_steps + core.dropped_steps + core.undone_steps + self.not_finite_steps
-
-    @property
-    def zero_lr_steps(self) -> int:
-        """How many steps found every learning rate at 0 and did nothing."""
-        return self._core.zero_lr_steps
-
-    @property
-    def not_finite_steps(self) -> Tensor:
-        """How many steps were left out because of a non-finite number: 0-d, on the device."""
-        return torch.as_tensor(self._core.not_finite_steps)
-
-    @property
-    def dropped_steps(self) -> int:
-        """How many combined steps came to nothing before the rule was asked: no retain loss, or a scaler's overflow."""
-        return self._core.dropped_steps
-
-    @property
-    def undone_steps(self) -> int:
-        """How many combined steps the referee gave up."""
-        return self._core.undone_steps
 
     @contextmanager
     def retain(self) -> Iterator[None]:
@@ -267,51 +217,6 @@ class HAMUOptimizer(Optimizer):
         """Clear the retain gradient (inside `forget()` or `group(name)`: that one). The others are kept."""
         self._core.base.zero_grad(set_to_none)
 
-    def plan_step(
-        self,
-        plan: Plan = "combine",
-        *,
-        window_shares: tuple[float, float] = (1.0, 1.0),
-        groups: tuple[str, ...] = (),
-    ) -> None:
-        """Say what the next `step()` is to do; afterwards it is "combine" again.
-
-        Args:
-            plan: "combine" the gradients, take a plain step of the base on the retain gradient ("retain_only"), or
-                do nothing ("drop").
-            window_shares: The shares of the mean retain and of the mean forget gradients that the slots hold: n/N when
-                losses were divided by N but only n micro-batches came (the last window of an epoch).
-            groups: The groups that take part, retain first; default: all of the rule's.
-        """
-        self._core.plan, self._core.window_shares, self._core.groups = plan, window_shares, groups
-
-    @property
-    def approve(self) -> Callable[[StepReport], bool] | None:
-        """Called with the report of each step before weights move; a step that it answers False for is left out."""
-        return self._core.approve
-
-    @approve.setter
-    def approve(self, approve: Callable[[StepReport], bool] | None) -> None:
-        self._core.approve = approve
-
-    @property
-    def referee(self) -> Referee | None:
-        """Judges steps after they were applied; one that it does not accept is taken back, and may be tried again."""
-        return self._core.referee
-
-    @referee.setter
-    def referee(self, referee: Referee | None) -> None:
-        self._core.referee = referee
-
-    @property
-    def recompute(self) -> Callable[[str], object] | None:
-        """With `sketch`: runs the backward pass of a group again, on the same batches with the same random numbers."""
-        return self._core.recompute
-
-    @recompute.setter
-    def recompute(self, recompute: Callable[[str], object] | None) -> None:
-        self._core.recompute = recompute
-
     @property
     def aim(self) -> Aim:
         """Where the forget loss is and where it should go, for a rule with a `TargetQuota`."""
@@ -350,77 +255,25 @@ class HAMUOptimizer(Optimizer):
         if not scaler.is_enabled():
             return
         core.notice_overflow()
-        if core.unscalings:
-            raise HAMUStateError(
-                "Expected one `unscale_forget_` per step, but the forget gradient is unscaled already. "
-                "Call `scaler.step(optimizer)` and `scaler.update()` first."
-            )
-        if not self.has_forget_gradient:
-            raise HAMUStateError(
-                "Expected a forget gradient to unscale, but there is none. Call `unscale_forget_` after "
-                "`with optimizer.forget(): scaler.scale(loss).backward()` and before `scaler.step(optimizer)`."
-            )
+        core.unscalings.check_can_begin(self.has_forget_gradient)
         retain = [p.grad for p in core.parameters]
         for name in [name for name, slot in core.slots.items() if slot.is_fresh]:
             with self.group(name):
                 filled = [p for p in core.parameters if p.grad is not None]
-                core.unscalings.append(Unscaling(scaler, filled, retain, tells=not core.rule.is_plain))
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state, nothing else."""
-        return self._core.base.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the base optimizer's state."""
-        self._core.base.load_state_dict(state_dict)
+                core.unscalings.add(Unscaling(scaler, filled, retain, tells=not core.rule.is_plain))
 
     def hamu_state_dict(self) -> dict[str, Any]:
         """Return our own state: the counters, the losses that targets need, and what the rule keeps."""
-        core = self._core
-        return {
-            **{name: int(getattr(core, name)) for name in COUNTERS},
-            "aims": {name: aim.state_dict() for name, aim in core.aims.items()},
-            "rule": core.rule.state_dict(),
-        }
+        return self._core.state_dict()
 
     def load_hamu_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `hamu_state_dict` returned."""
-        for name in COUNTERS:
-            setattr(self._core, name, state_dict.get(name, 0))
-        for name, state in state_dict.get("aims", {}).items():
-            self.aim_of(name).load_state_dict(state)
-        self._core.rule.load_state_dict(state_dict.get("rule", {}))
+        self._core.load_state_dict(state_dict)
 
+    @property
     @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer.
-
-        Raises:
-            HAMUValueError: If the group cannot be used.
-        """
-        check_group(self._core.base, param_group)
-        self._core.base.add_param_group(param_group)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's groups: the very list, also after it was replaced by `load_state_dict`."""
-        return self._core.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._core.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base optimizer's state."""
-        return self._core.base.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base optimizer's defaults."""
-        return self._core.base.defaults
+    def _counters(self) -> Counters:
+        return self._core.counters
 
     @override
     def __repr__(self) -> str:

@@ -68,7 +68,7 @@ class StepReport:
 
     @property
     def thresholds(self) -> tuple[Tensor, Tensor]:
-        """`kappa_1` and `kappa_2`, `[B]` each (DESIGN 1.2).
+        """`kappa_1` and `kappa_2`, `[B]` each (docs/method.md#closed-form, eq. 3.3, 3.12).
 
         Up to `kappa_1 = -Q sqrt(rr)/R` the plain step is enough. Above `kappa_2 = sqrt(rr (ff - Q^2/R^2))` (for a
         positive kappa) the block must harm the other objective. `-inf` and `nan` where the radius is zero.

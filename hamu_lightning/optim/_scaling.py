@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from hamu_lightning.errors import HAMUStateError
+
 
 class Unscaling:
     """One unscaling of the forget gradient, from `unscale_` to the scaler's `update()`.
@@ -45,3 +47,66 @@ class Unscaling:
     def is_stale(self, grad: Tensor | None) -> bool:
         """Whether a retain gradient was there already when the forget gradient was unscaled."""
         return grad is not None and id(grad) in self._retain and self._retain[id(grad)]() is grad
+
+
+class Unscalings:
+    """The unscalings of the step that a loss scaler has begun: one for each group with a new gradient."""
+
+    def __init__(self) -> None:
+        self._all: list[Unscaling] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy does not take part in the step."""
+        return {"_all": []}
+
+    def add(self, unscaling: Unscaling) -> None:
+        """Take one in."""
+        self._all.append(unscaling)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._all = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is a step, and the scaler's `update()` has ended it."""
+        return bool(self._all) and self._all[0].is_over
+
+    def is_stale(self, grad: Tensor | None) -> bool:
+        """Whether a retain gradient was there already when the first forget gradient was unscaled."""
+        return self._all[0].is_stale(grad)
+
+    def mark_overflow(self, gramian: Tensor) -> Tensor:
+        """Return the Gramians, all NaN where a forget gradient overflowed.
+
+        Clipping by value would hide an overflow from the rule, although the scaler backs off.
+        """
+        for unscaling in self._all:
+            if unscaling.found_inf is not None:
+                gramian = gramian.masked_fill(unscaling.found_inf.to(gramian.device), torch.nan)
+        return gramian
+
+    def check_can_begin(self, has_gradient: bool) -> None:
+        """Raise unless there is a forget gradient, and it is not unscaled yet."""
+        if self._all:
+            raise HAMUStateError(
+                "Expected one `unscale_forget_` per step, but the forget gradient is unscaled already. "
+                "Call `scaler.step(optimizer)` and `scaler.update()` first."
+            )
+        if not has_gradient:
+            raise HAMUStateError(
+                "Expected a forget gradient to unscale, but there is none. Call `unscale_forget_` after "
+                "`with optimizer.forget(): scaler.scale(loss).backward()` and before `scaler.step(optimizer)`."
+            )
+
+
+def unscale_unseen_(scaler: torch.amp.GradScaler, parameters: Sequence[Tensor]) -> None:
+    """Divide gradients by the loss scale, unseen by the scaler: neither its step nor its scale takes notice.
+
+    For gradients that are looked at but not applied, such as those of a measurement between two steps.
+
+    Args:
+        scaler: The loss scaler, enabled.
+        parameters: Tensors whose `.grad` holds the gradients.
+    """
+    Unscaling(scaler, parameters, [], tells=False)

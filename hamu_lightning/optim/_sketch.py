@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import widest_float
+from hamu_lightning.optim._combine import add_up
+from hamu_lightning.optim._gradients import Combined, StepGradients
 from hamu_lightning.optim._layout import Layout
 from hamu_lightning.optim._slots import GradientSlot, hidden_gradients
 
@@ -113,30 +117,44 @@ class SketchSlot(GradientSlot):
             self.is_fresh = True
 
 
-def make_gradients_again(
-    groups: Iterable[str],
-    recompute: Callable[[str], object] | None,
-    parameters: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-) -> Iterator[list[Tensor | None]]:
-    """Make the gradient of one group after the other again, where only their projections were kept.
+@dataclass(frozen=True, eq=False)
+class SketchedGradients(StepGradients):
+    """The gradients of a step where all but retain's are gone: their projections stand for them.
 
     Args:
-        groups: The names of the groups.
-        recompute: Runs the backward pass of a group.
-        parameters: The tensors whose `.grad` is to stay as it is.
-        wanted: The tensors whose gradients are handed out.
-
-    Raises:
-        HAMUStateError: If nothing says how.
+        sketch: The projection.
+        projections: For each group other than retain the projection of its gradient, `[B, size]`.
+        recompute: Runs the backward pass of a group again.
+        parameters: The tensors whose `.grad` is to stay as it is meanwhile.
     """
-    if recompute is None:
-        raise HAMUStateError(
-            "Expected `optimizer.recompute` with `sketch`, but it is None: of the gradients only projections are kept, "
-            "and each group's backward pass has to run again. Set it to a function of the group's name."
-        )
-    for name in groups:
-        with hidden_gradients(parameters), torch.enable_grad():
-            recompute(name)
-            grads = [p.grad for p in wanted]
-        yield grads
+
+    sketch: Sketch
+    projections: list[Tensor]
+    recompute: Callable[[str], object] | None
+    parameters: Sequence[Tensor]
+
+    @override
+    def multiply(self) -> Tensor:
+        rows = torch.stack([self.sketch.project(self.lists[0], self.layout.blocks), *self.projections], dim=1)
+        return rows @ rows.mT  # [B, n, size] -> [B, n, n]
+
+    @override
+    def combine(self, factors: Tensor, is_finite: Tensor, keeps_last: bool) -> Combined:
+        return add_up(self.lists[0], self._make_again(), factors, self.layout.blocks, is_finite)
+
+    def _make_again(self) -> Iterator[list[Tensor | None]]:
+        """The gradients of one group after the other.
+
+        Raises:
+            HAMUStateError: If nothing says how to make them.
+        """
+        if self.recompute is None:
+            raise HAMUStateError(
+                "Expected `optimizer.recompute` with `sketch`, but it is None: of the gradients only projections are "
+                "kept, and each group's backward pass has to run again. Set it to a function of the group's name."
+            )
+        for name in self.groups[1:]:
+            with hidden_gradients(self.parameters), torch.enable_grad():
+                self.recompute(name)
+                grads = [p.grad for p in self.layout.parameters]
+            yield grads

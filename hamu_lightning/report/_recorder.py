@@ -23,7 +23,7 @@ class StepHistory:
     """The steps of a fit on the host, float64. `S` steps, `B` blocks of weights.
 
     Kappas and `norms` are in squared loss units per squared unit of weight, quota and improvements in loss units per
-    step; a positive improvement serves its objective (DESIGN 1).
+    step; a positive improvement serves its objective (docs/method.md#one-step).
 
     Args:
         steps: `[S]`, int64, the trainer's global step after each recorded step; the first one is 1.
@@ -35,7 +35,8 @@ class StepHistory:
         quota: `[S]`, what was asked.
         retain_improvement: `[S]`, the predicted fall of the retain loss.
         forget_improvement: `[S]`, the predicted rise of the forget loss.
-        margin: `[S]`, how much more than the quota could be had without harm (DESIGN 1.4).
+        margin: `[S]`, how much more than the quota could be had without harm
+            (docs/method.md#certificates, eq. 6.5).
     """
 
     steps: Tensor

@@ -1,4 +1,4 @@
-"""Sharing a total quota among the blocks (DESIGN 1.3)."""
+"""Sharing a total quota among the blocks (docs/method.md#allocations)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hamu_lightning.rules._base import Branch
 from hamu_lightning.rules._closed_form import BlockProblem, is_within_capacity, label_branches, safe_divide
+from hamu_lightning.rules._coefficients import Branch
 from hamu_lightning.rules._search import bracket_root
 
 Allocation: TypeAlias = Literal["proportional", "uniform", "softmax", "optimal"]
@@ -49,7 +49,9 @@ def allocate_quota(problem: BlockProblem, quota: Tensor, allocation: Allocation)
 
 
 def solve_jointly(problem: BlockProblem, quota: Tensor, best_effort: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve `min sum_b g_r,b·d_b` subject to `sum_b g_f,b·d_b >= Q`, `|d_b| <= R_b` (DESIGN 1.3, optimal).
+    """Solve `min sum_b g_r,b·d_b` subject to `sum_b g_f,b·d_b >= Q`, `|d_b| <= R_b`.
+
+    The optimal allocation, docs/method.md#allocations, eq. 5.6 to 5.9.
 
     All blocks move with one exchange rate between the objectives: `d_b = -R_b v_b/|v_b|` with
     `v = (1-t) g_r/s_r - t g_f/s_f`, where `s_r`, `s_f` are the overall norms. The total forget improvement increases

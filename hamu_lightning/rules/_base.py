@@ -1,12 +1,9 @@
-"""What every rule takes and gives: the base class `Rule`, the result `Coefficients`, the enum `Branch`."""
+"""What every rule takes: the base class `Rule`, and the Gramians that it is asked about."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,146 +11,9 @@ from torch import Tensor
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, widest_float
-from hamu_lightning.rules._certificate import compute_feasible_improvement
+from hamu_lightning.rules._coefficients import GROUPS, Coefficients
 from hamu_lightning.rules._quota import TargetQuota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius
-
-RETAIN, FORGET = 0, 1
-GROUPS: tuple[str, ...] = ("retain", "forget")
-# A predicted improvement this close to the quota has met it: the closed form is exact to rounding.
-_SHORTFALL = 1e-6
-
-
-class Branch(IntEnum):
-    """Which case of the closed form a block took (DESIGN 1.2).
-
-    For HAMU-U the two objectives change places: NO_RETAIN_SIGNAL then says that the forget gradient is zero (nothing to
-    gain), NO_FORGET_SIGNAL that the retain gradient is zero (the quota cannot be served).
-    """
-
-    DIRECT = 0
-    """The plain step meets the quota already."""
-    RECTIFIED = 1
-    """The step was turned until it meets the quota, at the full radius."""
-    COLLINEAR = 2
-    """The two gradients are parallel: the step gives exactly the quota."""
-    NO_RETAIN_SIGNAL = 3
-    """The retain gradient is zero: the smallest step that meets the quota."""
-    NO_FORGET_SIGNAL = 4
-    """The forget gradient is zero but the quota is positive: infeasible, the block rests."""
-    NO_RADIUS = 5
-    """The radius is zero: the block rests."""
-    INFEASIBLE = 6
-    """The quota exceeds what the radius allows: `on_infeasible` was applied."""
-    NOT_FINITE = 7
-    """A number in the Gramians is not finite: no block moves."""
-
-
-@dataclass(frozen=True, eq=False)
-class Coefficients:
-    """The step that a rule chose, block by block, and what it promises to first order.
-
-    All tensors stay on the device; nothing is read until somebody looks. Improvements are in loss units per step,
-    positive when the objective is served: the forget loss rises, the retain loss falls.
-
-    Args:
-        values: `[B, 2]`, float64: the change of the weights is `d = values[:, 0] g_r + values[:, 1] g_f`.
-        branch: `[B]`, int64, the codes of `Branch`.
-        quota: `[B]`, what is asked of each block, loss units per step. (With the "optimal" allocation: what it gives.)
-        total_quota: 0-d, what is asked of the whole step.
-        radius: `[B]`, the longest step of each block, L2 length in weight space.
-        block_feasible: `[B]`, bool, whether the block can give its quota inside its radius.
-        gramian: `[B, 2, 2]`, float64, the Gramians that the step was computed from.
-        constrained: The objective that the quota is about: 1 (forget, HAMU-Q) or 0 (retain, HAMU-U).
-
-    Example:
-        >>> import torch
-        >>> from hamu_lightning.rules import HAMUQ, FixedRadius
-        >>> gramian = torch.eye(2, dtype=torch.float64).expand(1, 2, 2)
-        >>> step = HAMUQ(0.6, radius=FixedRadius(1.0)).coefficients(gramian, lr=0.1)
-        >>> step.values
-        tensor([[-0.8000,  0.6000]], dtype=torch.float64)
-        >>> step.forget_improvement, step.retain_improvement, step.margin
-        (tensor(0.6000, dtype=torch.float64), tensor(0.8000, dtype=torch.float64), tensor(0.4000, dtype=torch.float64))
-    """
-
-    values: Tensor
-    branch: Tensor
-    quota: Tensor
-    total_quota: Tensor
-    radius: Tensor
-    block_feasible: Tensor
-    gramian: Tensor
-    constrained: int = FORGET
-    # The names of the gradients, in the order of the Gramian; not a field, since two-gradient rules have no choice.
-    groups = GROUPS
-
-    @cached_property
-    def pair_gramian(self) -> Tensor:
-        """`[B, 2, 2]`, the Gramians of retain and of the sum of all that is to be forgotten."""
-        return self.gramian
-
-    @property
-    def forgotten(self) -> tuple[str, ...]:
-        """The names of the groups whose loss is to rise."""
-        return GROUPS[FORGET:]
-
-    def count_as_served(self, changes: Tensor) -> Tensor:
-        """Changes of the losses `[n]`, counted positive where they serve: kept losses fall, forgotten ones rise."""
-        return torch.stack((-changes[RETAIN], changes[FORGET]))
-
-    @cached_property
-    def improvements(self) -> dict[str, Tensor]:
-        """Predicted improvement of each group, 0-d each, loss units per step."""
-        changes = (self.values.unsqueeze(1) * self.gramian).sum(dim=(0, 2))
-        return dict(zip(self.groups, self.count_as_served(changes).unbind(), strict=True))
-
-    @property
-    def is_finite(self) -> Tensor:
-        """Whether all numbers that the step was computed from are finite, 0-d, bool. If not, no block moves."""
-        return (self.branch != int(Branch.NOT_FINITE)).all()
-
-    @cached_property
-    def forget_improvement(self) -> Tensor:
-        """Predicted rise of the forget loss, `g_f·d` summed over the blocks, 0-d."""
-        return (self.values * self.gramian[:, :, FORGET]).sum()
-
-    @cached_property
-    def retain_improvement(self) -> Tensor:
-        """Predicted fall of the retain loss, `-g_r·d` summed over the blocks, 0-d."""
-        return -(self.values * self.gramian[:, :, RETAIN]).sum()
-
-    @cached_property
-    def feasible_improvement(self) -> Tensor:
-        """The most that any step inside the radii can give without harm to the other objective (DESIGN 1.4), 0-d."""
-        gramian = self.gramian if self.constrained == FORGET else exchange_objectives(self.gramian)
-        return compute_feasible_improvement(gramian, self.radius)
-
-    @cached_property
-    def margin(self) -> Tensor:
-        """`feasible_improvement` minus the total quota, 0-d: negative when the step *must* harm the other objective."""
-        return self.feasible_improvement - self.total_quota
-
-    @property
-    def is_served(self) -> Tensor:
-        """Whether the step gives what was asked, 0-d, bool."""
-        given = self.forget_improvement if self.constrained == FORGET else self.retain_improvement
-        return given >= self.total_quota * (1 - _SHORTFALL)
-
-    def conflict(self) -> tuple[str, ...]:
-        """The names of a smallest set of constraints without which the step would be feasible; empty if it is."""
-        return ()
-
-    def summary(self) -> dict[str, Tensor]:
-        """The 0-d numbers that are logged, by name, in loss units per step (radius: L2 length of the whole step)."""
-        return {
-            "quota": self.total_quota,
-            "radius": self.radius.square().sum().sqrt(),
-            "forget_improvement": self.forget_improvement,
-            "retain_improvement": self.retain_improvement,
-            "feasible_improvement": self.feasible_improvement,
-            "margin": self.margin,
-        }
 
 
 class Rule(ABC):
@@ -215,7 +75,8 @@ class Rule(ABC):
             lr: The learning rate, a float or `[B]`. A block whose learning rate is 0 does not move.
             weight_norms: `[B]`, the L2 norms of the blocks' weights (only `RelativeRadius` needs them).
             sizes: `[B]`, the numbers of the blocks' weights (only `RelativeRadius` needs them).
-            quota: 0-d, overrides the rule's own quota (loss units per step; it may be negative, see DESIGN 1.2).
+            quota: 0-d, overrides the rule's own quota (loss units per step; it may be negative,
+                see docs/method.md#closed-form).
 
         Returns:
             The coefficients, and what they promise.
@@ -225,23 +86,29 @@ class Rule(ABC):
         """
 
 
-def exchange_objectives(gramian: Tensor) -> Tensor:
-    """The Gramians after `(g_r, g_f) -> (-g_f, -g_r)`: HAMU-U is HAMU-Q on these (DESIGN 1)."""
-    return gramian.flip(1, 2)
+def check_gramian(gramian: Tensor, groups: Sequence[str] | None = None) -> None:
+    """Raise unless a tensor can be the Gramians of a step.
 
+    Args:
+        gramian: Should have the shape `[B, n, n]`, and the dtype float32 or float64.
+        groups: The names of its rows; None for the two gradients, retain and forget.
 
-def check_gramian(gramian: Tensor) -> None:
-    """Raise unless `gramian` is a float32 or float64 tensor of shape `[B, 2, 2]`."""
-    if gramian.ndim != 3 or gramian.shape[1:] != (2, 2):
+    Raises:
+        HAMUValueError: If it has another shape or dtype.
+
+    Example:
+        >>> check_gramian(torch.ones(3, 2, 2))
+        >>> check_gramian(torch.ones(3, 3, 3), ["retain", "alice", "bob"])
+    """
+    n = 2 if groups is None else len(groups)
+    if gramian.ndim != 3 or gramian.shape[1:] != (n, n):
+        rows, grads = "", "retain_grads, forget_grads"
+        if groups is not None:
+            rows, grads = f", one row for each of {list(groups)}", "*grads"
         raise HAMUValueError(
-            f"Expected `gramian` to have shape [B, 2, 2], but got {list(gramian.shape)}. "
-            "`compute_gramian(retain_grads, forget_grads)` makes it."
+            f"Expected `gramian` to have shape [B, {n}, {n}]{rows}, but got {list(gramian.shape)}. "
+            f"`compute_gramian({grads})` makes it."
         )
-    check_gramian_dtype(gramian)
-
-
-def check_gramian_dtype(gramian: Tensor) -> None:
-    """Raise unless `gramian` is float32 or float64."""
     if not gramian.is_floating_point() or gramian.dtype.itemsize < 4:
         raise HAMUValueError(
             f"Expected `gramian` to be float32 or float64, but got {gramian.dtype}. "
@@ -250,5 +117,17 @@ def check_gramian_dtype(gramian: Tensor) -> None:
 
 
 def as_wide(value: float | Tensor, gramian: Tensor) -> Tensor:
-    """The number as a tensor in the widest float of the Gramian's device."""
+    """Return a number, such as a learning rate, in the dtype that rules compute in, next to the Gramian.
+
+    Args:
+        value: A float, or a tensor of any shape.
+        gramian: A tensor on the device.
+
+    Returns:
+        A tensor of the same shape on that device: float64, or float32 where the device has no float64.
+
+    Example:
+        >>> as_wide(0.5, torch.ones(1, 2, 2))
+        tensor(0.5000, dtype=torch.float64)
+    """
     return torch.as_tensor(value, dtype=widest_float(gramian.device), device=gramian.device)

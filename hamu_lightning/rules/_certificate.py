@@ -1,4 +1,4 @@
-"""When collateral damage cannot be avoided: the joint bound F of DESIGN 1.4."""
+"""When collateral damage cannot be avoided: the joint bound F (docs/method.md#certificates)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def compute_feasible_improvement(gramian: Tensor, radius: Tensor) -> Tensor:
     """Compute the largest forget improvement that any step inside the radii can give without raising the retain loss.
 
     Solves, to first order and jointly over the blocks, `max sum_b g_f,b·d_b` subject to `sum_b g_r,b·d_b <= 0` and
-    `|d_b| <= R_b`, by its dual (DESIGN 1.4):
+    `|d_b| <= R_b`, by its dual (docs/method.md#certificates, eq. 6.3 and 6.4):
 
         F = min over mu >= 0 of  sum_b R_b sqrt(ff_b - 2 mu rf_b + mu^2 rr_b)
 

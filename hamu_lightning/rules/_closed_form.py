@@ -1,4 +1,4 @@
-"""HAMU-Q in closed form, one block at a time (DESIGN 1.2), vectorised over the blocks."""
+"""HAMU-Q in closed form, one block at a time, vectorised over the blocks (docs/method.md#closed-form)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hamu_lightning.rules._base import Branch
-
-# A quota that exceeds the capacity by no more than rounding is feasible.
-CAPACITY_SLACK = 1e-9
-# |p|^2 / |g_r|^2 is known to this many roundings of the Gramian's own dtype: each of its three sums is off by a few.
-_ROUNDINGS = 16
-# Where the sine of the angle is smaller, c_r g_r and c_f g_f cancel so far that even float64 misses the quota by more
-# than 1e-10 of the capacity. Counting as collinear gives up at most this share of the step.
-SMALLEST_SINE = 1e-5
+from hamu_lightning.rules._coefficients import Branch
+from hamu_lightning.tolerances import CAPACITY_SLACK, SMALLEST_SINE
 
 
 @dataclass(frozen=True)
@@ -72,11 +65,6 @@ class BlockProblem:
         return safe_divide(quota, self.capacity)
 
 
-def compute_rounding(dtype: torch.dtype) -> float:
-    """Return the relative rounding of `|p|^2` for Gramians of this dtype."""
-    return _ROUNDINGS * torch.finfo(dtype).eps
-
-
 def make_block_problem(gramian: Tensor, radius: Tensor, rounding: float) -> BlockProblem:
     """Make the problem from finite Gramians `[B, 2, 2]` in float64 and radii `[B]`."""
     retain_norm, forget_norm = gramian[:, 0, 0].clamp(min=0).sqrt(), gramian[:, 1, 1].clamp(min=0).sqrt()
@@ -90,7 +78,7 @@ def is_within_capacity(quota: Tensor, problem: BlockProblem) -> Tensor:
 
 
 def label_branches(problem: BlockProblem, quota: Tensor) -> Tensor:
-    """Tell for each block which case of DESIGN 1.2 its quota `[B]` makes: the codes of `Branch`, `[B]`."""
+    """Tell for each block which case its quota `[B]` makes (docs/method.md#closed-form): codes of `Branch`, `[B]`."""
     has_no_forget = problem.forget_norm == 0
     has_no_retain = problem.retain_norm == 0
     cases = [  # the first that holds
@@ -109,7 +97,9 @@ def label_branches(problem: BlockProblem, quota: Tensor) -> Tensor:
 
 
 def solve_blocks(problem: BlockProblem, quota: Tensor, best_effort: bool) -> Tensor:
-    """Solve `min g_r·d` subject to `g_f·d >= Q`, `|d| <= R` for each block (DESIGN 1.2).
+    """Solve `min g_r·d` subject to `g_f·d >= Q`, `|d| <= R` for each block.
+
+    All cases are listed in docs/method.md#closed-form; the turned step is eq. 3.8 there.
 
     Args:
         problem: The blocks.

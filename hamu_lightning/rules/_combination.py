@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.gramian import Blocks, check_blocks
-from hamu_lightning.rules._base import Branch, Coefficients, Rule, as_wide, check_gramian
-from hamu_lightning.rules._closed_form import compute_rounding, make_block_problem
+from hamu_lightning.rules._base import Rule, as_wide, check_gramian
+from hamu_lightning.rules._closed_form import make_block_problem
+from hamu_lightning.rules._coefficients import Coefficients
+from hamu_lightning.rules._descent import descend, descent_gramian, join_blocks
+from hamu_lightning.tolerances import compute_rounding
 
 
 @dataclass(frozen=True)
@@ -72,54 +75,4 @@ class CombinationRule(Rule):
         cosine = torch.where(shape.is_collinear, shape.cosine.sign(), shape.cosine)
         weights = torch.stack(self.weigh(shape.retain_norm, shape.forget_norm, cosine), dim=1)  # [B, 2] or [1, 2]
         weights = torch.where(problems.isfinite().all(), weights, torch.nan)
-        return make_coefficients(gramian, descend(gramian, weights, rate))
-
-
-def descent_signs(gramian: Tensor, forget: int = 1) -> Tensor:
-    """The diagonal of `D` in `a = D g`, `[n]`: -1 for the last `forget` gradients, whose losses are to rise.
-
-    The only place where the sign of the forget objective is turned. The Gramian of the descent gradients is `D K D`,
-    and weights `w` of theirs are weights `D w` of the raw ones.
-    """
-    signs = gramian.new_ones(gramian.shape[-1])
-    signs[-forget:] = -1
-    return signs
-
-
-def descent_gramian(gramian: Tensor, forget: int = 1) -> Tensor:
-    """`D K D`, `[B, n, n]`: the Gramians of the descent gradients."""
-    signs = descent_signs(gramian, forget)
-    return gramian * signs * signs.unsqueeze(1)
-
-
-def join_blocks(gramian: Tensor, rate: Tensor) -> Tensor:
-    """The Gramian `[1, n, n]` of all blocks together; those that do not move (`rate` `[B, 1]` is 0) do not count."""
-    return torch.where(rate.unsqueeze(2) == 0, 0, gramian).sum(dim=0, keepdim=True)
-
-
-def descend(gramian: Tensor, weights: Tensor, rate: Tensor, forget: int = 1) -> Tensor:
-    """The coefficients `[B, n]` of the raw gradients in the step `d = -lr sum_k w_k a_k`.
-
-    Args:
-        gramian: `[B, n, n]`.
-        weights: `[B, n]`, or `[1, n]` for all blocks: of the descent gradients.
-        rate: `[B, 1]`, learning rates.
-        forget: How many of the gradients, the last ones, are of losses that are to rise.
-    """
-    return -rate * weights * descent_signs(gramian, forget)
-
-
-def make_coefficients(gramian: Tensor, values: Tensor) -> Coefficients:
-    """Make the result for the step `d = values[:, 0] g_r + values[:, 1] g_f`: `[B, 2, 2]` and `[B, 2]`, float64."""
-    square = ((gramian @ values.unsqueeze(2)).squeeze(2) * values).sum(dim=1)  # [B]: |d|^2
-    is_finite = gramian.isfinite().all() & values.isfinite().all()
-    radius = torch.where(is_finite, square.clamp(min=0).sqrt(), 0)
-    return Coefficients(
-        values=torch.where(is_finite, values, 0),
-        branch=torch.where(is_finite, int(Branch.DIRECT), int(Branch.NOT_FINITE)).expand(radius.shape),
-        quota=torch.zeros_like(radius),
-        total_quota=torch.zeros_like(radius[0]),
-        radius=radius,
-        block_feasible=is_finite.expand(radius.shape),
-        gramian=torch.where(is_finite, gramian, 0),
-    )
+        return Coefficients.without_quota(gramian, descend(gramian, weights, rate))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_positive
 from hamu_lightning.rules._combination import CombinationRule
-from hamu_lightning.rules._radius import check_positive
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_choice
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules._allocation import Allocation, allocate_quota, solve_jointly
-from hamu_lightning.rules._base import (
-    FORGET,
-    RETAIN,
-    Branch,
-    Coefficients,
-    Rule,
-    as_wide,
-    check_gramian,
-    exchange_objectives,
-)
+from hamu_lightning.rules._base import Rule, as_wide, check_gramian
 from hamu_lightning.rules._closed_form import (
     BlockProblem,
-    compute_rounding,
     is_within_capacity,
     label_branches,
     make_block_problem,
     solve_blocks,
 )
-from hamu_lightning.rules._quota import AbsoluteQuota, Quota, TargetQuota
+from hamu_lightning.rules._coefficients import FORGET, RETAIN, Branch, Coefficients, exchange_objectives
+from hamu_lightning.rules._quota import Quota, TargetQuota, as_quota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius, ScaledRadius, check_radius
+from hamu_lightning.tolerances import compute_rounding
 
 OnInfeasible = Literal["best_effort", "skip"]
 
@@ -40,7 +33,7 @@ OnInfeasible = Literal["best_effort", "skip"]
 class HAMUQ(Rule):
     """Raise the forget loss by at least the quota, at the least cost for the retain loss, inside a trust region.
 
-    Solves per block of weights, to first order (Chen et al. 2026, HAMU-Q; closed form in DESIGN 1.2):
+    Solves per block of weights, to first order (Chen et al. 2026, HAMU-Q; docs/method.md#closed-form):
 
         minimise g_r·d   subject to   g_f·d >= Q,   |d| <= R
 
@@ -48,8 +41,8 @@ class HAMUQ(Rule):
         quota: Q, the total rise of the forget loss per step, loss units, not negative; or one of `AbsoluteQuota`,
             `RelativeQuota`, `TargetQuota`.
         radius: R of each block, L2 length in weight space per step. Default: `LearningRateRadius()`, the paper's.
-        allocation: How the blocks share the quota (DESIGN 1.3): "proportional" to what each can give, "uniform",
-            "softmax" of the negative hardness, or "optimal" for the total retain change.
+        allocation: How the blocks share the quota (docs/method.md#allocations): "proportional" to what each can give,
+            "uniform", "softmax" of the negative hardness, or "optimal" for the total retain change.
         blocks: "tensor", "layer", "global", or a function from a tensor's name to the label of its block.
         on_infeasible: Where a block's quota exceeds what its radius allows: "best_effort" goes as far as the radius
             allows, "skip" leaves the block out.
@@ -233,14 +226,3 @@ class FineTune(Rule):
             gramian=gramian,
             constrained=FORGET,
         )
-
-
-def as_quota(quota: float | Quota) -> Quota:
-    """A number means the same quota at each step."""
-    return quota if isinstance(quota, Quota) else AbsoluteQuota(quota)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless the value is one of the choices."""
-    if value not in choices:
-        raise HAMUValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")

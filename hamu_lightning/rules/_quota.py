@@ -155,8 +155,29 @@ class TargetQuota(Quota):
         return torch.minimum(given, _USABLE * capacity)
 
 
+def as_quota(quota: float | Quota) -> Quota:
+    """Return the quota that a rule's argument means: a number is the same quota at each step.
+
+    Raises:
+        HAMUValueError: If the number cannot be a quota.
+
+    Example:
+        >>> as_quota(0.01), as_quota(RelativeQuota(0.1))
+        (AbsoluteQuota(quota=0.01), RelativeQuota(fraction=0.1))
+    """
+    return quota if isinstance(quota, Quota) else AbsoluteQuota(quota)
+
+
 def check_quota(name: str, value: float) -> None:
-    """Raise unless the number can be a quota."""
+    """Raise unless a number can be a quota, or a floor.
+
+    Args:
+        name: The argument's name, as its caller knows it.
+        value: Loss units per step.
+
+    Raises:
+        HAMUValueError: If it is negative or not finite.
+    """
     if not (math.isfinite(value) and value >= 0):
         raise HAMUValueError(
             f"Expected `{name}` to be a finite number, not negative, in loss units per step, but got {value}."

@@ -1,4 +1,4 @@
-"""Trust regions: how far each block may move in one step (DESIGN 1.2, Radii)."""
+"""Trust regions: how far each block may move in one step (docs/method.md#radii)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_positive
 from hamu_lightning.errors import HAMUValueError
 
 
@@ -131,11 +132,15 @@ class RelativeRadius(Radius):
 
 @dataclass(frozen=True)
 class ScaledRadius(Radius):
-    """A multiple of another radius.
+    """A multiple of another radius: what `Rule.in_region` makes of a rule's own one.
 
     Args:
         radius: The other one.
         scale: The factor.
+
+    Example:
+        >>> ScaledRadius(FixedRadius(0.5), 0.1).compute(torch.tensor([2.0]), torch.tensor([0.1]))
+        tensor([0.0500])
     """
 
     radius: Radius
@@ -153,13 +158,11 @@ class ScaledRadius(Radius):
         return self.scale * self.radius.compute(free_norm, lr, weight_norms, sizes)
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise unless the number is positive and finite."""
-    if not (math.isfinite(value) and value > 0):
-        raise HAMUValueError(f"Expected `{name}` to be positive, but got {value}.")
-
-
 def check_radius(radius: object) -> None:
-    """Raise unless `radius` is one."""
+    """Raise unless a rule's argument is a radius; a bare number might mean any of them.
+
+    Raises:
+        HAMUValueError: If it is not.
+    """
     if not isinstance(radius, Radius):
         raise HAMUValueError(f"Expected `radius` to be a radius such as FixedRadius({radius}), but got {radius!r}.")

@@ -94,7 +94,10 @@ class Alternate(Schedule):
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Raise unless the rules of a schedule can take turns on the same data.
+    """Raise unless the rules of a schedule can take turns on the same data; for the constructor of a new schedule.
+
+    Args:
+        schedule: The schedule, ready to be asked for its rules.
 
     Raises:
         HAMUValueError: If one is no rule, has other groups than the first, follows a target, or remembers its steps.

@@ -1,4 +1,4 @@
-"""The cheapest step inside the trust region (DESIGN 1.5), as a search for one number.
+"""The cheapest step inside the trust region, as a search for one number (docs/method.md#solution).
 
     minimise l·y   subject to   rows y >= bounds,  |y| <= 1
 
@@ -16,7 +16,6 @@ from typing import TypeAlias
 
 import numpy as np
 
-from hamu_lightning.rules._closed_form import CAPACITY_SLACK, SMALLEST_SINE
 from hamu_lightning.solvers._projection import (
     KKT_TOLERANCE,
     Array,
@@ -28,6 +27,7 @@ from hamu_lightning.solvers._projection import (
     solve_multipliers,
     split_space,
 )
+from hamu_lightning.tolerances import CAPACITY_SLACK, SMALLEST_SINE
 
 MOST_SOLVES = 20
 # Newton's method nearly always ends after one to three; a solver takes as long as ten.

@@ -8,10 +8,10 @@ from itertools import combinations
 import numpy as np
 from scipy.optimize import minimize
 
-from hamu_lightning.rules._closed_form import CAPACITY_SLACK
 from hamu_lightning.solvers._ball import QPSolution
 from hamu_lightning.solvers._problem import GroupProblem
 from hamu_lightning.solvers._projection import Array, compute_smallest_norm, split_space
+from hamu_lightning.tolerances import CAPACITY_SLACK
 
 # Up to this many constraints all subsets are tried (about 1,500 for 16 constraints: tens of milliseconds).
 _LARGEST_SUBSET = 3
@@ -53,7 +53,9 @@ def _are_feasible(problems: Sequence[GroupProblem], left_out: Iterable[int]) -> 
 def compute_feasible_improvement(
     problems: Sequence[GroupProblem], capacity: Array, bounds: Array, n_floors: int
 ) -> float:
-    """Compute the joint bound of DESIGN 1.4 for n groups: what some step gives at most without harm to retain.
+    """Compute the joint bound for n groups: what some step gives at most without harm to retain.
+
+    See docs/method.md#certificates, eq. 6.7 and 6.8.
 
     It is theta times the sum of the quotas that ask for a rise, for the largest theta such that some step inside the
     radii gives theta times each of them, serves what else is asked, and does not raise the retain loss. If no quota

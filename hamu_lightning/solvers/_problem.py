@@ -1,4 +1,6 @@
-"""One problem of DESIGN 1.5, from the Gramian of raw gradients to well-conditioned numbers, and back.
+"""One problem for n groups, from the Gramian of raw gradients to well-conditioned numbers, and back.
+
+The normal form is that of docs/method.md#normal-form, eq. 7.3 to 7.5.
 
 A step is `d = R e` with `|e| <= 1`. The unit gradients span few dimensions; in an orthonormal basis of these `e` is a
 short vector `y`, and `g_k·d / (R |g_k|) = (L y)_k`, where `L L'` is the matrix of cosines. All right-hand sides are

@@ -109,7 +109,8 @@ class GroupCoefficients(Coefficients):
         """The most forgetting, in the proportion of the quotas, that does not raise the retain loss, 0-d.
 
         The largest theta such that some step gives theta times each quota, serves the floors and does not raise the
-        retain loss, times the sum of the quotas (DESIGN 1.4). 0 where nothing can move. Computed when asked.
+        retain loss, times the sum of the quotas (docs/method.md#certificates, eq. 6.7). 0 where nothing can move.
+        Computed when asked.
         """
         bound = compute_feasible_improvement(*self.account, self.n_protected)
         return torch.full_like(self.total_quota, bound)

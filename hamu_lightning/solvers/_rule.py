@@ -10,14 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_choice
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, check_blocks
-from hamu_lightning.rules import Branch, LearningRateRadius, Quota, Radius, Rule, TargetQuota
-from hamu_lightning.rules._base import check_gramian_dtype
-from hamu_lightning.rules._closed_form import SMALLEST_SINE, compute_rounding
-from hamu_lightning.rules._hamu import OnInfeasible, as_quota, check_choice
-from hamu_lightning.rules._quota import check_quota
-from hamu_lightning.rules._radius import ScaledRadius, check_radius
+from hamu_lightning.rules import (
+    Branch,
+    LearningRateRadius,
+    OnInfeasible,
+    Quota,
+    Radius,
+    Rule,
+    ScaledRadius,
+    TargetQuota,
+    as_quota,
+    check_gramian,
+    check_quota,
+    check_radius,
+)
 from hamu_lightning.solvers._backend import Backend
 from hamu_lightning.solvers._ball import QPSolution, SolveStatus
 from hamu_lightning.solvers._pose import Posed, compute_capacity, pose_blocks, pose_global, tabulate
@@ -26,6 +35,7 @@ from hamu_lightning.solvers._projection import Array
 from hamu_lightning.solvers._result import Account, GroupCoefficients
 from hamu_lightning.solvers._together import run_searches
 from hamu_lightning.solvers._transfer import to_device, to_host
+from hamu_lightning.tolerances import SMALLEST_SINE, compute_rounding
 
 RETAIN = "retain"
 
@@ -34,7 +44,8 @@ RETAIN = "retain"
 class FeasibleDirection(Rule):
     """Serve several requests to forget at once, protect named groups, and spare the retain loss as far as that allows.
 
-    Solves, to first order (DESIGN 1.5; HAMU-Q of Chen et al. 2026 is the case of one request and no protection):
+    Solves, to first order (docs/method.md#groups, eq. 7.1; HAMU-Q of Chen et al. 2026 is the case of one request and
+    no protection):
 
         minimise g_r·d   subject to   g_i·d >= Q_i,   g_j·d <= -U_j,   |d| <= R
 
@@ -145,7 +156,7 @@ class FeasibleDirection(Rule):
             HAMUValueError: If an argument has the wrong shape or type, or a name is unknown.
         """
         names = self._check_groups(groups)
-        check_group_gramian(gramian, names)
+        check_gramian(gramian, names)
         given = self._check_given(quota, names)
         known = {"gramian": gramian, "lr": _as_tensor(lr), "weight_norms": weight_norms, "sizes": sizes}
         known |= {f"quota {name}": _as_tensor(number) for name, number in given.items()}
@@ -221,17 +232,6 @@ class FeasibleDirection(Rule):
         if unknown:
             raise HAMUValueError(f"Expected `quota` to name forget groups, {list(self.quota)}, but got {unknown[0]!r}.")
         return {name: number for name, number in (quota or {}).items() if name in names}
-
-
-def check_group_gramian(gramian: Tensor, names: tuple[str, ...]) -> None:
-    """Raise unless `gramian` is a float32 or float64 tensor of shape `[B, n, n]`, one row for each name."""
-    n = len(names)
-    if gramian.ndim != 3 or gramian.shape[1:] != (n, n):
-        raise HAMUValueError(
-            f"Expected `gramian` to have shape [B, {n}, {n}], one row for each of {list(names)}, but got "
-            f"{list(gramian.shape)}. `compute_gramian(*grads)` makes it."
-        )
-    check_gramian_dtype(gramian)
 
 
 def _check_names(quota: Mapping[str, object], floor: Mapping[str, object]) -> None:

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from hamu_lightning.errors import HAMUError, HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import Blocks, check_blocks
-from hamu_lightning.rules import Coefficients, Rule
-from hamu_lightning.rules._base import as_wide, check_gramian
-from hamu_lightning.rules._combination import descend, descent_gramian, join_blocks, make_coefficients
+from hamu_lightning.rules import Coefficients, Rule, as_wide, check_gramian, descend, descent_gramian, join_blocks
 from hamu_lightning.solvers._module_state import load_attributes, save_attributes
 
 
@@ -90,7 +88,7 @@ class FromTorchJD(Rule):
         """Compute the step of each block; see `Rule.coefficients`. A quota is of no account."""
         check_gramian(gramian)
         values = self.values(gramian, lr=lr)
-        return make_coefficients(gramian.to(values.dtype), values)
+        return Coefficients.without_quota(gramian.to(values.dtype), values)
 
     @torch.no_grad()
     def values(self, gramian: Tensor, *, lr: float | Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def make(loader: Any, seed: int = 0) -> tuple[ForgetStream, RandomStream]:
 @pytest.mark.parametrize("generator", [None, 5])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_pass_is_shuffled_anew_and_complete(generator: int | None, workers: int) -> None:
-    """PITFALLS 14 and 15: no replay of the first pass; 4 batches of 3 and a last one of 1."""
+    """No replay of the first pass; 4 batches of 3 and a last one of 1."""
     own = None if generator is None else torch.Generator().manual_seed(generator)
     data = TensorDataset(torch.arange(13))
     loader = DataLoader(data, batch_size=3, shuffle=True, generator=own, num_workers=workers)

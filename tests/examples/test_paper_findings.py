@@ -58,7 +58,7 @@ def test_other_files_are_refused(content: bytes, match: str, tmp_path: Path) -> 
 
 
 def test_fits() -> None:
-    from paper_findings import fit_line, pearson
+    from findings_numbers import fit_line, pearson
 
     assert pearson([0, 1, 2], [5, 3, 1]) == pytest.approx(-1)
     # The least-squares line through (0, 0), (1, 1), (2, 0) is 1/3, flat: it explains nothing.
@@ -67,7 +67,7 @@ def test_fits() -> None:
 
 
 def test_expected_kappa_is_that_of_the_mean_gradients() -> None:
-    from paper_findings import expected_kappa
+    from findings_numbers import expected_kappa
 
     of_class, rest = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     share, rho = 0.1, 0.25
@@ -88,7 +88,7 @@ def make_report(rule: HAMUQ, *blocks: tuple[float, float, float]) -> StepReport:
 
 
 def test_the_papers_bound_by_hand() -> None:
-    from paper_findings import paper_bound
+    from findings_numbers import paper_bound
 
     blocks = ((4.0, 1.0, 1.0), (1.0, 9.0, -2.0), (0.0, 4.0, 0.0))
     # R = 0.5: 0.5 sqrt(1 - 1/4) + 0.5 sqrt(9 - 4/1) + 0.5 sqrt(4)
@@ -100,7 +100,7 @@ def test_the_papers_bound_by_hand() -> None:
 
 
 def test_the_paper_stops_where_both_objectives_improve() -> None:
-    from paper_findings import judge_stops, passes_certificate, passes_paper_rule
+    from findings_numbers import judge_stops, passes_certificate, passes_paper_rule
     from unlearning_runs import Run
 
     rule = HAMUQ(0.5, radius=FixedRadius(1.0))
@@ -120,7 +120,7 @@ def test_the_paper_stops_where_both_objectives_improve() -> None:
 
 
 def test_retain_at_equal_forgetting() -> None:
-    from paper_findings import retain_at
+    from findings_numbers import retain_at
     from unlearning_runs import Run
 
     run = Run([(0, 0.0, 0.0), (2, 0.1, 1.0), (4, -0.1, 3.0)])
@@ -129,7 +129,8 @@ def test_retain_at_equal_forgetting() -> None:
 
 
 def test_tables_say_how_many_seeds_have_a_number() -> None:
-    from paper_findings import Finding, format_table
+    from findings_experiments import Finding
+    from paper_findings import format_table
 
     table = format_table("name", Finding({"a": {"x": [1.0, 3.0]}, "b": {"y": [2.0, math.nan], "x": [math.nan]}}))
     assert table.splitlines()[2:] == ["| a | 2 ± 1 |  |", "| b |  | 2 (1 of 2) |"]

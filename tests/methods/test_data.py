@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.methods._data import in_order, joined, own_generators
+from hamu_lightning.loaders import own_generators
+from hamu_lightning.methods._data import in_order, joined
 
 
 def numbers(start: int, stop: int) -> TensorDataset:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hamu_lightning import HAMUQ, HAMUOptimizer
 from hamu_lightning.errors import HAMUStateError
-from hamu_lightning.optim._aim import Aim
+from hamu_lightning.optim import Aim
 from hamu_lightning.rules import FixedRadius, TargetQuota
 
 

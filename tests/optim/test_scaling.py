@@ -16,15 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.rules import Branch, FineTune, Rule
-from tests.optim.test_hamu_optimizer import (
-    RULE,
-    CountHostReads,
-    expected_step,
-    make_losses,
-    make_model,
-    take_step,
-    weights,
-)
+from tests.optim.doors import RULE, CountHostReads, Wrap, expected_step, make_losses, make_model, take_step, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:The base optimizer")
 BASES: dict[str, Callable[[Any], Optimizer]] = {
@@ -193,3 +185,35 @@ def test_schedulers_do_not_warn_of_steps_that_were_left_out(target: str, reason:
     take_step(optimizer, model)
     scheduler.step()
     assert optimizer.applied_steps == 0
+
+
+def test_grad_scaler_unscales_both_slots(wrap: Wrap) -> None:
+    model, reference = make_model(), make_model()
+    optimizer, scaler = wrap(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    retain, forget = make_losses(model)
+    with optimizer.retain():
+        scaler.scale(retain).backward(retain_graph=True)
+    with optimizer.forget():
+        scaler.scale(forget).backward()
+    scaler.unscale_(optimizer)
+    optimizer.unscale_forget_(scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    take_step(wrap(reference), reference)
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_forget_overflow_backs_off_and_leaves_the_step_out(wrap: Wrap) -> None:
+    model = make_model()
+    optimizer, scaler, before = wrap(model), torch.amp.GradScaler("cpu", init_scale=1024.0), weights(model)
+    retain, forget = make_losses(model)
+    with optimizer.retain():
+        scaler.scale(retain).backward(retain_graph=True)
+    with optimizer.forget():
+        scaler.scale(forget * torch.inf).backward()
+    optimizer.unscale_forget_(scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""How the blocks share a quota (DESIGN 1.3)."""
+"""How the blocks share a quota (docs/method.md#allocations)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_feasible_total_is_met(kind: type[HAMUQ] | type[HAMUU], allocation: str,
         # By the optimal allocation a block's share is what it gives, and plain descent may give more than is asked.
         shared = result.quota.sum().item()
         assert shared == pytest.approx(max(quota, served) if allocation == "optimal" else quota, rel=1e-9)
-        assert (result.quota.numpy() <= capacity * (1 + 1e-9)).all()  # the slack of DESIGN 1.2
+        assert (result.quota.numpy() <= capacity * (1 + 1e-9)).all()  # docs/method.md#closed-form, eq. 3.2
         assert result.block_feasible.all()
         given = problem if kind is HAMUQ else problem.exchanged()
         lengths = np.array([np.linalg.norm(d) for d in given.steps(result.values.numpy())])
@@ -193,7 +193,7 @@ def test_infeasible_total(kind: type[HAMUQ] | type[HAMUU], allocation: str, on_i
 @rules
 @allocations
 def test_blocks_without_forget_gradient_get_no_quota(kind: type[HAMUQ] | type[HAMUU], allocation: str) -> None:
-    """PITFALLS 7: LoRA's A while B is zero, a head that the forget batch does not use. They follow plain descent."""
+    """LoRA's A while B is zero, a head that the forget batch does not use. They follow plain descent."""
     for seed in range(6):
         problem = draw_joint_problem(seed, blocks=6)
         forget = tuple(f if b % 2 else np.zeros_like(f) for b, f in enumerate(problem.forget))
@@ -232,7 +232,7 @@ def test_optimal_against_a_cone_solver(kind: type[HAMUQ] | type[HAMUU], seed: in
     result = solve(problem, quota, "optimal", kind)
     served, free = improvements(problem, result, kind)
     assert served >= quota - 1e-9 * problem.forget_reach
-    # The accuracy that the design asks for; the cone solver's own is a hundred times better.
+    # The accuracy that is promised; the cone solver's own is a hundred times better.
     assert -free == pytest.approx(solve_optimal_allocation(problem, quota), abs=1e-6 * problem.retain_reach, rel=0)
     for other in ALLOCATIONS[:3]:
         _, least = improvements(problem, solve(problem, quota, other, kind), kind)

@@ -1,4 +1,4 @@
-"""The most that a step can give without harm to the other objective, over all blocks together (DESIGN 1.4)."""
+"""The most that a step can give without harm to the other objective, over all blocks (docs/method.md#certificates)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mirrored(problem: JointProblem) -> JointProblem:
 
 
 def assert_certificate(result: Coefficients, expected: float, reach: float, quota: float = QUOTA) -> None:
-    # The accuracy that the design asks for, of the most that the radii allow: F itself can be zero.
+    # The accuracy that is promised, of the most that the radii allow: F itself can be zero.
     assert result.feasible_improvement.item() == pytest.approx(expected, abs=1e-6 * reach, rel=0)
     assert result.margin.item() == pytest.approx(expected - quota, abs=1e-6 * reach + 1e-12 * quota, rel=0)
 
@@ -48,7 +48,7 @@ def test_against_a_cone_solver(kind: type[HAMUQ] | type[HAMUU], seed: int) -> No
 @rules
 @pytest.mark.parametrize("seed", range(10))
 def test_antiparallel_gradients(kind: type[HAMUQ] | type[HAMUU], seed: int) -> None:
-    """PITFALLS 2: at 180 degrees both objectives improve most, and F is the whole capacity."""
+    """At 180 degrees both objectives improve most, and F is the whole capacity."""
     problem = mirrored(draw_joint_problem(2 * seed, blocks=3 + seed))  # even seeds: no block without forget gradient
     asked = problem if kind is HAMUQ else problem.exchanged()
     assert_certificate(solve(problem, kind), asked.forget_reach, asked.forget_reach)
@@ -57,7 +57,7 @@ def test_antiparallel_gradients(kind: type[HAMUQ] | type[HAMUU], seed: int) -> N
 
 @rules
 def test_no_stop_while_both_objectives_can_improve(kind: type[HAMUQ] | type[HAMUU]) -> None:
-    """PITFALLS 2: cosines in (-1, -0.5) and a quota below the capacity always leave a margin."""
+    """Cosines in (-1, -0.5) and a quota below the capacity always leave a margin."""
     rng = np.random.default_rng(0)
     for _ in range(100):
         angles = rng.uniform(2 * np.pi / 3, np.pi, 4)

@@ -1,4 +1,4 @@
-"""One block at a time against bisection in 50 digits (DESIGN 1.2), for both rules and two radii.
+"""One block at a time against bisection in 50 digits, for both rules and two radii (docs/method.md#closed-form).
 
 The pairs of gradients are plane vectors whose inner products are known exactly; the rule sees these rounded to float64.
 Blocks of one call share a quota by capacity, so that each gets the same share of its own: `share` below.
@@ -24,7 +24,7 @@ Pair: TypeAlias = tuple[Vector, Vector]  # what is minimised and what the quota 
 
 CALLS, BLOCKS = 50, 20  # 1,000 blocks per case
 ORACLES = {HAMUQ: solve_hamu_q, HAMUU: solve_hamu_u}
-# |d - d*| in units of the radius: the accuracy that the design asks for. With sin >= 1e-2 rounding accounts for 1e-11.
+# |d - d*| in units of the radius: the accuracy that is promised. With sin >= 1e-2 rounding accounts for 1e-11.
 TOLERANCE = 1e-6
 LARGEST_COSINE = math.sqrt(1 - 1e-4)  # sin = 1e-2
 

@@ -62,7 +62,7 @@ def test_permutation_of_blocks(
     distance = steps_of(straight, retain, forget)[order] - steps_of(shuffled, retain[order], forget[order])
     assert distance.norm(dim=1).max() <= tolerance * 0.1
     for name in SCALARS:
-        # 1e-6 of the reach, which is near one here, is what the design asks of the certificate.
+        # 1e-6 of the reach, which is near one here, is what is promised of the certificate.
         assert getattr(shuffled, name).item() == pytest.approx(getattr(straight, name).item(), abs=1e-6), name
 
 

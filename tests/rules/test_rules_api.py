@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hamu_lightning.errors import HAMUError, HAMUValueError
 from hamu_lightning.rules import (
     HAMUQ,
     HAMUU,
@@ -27,27 +26,10 @@ from hamu_lightning.rules import (
     Rule,
 )
 from tests.oracles import draw_vectors, gramian_of
-from tests.rules.test_baselines import RULES as BASELINES
+from tests.rules.setups import RADII, ask, every_rule, hamu_rules, kinds
 
-ALLOCATIONS = ("proportional", "uniform", "softmax", "optimal")
-RADII = (LearningRateRadius(), FixedRadius(0.1), RelativeRadius(0.1))
-HAMU_RULES = [
-    kind(0.05, radius=radius, allocation=allocation)  # type: ignore[arg-type]
-    for kind in (HAMUQ, HAMUU)
-    for radius in RADII
-    for allocation in ALLOCATIONS
-]
 SCALARS = ("forget_improvement", "retain_improvement", "feasible_improvement", "margin")
 PER_BLOCK = ("branch", "quota", "radius", "block_feasible")
-
-every_rule = pytest.mark.parametrize("rule", [*HAMU_RULES, FineTune(), *BASELINES], ids=repr)
-hamu_rules = pytest.mark.parametrize("rule", HAMU_RULES, ids=repr)
-kinds = pytest.mark.parametrize("kind", [HAMUQ, HAMUU])
-
-
-def ask(rule: Rule, gramian: Tensor, lr: float | Tensor = 0.1, quota: Tensor | None = None) -> Coefficients:
-    n = gramian.shape[0]
-    return rule.coefficients(gramian, lr=lr, weight_norms=torch.arange(1.0, n + 1), sizes=torch.ones(n), quota=quota)
 
 
 def steps_of(result: Coefficients, retain: Tensor, forget: Tensor) -> Tensor:
@@ -165,75 +147,6 @@ def test_branch_names() -> None:
     assert [branch.name for branch in Branch] == names.split()
 
 
-# Wrong use ----------------------------------------------------------------------------------------------------------
-
-
-@kinds
-@pytest.mark.parametrize("quota", [-1e-9, -1.0, math.nan, -math.inf])
-def test_bad_quota(kind: type[HAMUQ] | type[HAMUU], quota: float) -> None:
-    with pytest.raises(HAMUValueError, match=f"Expected `quota` to be .* but got {quota}"):
-        kind(quota)
-
-
-@kinds
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"allocation": "fair"}, "Expected `allocation` to be .*'proportional'.*'optimal'.* but got 'fair'"),
-        ({"on_infeasible": "stop"}, "Expected `on_infeasible` to be .*'best_effort'.*'skip'.* but got 'stop'"),
-        ({"blocks": "row"}, "Expected `blocks` to be .*'tensor'.*'layer'.*'global'.* but got 'row'"),
-        ({"radius": 0.1}, "Expected `radius` to be .* but got 0.1"),
-    ],
-)
-def test_bad_settings(kind: type[HAMUQ] | type[HAMUU], arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(HAMUValueError, match=message):
-        kind(0.1, **arguments)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf])
-def test_bad_radii(value: float) -> None:
-    with pytest.raises(HAMUValueError, match=f"Expected `radius` to be positive.* but got {value}"):
-        FixedRadius(value)
-    with pytest.raises(HAMUValueError, match=f"Expected `fraction` to be positive.* but got {value}"):
-        RelativeRadius(value)
-
-
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
-def test_bad_floor(value: float) -> None:
-    with pytest.raises(HAMUValueError, match=f"Expected `floor` to be .* but got {value}"):
-        RelativeRadius(0.1, floor=value)
-
-
-def test_errors_are_ours_and_value_errors() -> None:
-    assert issubclass(HAMUValueError, HAMUError)
-    with pytest.raises(ValueError, match="Expected `radius`"):
-        FixedRadius(-1.0)
-
-
-@kinds
-@pytest.mark.parametrize("missing", ["weight_norms", "sizes"])
-def test_the_relative_radius_needs_the_weights(kind: type[HAMUQ] | type[HAMUU], missing: str) -> None:
-    arguments = {"weight_norms": torch.ones(3), "sizes": torch.ones(3)}
-    del arguments[missing]
-    with pytest.raises(HAMUValueError, match="weight_norms.*sizes"):
-        kind(0.1, radius=RelativeRadius(0.1)).coefficients(torch.eye(2).expand(3, 2, 2), lr=0.1, **arguments)
-
-
-@pytest.mark.parametrize("rule", [HAMUQ(0.1), HAMUU(0.1), FineTune(), *BASELINES], ids=repr)
-@pytest.mark.parametrize("shape", [(2, 2), (3, 2), (3, 3, 3), (3, 2, 3), (1, 3, 2, 2), ()])
-def test_bad_shape(rule: Rule, shape: tuple[int, ...]) -> None:
-    with pytest.raises(HAMUValueError, match=r"Expected `gramian` to have shape \[B, 2, 2\], but got"):
-        rule.coefficients(torch.ones(shape), lr=0.1)
-
-
-@pytest.mark.parametrize("rule", [HAMUQ(0.1), HAMUU(0.1), FineTune(), *BASELINES], ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
-def test_bad_dtype(rule: Rule, dtype: torch.dtype) -> None:
-    """Half precision sums overflow and underflow; whoever has such a Gramian should hear of it."""
-    with pytest.raises(HAMUValueError, match=f"Expected `gramian` to be float32 or float64, but got {dtype}"):
-        rule.coefficients(torch.ones(3, 2, 2).to(dtype), lr=0.1)
-
-
 # Learning rates and radii -------------------------------------------------------------------------------------------
 
 
@@ -297,48 +210,6 @@ def test_no_learning_rate_at_all(rule: Rule) -> None:
     result = ask(rule, gramian_of(*draw_vectors(4)), 0.0)
     assert (result.values == 0).all()
     assert result.forget_improvement == result.retain_improvement == 0
-
-
-# Not finite ---------------------------------------------------------------------------------------------------------
-
-
-@hamu_rules
-def test_one_bad_entry_stops_every_block(rule: HAMUQ | HAMUU) -> None:
-    """In the block of zeros, the collinear one or an ordinary one."""
-    for bad in (math.nan, math.inf, -math.inf):
-        for block, entries in ((0, [(0, 0)]), (1, [(1, 1)]), (5, [(0, 1), (1, 0)]), (0, [(1, 1)]), (5, [(0, 0)])):
-            gramian = gramian_of(*draw_vectors(5))
-            for i, j in entries:
-                gramian[block, i, j] = bad
-            assert_stopped(ask(rule, gramian))
-
-
-def assert_stopped(result: Coefficients) -> None:
-    assert (result.values == 0).all()
-    assert (result.branch == Branch.NOT_FINITE).all()
-    assert not result.block_feasible.any()
-    assert result.forget_improvement == result.retain_improvement == 0
-
-
-@kinds
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_learning_rates_and_weights_stop_every_block(kind: type[HAMUQ] | type[HAMUU], bad: float) -> None:
-    gramian = gramian_of(*draw_vectors(5))
-    lr, norms = torch.ones(6), torch.ones(6)
-    lr[3] = norms[3] = bad
-    for allocation in ALLOCATIONS:
-        assert_stopped(kind(0.1, allocation=allocation).coefficients(gramian, lr=lr))  # type: ignore[arg-type]
-        rule = kind(0.1, allocation=allocation, radius=RelativeRadius(0.1))  # type: ignore[arg-type]
-        assert_stopped(rule.coefficients(gramian, lr=0.1, weight_norms=norms, sizes=torch.ones(6)))
-
-
-@kinds
-def test_a_quota_that_is_not_a_number_stops_every_block(kind: type[HAMUQ] | type[HAMUU]) -> None:
-    """A quota derived from a loss that is NaN must not become a step at full radius."""
-    for radius in RADII:
-        for allocation in ALLOCATIONS:
-            rule = kind(0.1, radius=radius, allocation=allocation)  # type: ignore[arg-type]
-            assert_stopped(ask(rule, gramian_of(*draw_vectors(5)), quota=torch.tensor(math.nan)))
 
 
 def test_fine_tuning_never_looks_at_the_forget_gradient() -> None:

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.rules import HAMUQ, Alternate, FineTune, GradAscent, Rule, Schedule, TargetQuota
-from hamu_lightning.rules._schedule import check_schedule
+from hamu_lightning.rules import HAMUQ, Alternate, FineTune, GradAscent, Rule, Schedule, TargetQuota, check_schedule
 from hamu_lightning.solvers import FeasibleDirection
 
 

@@ -1,4 +1,7 @@
-"""What a rule promises, measured on actual gradients of 1 to 2,000 elements, with Gramians of our own (DESIGN 1.2)."""
+"""What a rule promises, measured on actual gradients of 1 to 2,000 elements, with Gramians of our own.
+
+The accuracies are those of docs/method.md#numerics.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ def check_promises(
 @pytest.mark.parametrize("dimension", DIMENSIONS)
 @pytest.mark.parametrize("share", [1e-3, 0.5, 0.999])
 def test_quota_and_radius(kind: type[HAMUQ] | type[HAMUU], dtype: torch.dtype, dimension: int, share: float) -> None:
-    """To the accuracies of DESIGN 1.2, with angles down to those that rounding itself makes in float64."""
+    """To the accuracies of docs/method.md#numerics, with angles down to those that rounding itself makes in float64."""
     generator = torch.Generator().manual_seed(dimension)
     smallest = -3 if dtype == torch.float32 else -9
     sines = 10 ** torch.empty(100, dtype=torch.float64).uniform_(smallest, 0, generator=generator)
@@ -95,7 +98,7 @@ def test_total_quota_and_radius_by_other_allocations(dtype: torch.dtype, allocat
         rule = HAMUQ(quota, radius=FixedRadius(RADIUS), allocation=allocation)  # type: ignore[arg-type]
         steps = apply(rule.coefficients(compute_gramian(retain, forget), lr=0.1), retain, forget)
         served = sum(float(f.double() @ d) for f, d in zip(forget, steps, strict=True))
-        # DESIGN 1.2 with sin = 1e-2, summed over the blocks.
+        # docs/method.md#numerics with sin = 1e-2, summed over the blocks.
         missing = 1e-10 if dtype == torch.float64 else 1e-6 / 1e-2
         excess = 1e-9 if dtype == torch.float64 else 1e-6 / 1e-4
         assert served >= quota - missing * RADIUS * float(norms.sum())
@@ -107,7 +110,7 @@ def test_total_quota_and_radius_by_other_allocations(dtype: torch.dtype, allocat
 @pytest.mark.parametrize("case", ["equal", "multiple", "opposite"])
 @pytest.mark.parametrize("sums", ["ours", "float32"])
 def test_collinear_float32_gradients(kind: type[HAMUQ] | type[HAMUU], dimension: int, case: str, sums: str) -> None:
-    """PITFALLS 3: the quota is met exactly by `(Q/ff) g_f`; rounding never becomes a step at full radius."""
+    """The quota is met exactly by `(Q/ff) g_f`; rounding never becomes a step at full radius."""
     generator = torch.Generator().manual_seed(dimension)
     retain = torch.randn(100, dimension, generator=generator)
     factor = 10 ** torch.empty(100, 1).uniform_(-3, 3, generator=generator)
@@ -132,7 +135,7 @@ def test_collinear_float32_gradients(kind: type[HAMUQ] | type[HAMUU], dimension:
 
 @pytest.mark.parametrize("kappa", [-1.0, 1.0])
 def test_one_element_tensors(kappa: float) -> None:
-    """PITFALLS 3: these ended at -0.73 Q elsewhere. Signs in conflict, in harmony, and a zero."""
+    """These ended at -0.73 Q elsewhere. Signs in conflict, in harmony, and a zero."""
     retain = [torch.tensor([x]) for x in (1.0, -3.0, 0.1, 0.0, 2.0)]
     forget = [torch.tensor([kappa * x]) for x in (0.7, -0.3, 5.0, 1.0, 0.0)]
     for kind in (HAMUQ, HAMUU):
@@ -146,7 +149,7 @@ def test_one_element_tensors(kappa: float) -> None:
 
 @dtypes
 def test_a_block_of_several_tensors_is_one_problem(dtype: torch.dtype) -> None:
-    """PITFALLS 1: one radius and one quota for all tensors of a block, up to the whole model."""
+    """One radius and one quota for all tensors of a block, up to the whole model."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 4), (1,), (50,), (2, 2, 2), (7,))
     for blocks in ("global", "layer"):
@@ -173,7 +176,7 @@ def test_a_block_of_several_tensors_is_one_problem(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("allocation", ["proportional", "uniform", "optimal"])
 @pytest.mark.parametrize("scale", [1e-10, 1e-3, 1e5, 1e10])
 def test_unit_of_the_loss_does_not_matter(kind: type[HAMUQ] | type[HAMUU], allocation: str, scale: float) -> None:
-    """PITFALLS 4: gradients and quota in another unit give the same step, for tiny and for huge losses."""
+    """Gradients and quota in another unit give the same step, for tiny and for huge losses."""
     generator = torch.Generator().manual_seed(0)
     shapes = (1, 2, 5, 5, 100)
     retain = [torch.randn(n, generator=generator, dtype=torch.float64) for n in shapes]
@@ -209,7 +212,7 @@ def test_one_objective_in_another_unit(kind: type[HAMUQ] | type[HAMUU]) -> None:
 @rules
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_element_stops_the_whole_step(kind: type[HAMUQ] | type[HAMUU], bad: float) -> None:
-    """PITFALLS 5: wherever it stands, no block moves at all, and every block says why."""
+    """Wherever it stands, no block moves at all, and every block says why."""
     generator = torch.Generator().manual_seed(0)
     for radius in (FixedRadius(RADIUS), LearningRateRadius()):
         for allocation in ("proportional", "uniform", "softmax", "optimal"):
@@ -227,7 +230,7 @@ def test_one_bad_element_stops_the_whole_step(kind: type[HAMUQ] | type[HAMUU], b
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gradients(dtype: torch.dtype) -> None:
-    """PITFALLS 4: norms whose squares underflow or overflow in the gradients' own dtype."""
+    """Norms whose squares underflow or overflow in the gradients' own dtype."""
     generator = torch.Generator().manual_seed(0)
     for size in (1e-5, 1e3):
         retain = [(size * torch.randn(500, generator=generator)).to(dtype) for _ in range(3)]

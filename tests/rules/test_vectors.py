@@ -25,7 +25,7 @@ from tests.oracles import (
 )
 
 VECTORS = json.loads((Path(__file__).parent.parent / "data" / "hamu_vectors.json").read_text())
-# Of the radius: the accuracies that the design asks for, by the dtype of the gradients.
+# Of the radius: the accuracies that are promised, by the dtype of the gradients.
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 # Of the reach: a collinear block adds the root of a difference that cancels to 1e-16, so 1e-8 is what float64 can give.
 CERTIFICATE_TOLERANCES = {"float32": 1e-5, "float64": 2e-8}

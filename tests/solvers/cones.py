@@ -1,4 +1,4 @@
-"""The n-group problem on the gradients themselves, for a cone solver: slow, and easy to check against DESIGN 1.5."""
+"""The n-group problem (docs/method.md#groups, eq. 7.1) on the gradients themselves, for a cone solver: slow, plain."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_many_groups_agree_with_a_cone_solver(batch: int) -> None:
         else:
             assert status in (SolveStatus.SOLVED, SolveStatus.SLACK_RADIUS), seed
             assert missing.max() <= 1e-6, seed
-            # The cone solver's gap is 1e-10; the design asks for 1e-5.
+            # The cone solver's gap is 1e-10; 1e-5 is promised.
             assert shares[0] == pytest.approx(expected.cost, abs=1e-6), seed
             multipliers = np.array([result.multipliers[name].item() for name in requests.names[1:]])
             in_shares = multipliers * requests.reach[1:] / requests.reach[0]

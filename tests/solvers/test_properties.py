@@ -145,7 +145,7 @@ def test_the_joint_bound_is_sharp(seed: int) -> None:
 
 @seeds
 def test_the_joint_bound_of_several_blocks(seed: int) -> None:
-    """One request: the certificate of DESIGN 1.4, which a cone solver confirms."""
+    """One request: the certificate of docs/method.md#certificates, eq. 6.4, which a cone solver confirms."""
     problem = draw_joint_problem(2 * seed, blocks=2 + seed % 7)
     rule = FeasibleDirection({"alice": 0.01}, radius=RelativeRadius(1.0, floor=0.0), blocks="tensor")
     sizes = torch.tensor([g.size for g in problem.retain])

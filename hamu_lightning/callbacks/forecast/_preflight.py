@@ -13,7 +13,7 @@ from hamu_lightning.callbacks.forecast._probe import Probe, check_two_groups
 from hamu_lightning.callbacks.forecast._report import PreflightReport
 from hamu_lightning.callbacks.passes import BarePass, ModuleGuard, batchnorm_frozen, check_module, without_trainer
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.optim._mask import NamedMasks
+from hamu_lightning.optim import NamedMasks
 from hamu_lightning.randomness import RandomStream
 from hamu_lightning.rules import Rule
 

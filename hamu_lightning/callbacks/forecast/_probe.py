@@ -12,10 +12,7 @@ from torch.optim import SGD
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.forecast._report import PreflightReport, make_report
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.optim import HAMUOptimizer, StepReport
-from hamu_lightning.optim._aim import Aim
-from hamu_lightning.optim._mask import NamedMasks
-from hamu_lightning.optim._slots import hidden_gradients
+from hamu_lightning.optim import Aim, HAMUOptimizer, NamedMasks, StepReport, hidden_gradients
 from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:

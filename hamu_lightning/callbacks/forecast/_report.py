@@ -47,12 +47,13 @@ class PreflightReport:
     - `retain_loss`, `forget_loss`, `retain_norm`, `forget_norm`: losses and lengths of the gradients.
     - `kappa`, `cosine`: hardness `g_r·g_f` and cosine of the whole model, positive in conflict; `conflicting_blocks`:
       the share of blocks with a positive cosine.
-    - `kappa_1`, `kappa_2`: the thresholds of DESIGN 1.2 for the whole model as one block, whose radius is the length of
-      the longest step that all blocks can make together. NaN where nothing can move. `direct_blocks`: the share of
-      blocks up to their own kappa_1, whose part of the quota plain descent gives; `damaging_blocks`: the share above
-      their own kappa_2, which must harm the other objective.
+    - `kappa_1`, `kappa_2`: the thresholds of docs/method.md#closed-form, eq. 3.3, for the whole model as one block,
+      whose radius is the length of the longest step that all blocks can make together. NaN where nothing can move.
+      `direct_blocks`: the share of blocks up to their own kappa_1, whose part of the quota plain descent gives;
+      `damaging_blocks`: the share above their own kappa_2, which must harm the other objective.
     - `quota`: the rule's; `largest_quota`: what the trust region allows, `sum_b R_b |g_f,b|` (HAMU-U: `|g_r,b|`);
-      `free_quota`: the most that a step can give without harm to the other objective (DESIGN 1.4);
+      `free_quota`: the most that a step can give without harm to the other objective
+      (docs/method.md#certificates, eq. 6.4);
       `infeasible`: the share of pairs in which the quota exceeds the largest one.
     - `forget_improvement`, `retain_cost`: what the rule's own step does to both losses; a negative cost is a gain.
     - `steps_to_target`, `retain_cost_to_target`: only with a target, at the `forget_improvement` of the rule's step.

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from hamu_lightning.callbacks.passes import BarePass, ModuleGuard, batchnorm_frozen, check_module
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
-from hamu_lightning.optim._mask import keep_largest
-from hamu_lightning.optim._slots import GradientSlot
+from hamu_lightning.optim import GradientSlot, keep_largest
 from hamu_lightning.randomness import RandomStream
 
 

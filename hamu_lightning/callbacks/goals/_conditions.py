@@ -66,9 +66,10 @@ class StopCondition(ABC):
 
 @dataclass(frozen=True)
 class CollateralDamage(StopCondition):
-    """Stop when no step can give the quota without harm to the other objective (DESIGN 1.4, all blocks jointly).
+    """Stop when no step can give the quota without harm to the other objective, all blocks taken jointly.
 
-    Compares the means of bound and quota over `patience` steps: single batches are noisy.
+    Compares the means of bound and quota over `patience` steps: single batches are noisy
+    (docs/method.md#certificates, eq. 6.6).
 
     Args:
         patience: Over how many steps.

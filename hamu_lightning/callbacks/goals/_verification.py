@@ -16,8 +16,7 @@ from hamu_lightning.callbacks.goals._promises import GroupOutcome, Outcome
 from hamu_lightning.callbacks.passes import ForgetPass, Recording, copied, detached_loss
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
-from hamu_lightning.optim import StepReport
-from hamu_lightning.optim._trial import Verdict
+from hamu_lightning.optim import StepReport, Verdict
 from hamu_lightning.randomness import capture_random
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """A batch through the module without a trace: where batches come from, and what a pass leaves as it was."""
 
-from hamu_lightning.callbacks.passes._bare_pass import BarePass, check_module, transfer_batch_alone, without_trainer
+from hamu_lightning.callbacks.passes._bare_pass import BarePass, check_module, without_trainer
 from hamu_lightning.callbacks.passes._batchnorm import FrozenBatchNorm, batchnorm_frozen
 from hamu_lightning.callbacks.passes._forget_pass import (
     ForgetPass,
@@ -10,7 +10,7 @@ from hamu_lightning.callbacks.passes._forget_pass import (
     split_batch,
 )
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
-from hamu_lightning.callbacks.passes._loaders import copied, loader_options, own_generators, twin_loader
+from hamu_lightning.callbacks.passes._loaders import copied, twin_loader
 from hamu_lightning.callbacks.passes._objective import wrap_step
 from hamu_lightning.callbacks.passes._samples import count_shared_samples, split_forget
 from hamu_lightning.callbacks.passes._sources import check_disjoint, find_loader, name_sources
@@ -31,12 +31,9 @@ __all__ = [
     "count_shared_samples",
     "detached_loss",
     "find_loader",
-    "loader_options",
     "name_sources",
-    "own_generators",
     "split_batch",
     "split_forget",
-    "transfer_batch_alone",
     "twin_loader",
     "without_trainer",
     "wrap_step",

@@ -17,6 +17,7 @@ from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import twin_loader
 from hamu_lightning.callbacks.passes._streams import ForgetStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.loaders import transfer_by_hooks
 from hamu_lightning.randomness import RandomStream
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class BarePass:
         """Run the next batch, and return its loss, if it gives one."""
         self._random.draw += 1
         with self._random.active(), self._guard.guarding(), without_trainer(self._module):
-            batch = transfer_batch_alone(self._module, next(self.stream), self._device)
+            batch = _transfer(self._module, next(self.stream), self._device)
             self.samples = _compat.count_samples(batch)
             arguments = _compat.step_arguments(self._module, batch, self._random.draw - 1)
             loss: Any = _compat.split_step_output(self._module.training_step(*arguments))
@@ -126,9 +127,8 @@ def check_module(module: Any, batchnorm: str) -> None:
         raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
 
 
-def transfer_batch_alone(module: Any, batch: Any, device: torch.device) -> Any:
-    """Send a batch to a device by the module's own hooks where it has them, without a trainer."""
+def _transfer(module: Any, batch: Any, device: torch.device) -> Any:
+    """Send a batch to a device by the module's own hooks where it has them."""
     if not hasattr(module, "transfer_batch_to_device"):
         return move_data_to_device(batch, device)
-    batch = module.on_before_batch_transfer(batch, 0)
-    return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, device, 0), 0)
+    return transfer_by_hooks(module, batch, device)

@@ -16,9 +16,7 @@ from hamu_lightning.callbacks.passes._loaders import copied
 from hamu_lightning.callbacks.passes._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
-from hamu_lightning.optim import HAMUOptimizer
-from hamu_lightning.optim._scaling import Unscaling
-from hamu_lightning.optim._slots import hidden_gradients
+from hamu_lightning.optim import HAMUOptimizer, hidden_gradients, unscale_unseen_
 from hamu_lightning.randomness import RandomStream, capture_random, restore_random
 
 if TYPE_CHECKING:
@@ -104,9 +102,7 @@ class ForgetPass:
         scaler = _compat.grad_scaler(self._trainer)
         if scaler is not None:
             with self._slot():
-                Unscaling(
-                    scaler, [p for group in self._optimizer.param_groups for p in group["params"]], [], tells=False
-                )
+                unscale_unseen_(scaler, [p for group in self._optimizer.param_groups for p in group["params"]])
 
     def measure(
         self, level: Callable[..., Any], step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

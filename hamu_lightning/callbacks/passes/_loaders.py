@@ -1,4 +1,4 @@
-"""What is known of a loader: a twin to read beside it, its options, its generators; and copies of its batches."""
+"""A loader's twin, to be read beside it, and copies of its batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from hamu_lightning.callbacks import _compat
@@ -41,20 +40,6 @@ def _deep_copied(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
     except (TypeError, RuntimeError, NotImplementedError):
         return value  # what cannot be copied is shared
-
-
-def loader_options(like: Any) -> dict[str, Any]:
-    """What a loader over other data has in common with this one, besides the batch size; of others nothing is known."""
-    names = ("num_workers", "collate_fn", "pin_memory")
-    return {name: getattr(like, name) for name in names} if isinstance(like, DataLoader) else {}
-
-
-def own_generators(loader: object) -> list[torch.Generator]:
-    """The generators that the loader and its samplers draw from besides the global one."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def copied(batch: Any) -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from hamu_lightning.callbacks.passes._loaders import copied, own_generators
+from hamu_lightning.callbacks.passes._loaders import copied
 from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.loaders import own_generators
 from hamu_lightning.randomness import RandomStream
 
 

@@ -1,0 +1,122 @@
+"""Stored logits: those of the reference, found again by the sample alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.objectives import (
+    NPO,
+    BatchPass,
+    CachedLogits,
+    FrozenCopy,
+    ModuleOutputs,
+    ReferenceKL,
+    RMURetain,
+)
+from hamu_lightning.objectives._keys import sample_keys
+from tests.objectives.models import LanguageModel, grads, make_batch, make_model
+from tests.objectives.test_references import clone_by_pickle, logits_of, move
+
+
+@pytest.mark.parametrize("kind", ["classes", "tokens"])
+def test_stored_logits_equal_live_ones(kind: str, tmp_path: Path) -> None:
+    model, batch = make_model(kind), make_batch(kind)
+    live = FrozenCopy()
+    expected = logits_of(live, model, batch)
+    cache = CachedLogits(tmp_path).fill(model, [batch])
+    assert model.training
+    move(model)
+    for reference in (cache, clone_by_pickle(cache), copy.deepcopy(cache), CachedLogits(tmp_path)):
+        assert torch.equal(logits_of(reference, model, batch), expected)
+        for make in (lambda r: NPO(reference=r), ReferenceKL):
+            value, other = make(reference)(BatchPass(model, batch)), make(live)(BatchPass(model, batch))
+            assert torch.equal(value, other)
+            for one, two in zip(grads(value, model), grads(other, model), strict=True):
+                assert torch.equal(one, two)
+
+
+def test_stored_logits_follow_the_samples_not_the_batches(tmp_path: Path) -> None:
+    model, (x, y) = make_model("classes"), make_batch("classes")
+    cache = CachedLogits(tmp_path).fill(model, [(x[:2], y[:2]), (x[2:], y[2:])])
+    order = torch.tensor([3, 0, 2])
+    # In other batches the rounding of the matrix products may differ.
+    torch.testing.assert_close(logits_of(cache, model, (x[order], y[order])), model(x[order]), atol=1e-12, rtol=0)
+    files = sorted(tmp_path.iterdir())
+    move(model)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    CachedLogits(tmp_path).fill(model, [(x[:2], y[:2])])
+    assert not calls  # what is there is not computed again
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_stored_logits_by_index(tmp_path: Path) -> None:
+    model, batch = make_model("tokens"), make_batch("tokens")
+    batch["index"] = torch.tensor([3, 1, 4, 0])
+
+    def outputs(module: nn.Module, batch: Any) -> Any:
+        return ModuleOutputs()(module, {name: value for name, value in batch.items() if name != "index"})
+
+    cache = CachedLogits(tmp_path, key=lambda batch: batch["index"]).fill(model, [batch], outputs=outputs)
+    expected = outputs(model, batch)[0]
+    assert torch.equal(cache.logits(BatchPass(model, {"index": torch.tensor([0, 3])}), outputs), expected[[3, 0]])
+
+
+def test_samples_that_are_not_stored_are_an_error(tmp_path: Path) -> None:
+    model, (x, y) = make_model("classes"), make_batch("classes")
+    cache = CachedLogits(tmp_path).fill(model, [(x[:3], y[:3])])
+    with pytest.raises(HAMUStateError, match="Expected the reference's logits of all 4 samples in .*, but 1 are not"):
+        logits_of(cache, model, (x, y))
+    with pytest.raises(HAMUStateError, match="Expected a reference that is a model, but CachedLogits holds logits"):
+        RMURetain("body", reference=cache)(BatchPass(model, (x, y)))
+
+
+def test_stored_logits_of_two_lengths_are_an_error(tmp_path: Path) -> None:
+    model, batch = make_model("tokens"), make_batch("tokens")
+    short = {name: value[:1, :5] for name, value in batch.items()}
+    key = lambda b: b["input_ids"][:, 0] * 100 + b["input_ids"].shape[1]  # noqa: E731
+    cache = CachedLogits(tmp_path, key=key).fill(model, [batch, short])
+    both = {"input_ids": torch.stack([torch.tensor([0, 0]), torch.tensor([0, 0])])}
+    cache._key = lambda b: torch.stack([key(batch)[0], key(short)[0]])
+    with pytest.raises(HAMUValueError, match="Expected stored logits of one shape in a batch"):
+        logits_of(cache, model, both)
+    with pytest.raises(HAMUValueError, match="Expected the other model's logits to be of shape \\[4, 6, 7\\]"):
+        ReferenceKL(FrozenCopy(LanguageModel().double()), outputs=Shortening())(BatchPass(model, batch))
+
+
+class Shortening:
+    """Gives the second model it is asked for shorter samples."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, batch: Any) -> Any:
+        self.calls += 1
+        logits, labels = ModuleOutputs()(module, batch)
+        return (logits, labels) if self.calls == 1 else (logits[:, 1:], labels[:, 1:])
+
+
+def test_keys_tell_samples_apart_and_nothing_else() -> None:
+    x = torch.randn(1000, 3, 2)
+    y = torch.randint(0, 5, (1000,))
+    keys = sample_keys({"x": x, "nested": [y, "text"], "scalar": torch.tensor(1.0), "other": torch.ones(3)})
+    assert len(set(keys.tolist())) == 1000
+    order = torch.randperm(1000)
+    assert torch.equal(sample_keys({"x": x[order], "nested": [y[order], "text"], "s": torch.tensor(2.0)}), keys[order])
+    x[7, 0, 0] = -x[7, 0, 0]
+    assert (sample_keys({"x": x, "nested": [y]}) != keys).nonzero().tolist() == [[7]]
+    swapped = sample_keys(torch.tensor([[1, 2], [2, 1], [1, 1], [2, 2]]))
+    assert len(set(swapped.tolist())) == 4
+    for dtype in (torch.bool, torch.bfloat16, torch.float64, torch.complex64):
+        assert len(set(sample_keys(torch.eye(4).to(dtype)).tolist())) == 4, dtype
+    with pytest.raises(
+        HAMUValueError, match="Expected a batch with tensors, to tell its samples apart, but got a list"
+    ):
+        sample_keys(["a", "b"])
