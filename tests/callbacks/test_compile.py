@@ -19,7 +19,7 @@ from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.rules import FineTune
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, make_data
-from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState, assert_no_trace
+from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState, assert_no_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 

@@ -18,7 +18,7 @@ from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.rules import FineTune, FixedRadius
 from tests.callbacks.modules import Recorder, WithBatchNorm, build, fit, make_data
-from tests.callbacks.test_invariants import forget_loader
+from tests.callbacks.passes.test_invariants import forget_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 RULE = HAMUQ(0.02, radius=FixedRadius(0.05))

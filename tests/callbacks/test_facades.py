@@ -22,7 +22,7 @@ from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer
 from hamu_lightning.callbacks._checks import MANUAL_RECIPE
 from hamu_lightning.rules import FineTune, RelativeRadius
 from tests.callbacks.modules import Base, WithDropout, build, fit, make_data
-from tests.callbacks.test_invariants import assert_no_trace
+from tests.callbacks.passes.test_invariants import assert_no_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 RULE = HAMUQ(0.02, radius=RelativeRadius(0.05))

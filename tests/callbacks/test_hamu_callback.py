@@ -1,4 +1,4 @@
-"""HAMUCallback: where forget batches come from, what is logged, when it stops, what it refuses, what it gives back."""
+"""HAMUCallback on small modules: sources, settings, what it logs, and that everything is taken back."""
 
 from __future__ import annotations
 
@@ -10,28 +10,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer, split_forget
+from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer
 from hamu_lightning.callbacks import PassOptions, StepOptions
-from hamu_lightning.errors import HAMUError, HAMUStateError, HAMUValueError
-from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius
+from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.rules import FineTune, FixedRadius
 from tests.callbacks.modules import Base, WithBatchNorm, build, fit, make_data
+from tests.callbacks.setups import RULE, Manual, forget_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
-RULE = HAMUQ(0.02, radius=RelativeRadius(0.05))
-
-
-def forget_data() -> TensorDataset:
-    return make_data(40, seed=9)
 
 
 def loss_on(module: Base, data: TensorDataset) -> float:
@@ -208,220 +202,12 @@ def test_copies_in_the_middle_of_a_fit(copier: Any) -> None:
     fit(build(Base), HAMUCallback(**{"forget": forget_data(), "rule": copies[0].settings.rule}))
 
 
-class ReturnsNone(Base):
-    """Skips batches by the sign of their first number; `skips` says which."""
-
-    skips = "some"
-
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        is_forget = batch[0].shape[0] == 8
-        if self.skips == "forget" and is_forget:
-            return None
-        if self.skips == "retain" and not is_forget and batch_idx % 2:
-            return None
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_training_step_returns_none() -> None:
-    module = build(ReturnsNone)
-    module.skips = "retain"
-    callback = HAMUCallback(DataLoader(forget_data(), batch_size=8), RULE)
-    fit(module, callback)
-    assert (callback.combined_steps, callback.left_out_steps, callback.forget_passes) == (6, 6, 12)
-    module = build(ReturnsNone)
-    module.skips = "forget"
-    with pytest.raises(HAMUStateError, match="returned None for a full pass"):
-        fit(module, HAMUCallback(DataLoader(forget_data(), batch_size=8), RULE))
-
-
-class Breaks(WithBatchNorm):
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        output = super().training_step(batch, batch_idx)
-        if len(batch[0]) == 8 and self.accuracy.update_count > 3:
-            raise ZeroDivisionError("a bad batch")
-        return output
-
-
-def test_exception_in_the_forget_pass_leaves_everything_as_it_was() -> None:
-    module = build(Breaks)
-    callback = HAMUCallback(DataLoader(forget_data(), batch_size=8), RULE)
-    with pytest.raises(ZeroDivisionError, match="a bad batch"):
-        fit(module, callback)
-    assert module.net[1].training
-    assert type(module.trainer.optimizers[0]) is torch.optim.SGD
-    assert "training_step" not in vars(module.trainer.strategy)
-    assert module.accuracy.update_count == 3
-    # zero_grad() of the fourth step has not run: what is there is the retain gradient of the third.
-    assert all(p.grad is not None for p in module.net.parameters())
-
-
-class StepsByItself(Base):
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.data.add_(0.01)
-        return super().training_step(batch, batch_idx)
-
-    @override
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        optimizer_closure()
-
-
-def test_watchdog_notices_weights_that_move_without_us() -> None:
-    with pytest.raises(HAMUStateError, match="they moved before its first step"):
-        fit(build(StepsByItself), HAMUCallback(forget_data(), RULE))
-
-
-class NeverSteps(Base):
-    @override
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        optimizer_closure()
-
-
-def test_forgetting_never_silently_does_not_happen() -> None:
-    with pytest.raises(HAMUStateError, match="it ended with 0 combined steps"):
-        fit(build(NeverSteps), HAMUCallback(forget_data(), RULE))
-
-
-class Manual(Base):
-    """The recipe that the refusal of manual optimization gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.forget = next(iter(DataLoader(forget_data(), batch_size=40)))
-
-    def before_step(self, optimizer: Any) -> None:
-        pass
-
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        optimizer: Any = self.optimizers()
-        with optimizer.retain():
-            self.manual_backward(super().training_step(batch, batch_idx))
-        with optimizer.forget():
-            self.manual_backward(super().training_step(self.forget, batch_idx))
-        self.before_step(optimizer)
-        optimizer.step()
-        assert optimizer.last_step is not None
-
-    @override
-    def configure_optimizers(self) -> Any:
-        return HAMUOptimizer(torch.optim.SGD(self.parameters(), lr=0.05), RULE)
-
-
 def test_manual_optimization_with_the_optimizer() -> None:
     module = build(Manual)
     before = loss_on(module, forget_data())
     trainer, _ = fit(module, max_steps=4)
     assert trainer.optimizers[0].steps == 4
     assert loss_on(module, forget_data()) > before
-
-
-class TwoOptimizers(Base):
-    @override
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)]
-
-
-class UsesLBFGS(Base):
-    @override
-    def configure_optimizers(self) -> Any:
-        return torch.optim.LBFGS(self.parameters())
-
-
-class FetchesItself(Base):
-    @override
-    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
-        return super().training_step(*next(dataloader_iter)[:2])
-
-
-class Empty(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(())
-
-
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
-@pytest.mark.parametrize(
-    ("kind", "arguments", "message"),
-    [
-        (Manual, {}, "Expected automatic optimization.*with optimizer.retain"),
-        (UsesLBFGS, {}, "but got LBFGS"),
-        (FetchesItself, {}, "but it takes `dataloader_iter`"),
-        (Base, {"rule": None}, "Expected `rule`, such as"),
-        (Base, {"forget": None}, "Expected to find the data of 'forget'"),
-        (Base, {"forget": []}, "but the list is empty"),
-        (Base, {"forget": Subset(forget_data(), [])}, "but the Subset is empty"),
-        (Base, {"forget": DataLoader(forget_data(), 64, drop_last=True)}, "but the DataLoader is empty"),
-        (Base, {"forget": [1], "passes": PassOptions(batch_size=3)}, "Expected `batch_size` to go with a Dataset"),
-        (Base, {"forget": 3}, "Expected the data of 'forget' to be a DataLoader"),
-    ],
-)
-def test_refusals_come_before_the_first_batch(kind: Any, arguments: dict[str, Any], message: str) -> None:
-    module = build(kind)
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(MisconfigurationException, match=f"(?s){message}") as caught:
-        fit(module, HAMUCallback(**{"forget": forget_data(), "rule": RULE, **arguments}))
-    assert isinstance(caught.value, HAMUError)
-    assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
-
-
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy"])
-def test_strategies_that_hide_gradients_are_refused(name: str) -> None:
-    """By name, since most cannot be made here: the user's subclass of one counts as well."""
-    parent = type(name, (SingleDeviceStrategy,), {})
-    strategy = type("Own", (parent,), {})(device=torch.device("cpu"))
-    with pytest.raises(MisconfigurationException, match=f"but {name} .*ModelParallelStrategy"):
-        fit(build(Base), HAMUCallback(forget_data(), RULE), strategy=strategy)
-
-
-def test_two_callbacks_are_refused() -> None:
-    """By Lightning, as both have one place in a checkpoint; by us where one comes later."""
-    first, second = HAMUCallback(forget_data(), RULE), HAMUCallback(forget_data(), RULE)
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `HAMUCallback`"):
-        fit(build(Base), first, second)
-
-    class Adds(Callback):
-        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            trainer.callbacks.append(second)
-
-    with pytest.raises(MisconfigurationException, match="Trainer has several. Give all samples to forget to one"):
-        fit(build(Base), Adds(), first)
-
-
-def test_an_empty_stream_is_noticed_at_its_first_batch() -> None:
-    with pytest.raises(HAMUStateError, match="a pass over it yielded none"):
-        fit(build(Base), HAMUCallback(DataLoader(Empty()), RULE))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rule": 0.1}, "Expected `rule` to be a rule"),
-        ({"stop_on": ["boredom"]}, "Expected `stop_on` to hold some of"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(HAMUValueError, match=message):
-        HAMUCallback(forget_data(), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"batchnorm": "eval"}, "Expected `batchnorm` to be 'freeze' or 'retain'"),
-        ({"every_n_steps": 0}, "Expected `every_n_steps` to be at least 1"),
-        ({"batch_size": 0}, "Expected `batch_size` to be at least 1"),
-        ({"groups_per_step": 0}, "Expected `groups_per_step` to be at least 1"),
-    ],
-)
-def test_bad_pass_options(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(HAMUValueError, match=message):
-        PassOptions(**arguments)
 
 
 def test_own_hamu_optimizer_is_used_with_its_rule() -> None:
@@ -434,14 +220,6 @@ def test_own_hamu_optimizer_is_used_with_its_rule() -> None:
     trainer, _ = fit(module, HAMUCallback(forget_data()))
     assert isinstance(trainer.optimizers[0], HAMUOptimizer)
     assert isinstance(trainer.optimizers[0].base, torch.optim.SGD)
-
-
-def test_shared_samples_are_warned_about() -> None:
-    data = make_data()
-    retain, forget = split_forget(data, range(10))
-    with pytest.warns(UserWarning, match="share 10 samples of one Dataset"):
-        fit(build(Base), HAMUCallback(forget, RULE), loader=DataLoader(data, batch_size=16))
-    fit(build(Base), HAMUCallback(forget, RULE), loader=DataLoader(retain, batch_size=16))  # a warning is an error
 
 
 def test_fabric_wraps_the_optimizer() -> None:

@@ -21,9 +21,9 @@ from hamu_lightning.callbacks import PassOptions, StepOptions, compute_saliency_
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FixedRadius, GradDiff, RelativeRadius
 from tests.callbacks.modules import MODULES, Base, WithBatchNorm, build, fit, make_data
+from tests.callbacks.passes.test_invariants import attributes
 from tests.callbacks.test_checkpoints import assert_same, end_of
 from tests.callbacks.test_checkpoints import train as train_and_save
-from tests.callbacks.test_invariants import attributes
 from tests.callbacks.test_model_parallel import Sharded
 from tests.distributed import run_ranks
 

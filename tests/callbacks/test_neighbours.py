@@ -32,7 +32,7 @@ from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.rules import FineTune, RelativeRadius
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, make_data
-from tests.callbacks.test_invariants import forget_loader
+from tests.callbacks.passes.test_invariants import forget_loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),

@@ -16,8 +16,9 @@ from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.rules import FixedRadius, RelativeRadius
 from tests.callbacks.modules import MODULES, OPTIMIZERS, Base, Recorder, StatefulLSTM, build, fit, make_data
-from tests.callbacks.test_hamu_callback import Manual, loss_on
-from tests.callbacks.test_invariants import assert_no_trace, assert_self_cancellation
+from tests.callbacks.passes.test_invariants import assert_no_trace, assert_self_cancellation
+from tests.callbacks.setups import Manual
+from tests.callbacks.test_hamu_callback import loss_on
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),

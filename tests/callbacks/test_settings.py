@@ -17,7 +17,7 @@ from typing_extensions import override
 from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.rules import FixedRadius
 from tests.callbacks.modules import WithBatchNorm, build, fit, make_data
-from tests.callbacks.test_invariants import assert_no_trace
+from tests.callbacks.passes.test_invariants import assert_no_trace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),

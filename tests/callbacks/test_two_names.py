@@ -24,7 +24,7 @@ from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.callbacks import HAMUMisconfigurationError, PassOptions
 from hamu_lightning.rules import FineTune, RelativeRadius
 from tests.callbacks.modules import Recorder, make_data
-from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState
+from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")

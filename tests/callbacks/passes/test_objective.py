@@ -35,8 +35,8 @@ from hamu_lightning.objectives import (
 )
 from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius, TargetQuota
 from tests.callbacks.modules import Base, EditsItsBatch, WithAverage, WithBatchNorm, WithDropout, build, fit, make_data
+from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState
 from tests.callbacks.test_distributed import to_tensor, train
-from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.filterwarnings(

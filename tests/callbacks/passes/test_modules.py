@@ -15,7 +15,7 @@ from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.callbacks import StepOptions
 from hamu_lightning.rules import FineTune, FixedRadius
 from tests.callbacks.modules import Base, build, fit, make_data
-from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState, assert_no_trace
+from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState, assert_no_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 RULE = HAMUQ(0.02, radius=FixedRadius(0.05))
