@@ -172,7 +172,7 @@ class Flow:
     def approve(self, report: StepReport) -> bool:
         """Whether a step is to be applied."""
         groups, stopper = self._parts.groups, self._parts.stopper
-        if groups.are_there:
+        if groups.are_all_reached:
             stopper.stop(StopReason.TARGET_REACHED, f"{groups.describe()}.")
         if groups.are_lost:
             stopper.stop(StopReason.NOT_FINITE, f"{groups.describe()}. Verified steps or a smaller radius prevent it.")

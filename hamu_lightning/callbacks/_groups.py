@@ -115,8 +115,8 @@ class Groups:
         for group in self._active:
             if group.approach is not None:
                 group.approach.look(*step, lands=self._is_single)
-        leaving = [group for group in self._active if group.approach is not None and group.approach.is_there]
-        if self.are_there:
+        leaving = [group for group in self._active if group.approach is not None and group.approach.is_reached]
+        if self.are_all_reached:
             leaving = []  # the fit ends before the step
         for group in leaving:
             group.is_done = True
@@ -161,9 +161,9 @@ class Groups:
         return [group for group in self._groups.values() if group.name not in self._settings.protect]
 
     @property
-    def are_there(self) -> bool:
+    def are_all_reached(self) -> bool:
         """Whether every group to forget has a target, and has reached it."""
-        return all(g.is_done or (g.approach is not None and g.approach.is_there) for g in self._to_forget)
+        return all(g.is_done or (g.approach is not None and g.approach.is_reached) for g in self._to_forget)
 
     @property
     def are_lost(self) -> bool:
@@ -205,7 +205,7 @@ class Groups:
         return "; ".join(
             approach.describe() if self._is_single else f"{name}: {approach.describe()}"
             for name, approach in self._approaches.items()
-            if not self._groups[name].is_done and not approach.is_close
+            if not self._groups[name].is_done and not approach.is_at_target
         )
 
     def state_dict(self) -> dict[str, Any]:

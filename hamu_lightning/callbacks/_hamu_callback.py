@@ -40,7 +40,8 @@ class HAMUCallback(Callback):
       used as it is, with its rule). What cannot work is refused here.
     - At each training batch, after all start hooks, a forget batch goes through the module first: transfer, forward,
       backward, with the module's own hooks. Its gradient goes to a slot of its own. Everything else that it touches is
-      put back: random states, BatchNorm statistics, torchmetrics, logged values, attributes, other callbacks.
+      put back (`ForgetPass`, `ModuleGuard`): random states, BatchNorm statistics, torchmetrics, logged values,
+      attributes, other callbacks.
     - Then Lightning's own pass on the retain batch, untouched.
     - Before the step the forget gradient is unscaled (16-mixed) and clipped on its own, as the retain gradient is.
     - The step combines the two. A step with non-finite gradients is left out and counted
@@ -68,7 +69,8 @@ class HAMUCallback(Callback):
         protect: The data of the groups that the rule protects, by name.
         target: Instead of a rule: where the forget loss should end, and the fit with it. A loss, `Holdout(loader)` (the
             model's loss on held-out data: for samples), `Chance()` (the loss of a guess: for a whole class), or a
-            function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(1e-3))`.
+            function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(1e-3))`; `Approach` judges
+            when it is reached.
         seed: Seed of the forget stream's own random state.
         stop_on: When to stop before a step is applied: "collateral_damage" (no step can meet the quota without harm,
             docs/method.md#certificates), "infeasible" (the trust region does not allow the quota), "not_finite", or

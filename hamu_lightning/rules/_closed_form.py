@@ -55,7 +55,7 @@ class BlockProblem:
     def safe_sine(self) -> Tensor:
         """`|p|/|g_r|`, never underestimated.
 
-        The rounding of the Gramian is added to its square: the turned part of the step can then only come out too
+        The rounding of the Gramian is added to its square: the rectified part of the step can then only come out too
         short, never too long, so that the radius holds however close to parallel the gradients are.
         """
         return ((1 - self.cosine) * (1 + self.cosine) + self.rounding).sqrt()
@@ -99,7 +99,8 @@ def label_branches(problem: BlockProblem, quota: Tensor) -> Tensor:
 def solve_blocks(problem: BlockProblem, quota: Tensor, best_effort: bool) -> Tensor:
     """Solve `min g_r·d` subject to `g_f·d >= Q`, `|d| <= R` for each block.
 
-    All cases are listed in docs/method.md#closed-form; the turned step is eq. 3.8 there.
+    All cases are listed in docs/method.md#closed-form; the rectified step is eq. 3.5, here in the form of
+    eq. 3.8.
 
     Args:
         problem: The blocks.
@@ -112,11 +113,11 @@ def solve_blocks(problem: BlockProblem, quota: Tensor, best_effort: bool) -> Ten
     cosine, sine, share = problem.cosine, problem.safe_sine, problem.quota_share(quota)
     # The lengths of the gradients are divided out: a step along g/|g| of length R has the coefficient R/|g|.
     along_retain, along_forget = problem.along_retain, problem.along_forget
-    turned = (1 - share * share).clamp(min=0).sqrt()  # s / R
+    free = (1 - share * share).clamp(min=0).sqrt()  # s / R, what the quota leaves of the radius
     zero = torch.zeros_like(share)
     steps = {  # (c_r, c_f); a block that is in no row rests
         Branch.DIRECT: (-along_retain, zero),
-        Branch.RECTIFIED: (-along_retain * turned / sine, along_forget * (share + turned * cosine / sine)),
+        Branch.RECTIFIED: (-along_retain * free / sine, along_forget * (share + free * cosine / sine)),
         Branch.COLLINEAR: (zero, along_forget * share),
         # A quota below zero asks for nothing, and without a retain gradient there is nothing to gain by using it up.
         Branch.NO_RETAIN_SIGNAL: (zero, along_forget * share.clamp(min=0)),

@@ -33,7 +33,8 @@ OnInfeasible = Literal["best_effort", "skip"]
 class HAMUQ(Rule):
     """Raise the forget loss by at least the quota, at the least cost for the retain loss, inside a trust region.
 
-    Solves per block of weights, to first order (Chen et al. 2026, HAMU-Q; docs/method.md#closed-form):
+    Solves per block of weights, to first order (Chen et al. 2026, HAMU-Q; docs/method.md#closed-form, direct
+    step eq. 3.4, rectified step eq. 3.5):
 
         minimise g_r·d   subject to   g_f·d >= Q,   |d| <= R
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
-from hamu_lightning.callbacks.goals._targets import Holdout, Target, as_target
+from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, Target, as_target
 from hamu_lightning.callbacks.passes import ForgetPass, count_shared_samples
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
@@ -31,8 +31,6 @@ _APPROACH = 2 / 3
 # From this share of the target on, the forget loss is measured before each step, not only every so many.
 _NEAR = 0.7
 _MEASURE_EVERY = 10
-# Here the target counts as reached: what is left is less than one batch can tell.
-_CLOSE = 0.95
 # A step that ends beyond this is tried again, where steps are verified.
 _TOO_FAR = 1.1
 # And from here on, advice is due.
@@ -58,7 +56,7 @@ class Approach:
         every_n_steps: Every how many steps of the trainer one is a combined one.
 
     Attributes:
-        is_there: Whether the forget loss has reached the target.
+        is_reached: Whether the forget loss has reached the target.
         is_lost: Whether the model gives no finite loss any more.
 
     Raises:
@@ -82,7 +80,7 @@ class Approach:
         self._aim.steps = plan_steps(trainer, quota, self._aim.taken, every_n_steps)
         self._kept = KeptWeights(optimizer)
         self._kept_level: Tensor | None = None
-        self.is_there = self.is_lost = False
+        self.is_reached = self.is_lost = False
         if isinstance(self._target, Holdout):
             warn_about_shared_samples(self._target.loader, forget)
 
@@ -101,15 +99,15 @@ class Approach:
             aim.level = self._measure(self._forget, step, args, kwargs)
         if aim.level is None:
             return
-        self.is_there = not self.is_lost and self.is_close
-        if self.is_there and aim.taken == 0:
+        self.is_reached = not self.is_lost and self.is_at_target
+        if self.is_reached and aim.taken == 0:
             rank_zero_warn(
                 f"The forget loss is {float(aim.level):.4g} before the first step, and the target only "
                 f"{float(target):.4g}: there is nothing to forget. Check the forget set, or choose a higher target."
             )
         if not lands:
             return
-        if self.is_there:
+        if self.is_reached:
             self._land(aim.level, target)
         elif is_near and self._forget is not None:
             self._kept.keep()
@@ -120,10 +118,10 @@ class Approach:
         self._aim.observe(self._trainer.strategy.reduce(loss, reduce_op="mean"))
 
     @property
-    def is_close(self) -> bool:
+    def is_at_target(self) -> bool:
         """Whether the forget loss, as far as it is known, counts as having reached the target; reads the host."""
         level, target = self._aim.level, self._aim.target
-        return level is not None and target is not None and bool(level >= _CLOSE * target)
+        return level is not None and target is not None and bool(level >= REACHED * target)
 
     def levels(self) -> dict[str, Tensor]:
         """The forget loss as it is followed, and the target, for the log."""
@@ -175,7 +173,7 @@ class Approach:
             self._aim.level = before
         if goes_on and referee is not None:
             referee.region /= 2
-            self.is_there = False
+            self.is_reached = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,19 +10,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks.goals._conditions import CEILINGS, RetainAbove, StopCondition, StopReason
+from hamu_lightning.callbacks.goals._conditions import CEILINGS, StopCondition, StopReason
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
+from hamu_lightning.callbacks.goals._score import compute_score
 from hamu_lightning.callbacks.goals._signals import NUMBERS, Signals, pack_signals
 from hamu_lightning.optim import HAMUOptimizer, StepReport
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-
-import math
-from collections import deque
-
-# So close to a target it counts as met.
-_AT_TARGET = 0.95
 
 
 class Stopper:
@@ -136,19 +132,3 @@ class StopMonitor:
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Go on with what `state_dict` returned."""
         self._steps.extend(Signals(**signals) for signals in state)
-
-
-def compute_score(signals: Signals, conditions: tuple[StopCondition, ...], target: float | None) -> float:
-    """How good the weights before a step are, for `ModelCheckpoint(monitor="hamu/score", mode="max")`.
-
-    - Above the ceiling of the retain loss: less than 0, by how much.
-    - Short of the target (or without one): the more forgotten, the nearer to 1.
-    - At the target: more than 1, the more the smaller the retain loss.
-    """
-    excess = max((signals.retain_loss - c.loss for c in conditions if isinstance(c, RetainAbove)), default=-math.inf)
-    if excess > 0:
-        return -excess
-    forget = max(signals.forget_loss, 0.0)
-    if target is not None and forget >= _AT_TARGET * target:
-        return 1 + 1 / (1 + max(signals.retain_loss, 0.0))
-    return forget / (forget + 1) if target is None else forget / target

@@ -13,6 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 
+# From this share of a target on it counts as reached: what is left is less than one batch can tell. Judged in
+# `Approach.is_at_target`.
+REACHED = 0.95
+
 
 class Target(ABC):
     """A level for the forget loss that is measured rather than known.

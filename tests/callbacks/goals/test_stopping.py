@@ -24,8 +24,9 @@ from hamu_lightning.callbacks import (
     StopCondition,
     StopReason,
 )
+from hamu_lightning.callbacks.goals._score import compute_score
 from hamu_lightning.callbacks.goals._signals import Signals
-from hamu_lightning.callbacks.goals._stopper import StopMonitor, compute_score
+from hamu_lightning.callbacks.goals._stopper import StopMonitor
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.rules import FixedRadius
 from tests.callbacks.modules import Base, build, fit, make_data
