@@ -19,4 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Give each test the same random numbers, whatever ran before it in the same process."""
-    torch.manual_seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:  # `torch.manual_seed` writes down the stack for each kind of accelerator, a millisecond or more
+        torch.default_generator.manual_seed(0)

@@ -11,18 +11,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing import ProcessRaisedException
 
-# Starting a process imports torch, which takes seconds on a loaded machine; the exchange itself takes milliseconds.
+# The first ranks wait for imports, which take seconds on a loaded machine; the exchange itself takes milliseconds.
 TIMEOUT = 120.0
+# What most ranks import, and the time of which they consist: the fork server does so once. It runs no threads.
+IMPORTS = ["hamu_lightning.callbacks", "hamu_lightning.metrics", "torch.distributed.tensor", "pytest"]
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int = 2,
+    *args: Any,
+    timeout: float = TIMEOUT,
+    start_method: Literal["forkserver", "spawn"] = "forkserver",
+) -> list[Any]:
     """Run `fn(rank, *args)` in `world_size` processes that form a gloo process group, and return what they returned.
 
     The ranks find each other through a file, so that no port is taken, and talk over the loopback interface.
@@ -32,13 +41,18 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: 
         world_size: Number of processes.
         *args: Further arguments of `fn`, pickled.
         timeout: Seconds until the processes are ended.
+        start_method: "forkserver" forks each rank from one process that has imported Lightning. "spawn" starts an
+            interpreter per rank, seconds each, and the ranks iterate over sets of strings in different orders.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: With the traceback of the first process that failed.
         TimeoutError: If the processes did not end in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_run, (fn, world_size, folder, timeout, args), nprocs=world_size, join=False)
+        mp.get_context("forkserver").set_forkserver_preload(IMPORTS)
+        context = mp.start_processes(
+            _run, (fn, world_size, folder, timeout, args), world_size, join=False, start_method=start_method
+        )
         deadline = time.monotonic() + timeout
         try:
             while not context.join(timeout=1.0):
@@ -65,6 +79,7 @@ def _run(
     rank: int, fn: Callable[..., Any], world_size: int, folder: str, timeout: float, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    np.random.seed()  # the fork server's state is the same for all
     # As a launcher sets them: Lightning then starts no processes of its own.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world_size))
     if Path("/sys/class/net/lo").exists():

@@ -33,29 +33,31 @@ PUBLIC = sorted(
 )
 
 
-def loaded_after(statement: str) -> set[str]:
-    """Names of the top-level modules that a fresh interpreter holds after a statement."""
-    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """Names of the top-level modules that a fresh interpreter holds after it has imported one package after another."""
+    names = ("hamu_lightning", "hamu_lightning.rules", "hamu_lightning.optim", "hamu_lightning.solvers")
+    look = "print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "\n".join(["import sys", *(f"import {name}\n{look}" for name in names)])
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+    return {name: set(line.split()) for name, line in zip(names, result.stdout.splitlines(), strict=True)}
 
 
-def test_rules_load_torch_alone() -> None:
-    loaded = loaded_after("import hamu_lightning.rules")
-    assert "torch" in loaded
-    assert not loaded & HEAVY
+def test_rules_load_torch_alone(loaded: dict[str, set[str]]) -> None:
+    assert "torch" in loaded["hamu_lightning.rules"]
+    assert not loaded["hamu_lightning.rules"] & HEAVY
 
 
-def test_optim_loads_no_lightning() -> None:
-    assert not loaded_after("import hamu_lightning.optim") & (HEAVY - {"qpsolvers", "osqp"})
+def test_optim_loads_no_lightning(loaded: dict[str, set[str]]) -> None:
+    assert not loaded["hamu_lightning.optim"] & (HEAVY - {"qpsolvers", "osqp"})
 
 
-def test_solvers_load_torchjd_only_when_asked() -> None:
-    assert "torchjd" not in loaded_after("import hamu_lightning.solvers")
+def test_solvers_load_torchjd_only_when_asked(loaded: dict[str, set[str]]) -> None:
+    assert "torchjd" not in loaded["hamu_lightning.solvers"]
 
 
-def test_the_root_loads_nothing() -> None:
-    assert not loaded_after("import hamu_lightning") & (HEAVY | {"torch", "numpy"})
+def test_the_root_loads_nothing(loaded: dict[str, set[str]]) -> None:
+    assert not loaded["hamu_lightning"] & (HEAVY | {"torch", "numpy"})
 
 
 @pytest.mark.parametrize("name", hamu_lightning.__all__)

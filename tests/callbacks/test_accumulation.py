@@ -106,7 +106,7 @@ def train(accumulation: int, rule: Rule, n: int = 120, **settings: Any) -> tuple
     x_forget, y_forget = make_data(n // 2, seed=9).tensors
     callback = HAMUCallback(DataLoader(TensorDataset(x_forget.double(), y_forget), batch_size=12 // accumulation), rule)
     retain = DataLoader(TensorDataset(x.double(), y), batch_size=24 // accumulation)
-    options = {"max_epochs": 4, "accumulate_grad_batches": accumulation, **settings}
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulation, **settings}
     fit(module, callback, loader=retain, **options)
     return module, callback
 
@@ -117,9 +117,9 @@ def train(accumulation: int, rule: Rule, n: int = 120, **settings: Any) -> tuple
 def test_accumulation_is_the_joint_batch(radius: Any, optimizer: str) -> None:
     rule = HAMUQ(1e-3, radius=radius)
     (joint, first), (accumulated, second) = (train(n, rule, optimizer=optimizer) for n in (1, 3))
-    assert first.combined_steps == second.combined_steps == 20
+    assert first.combined_steps == second.combined_steps == 10
     for a, b in zip(joint.parameters(), accumulated.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)  # float64 sums in another order, over 20 steps
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)  # float64 sums in another order, over 10 steps
 
 
 @pytest.mark.parametrize("radius", RADII, ids=repr)

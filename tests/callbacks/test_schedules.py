@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -103,6 +104,14 @@ def run(module: Scheduled, rule: Rule | None, schedule: str, **settings: Any) ->
     return recorder.values, steps
 
 
+@cache
+def run_plain(optimizer: str, schedule: str, **settings: Any) -> tuple[list[dict[str, float]], Scheduled]:
+    """The fit without the callback, which is the same for several tests, and what it gave."""
+    module = build(Scheduled, optimizer)
+    values, _ = run(module, None, schedule, **settings)
+    return values, module
+
+
 @pytest.mark.parametrize(
     ("optimizer", "schedule"),
     [*(("momentum", name) for name in SCHEDULES), ("adamw", "one cycle"), ("adamw", "plateau")],
@@ -114,9 +123,10 @@ def run(module: Scheduled, rule: Rule | None, schedule: str, **settings: Any) ->
 )
 def test_i1_no_trace(schedule: str, optimizer: str, wraps: bool, settings: dict[str, Any]) -> None:
     """Learning rates, momentum and the loss of each batch are those of the plain fit, and so are the weights."""
-    plain, paired = build(Scheduled, optimizer), build(Scheduled, optimizer)
-    expected, _ = run(plain, None, schedule, max_epochs=3, **settings)
-    values, _ = run(paired, FineTune(), schedule, wraps=wraps, max_epochs=3, **settings)
+    epochs = 3 if "plateau" in schedule else 2  # of which the last one begins with another learning rate
+    expected, plain = run_plain(optimizer, schedule, max_epochs=epochs, **settings)
+    paired = build(Scheduled, optimizer)
+    values, _ = run(paired, FineTune(), schedule, wraps=wraps, max_epochs=epochs, **settings)
     assert values == expected
     # It did change something.
     assert len({value["lr"] for value in values}) > 1
@@ -128,7 +138,7 @@ def test_i1_no_trace(schedule: str, optimizer: str, wraps: bool, settings: dict[
 @pytest.mark.parametrize("wraps", [False, True])
 def test_the_radius_follows_the_schedule(schedule: str, optimizer: str, wraps: bool) -> None:
     """Also where the first steps are left out, at learning rate 0; schedulers do not warn of that (an error here)."""
-    expected, _ = run(build(Scheduled, optimizer), None, schedule)
+    expected, _ = run_plain(optimizer, schedule)
     values, steps = run(build(Scheduled, optimizer), RULE, schedule, wraps=wraps)
     rates = [value["lr"] for value in values]
     assert rates == [value["lr"] for value in expected]

@@ -69,6 +69,7 @@ def run_tiny(out: Path, monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[Co
 
 
 @no_validation
+@pytest.mark.usefixtures("short_networks")
 def test_a_second_call_reads_what_the_first_one_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compare import format_settings
 
@@ -88,6 +89,7 @@ def test_a_second_call_reads_what_the_first_one_wrote(tmp_path: Path, monkeypatc
 
 
 @no_validation
+@pytest.mark.usefixtures("short_networks")
 def test_a_model_that_explodes_ranks_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import compare
     from compare import Entry, step_with

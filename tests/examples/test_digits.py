@@ -116,6 +116,7 @@ def test_small_run_from_end_to_end(argv: tuple[str, ...], tmp_path: Path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_networks")
 @pytest.mark.filterwarnings("ignore:.*`validation_step` but have no `val_dataloader`.*")
 def test_same_seed_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (run_small(tmp_path / name, monkeypatch) for name in "ab")

@@ -37,6 +37,7 @@ def test_the_table_has_a_column_for_each_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_networks")
 @pytest.mark.filterwarnings("ignore:The fit has ended before the target:UserWarning")
 @pytest.mark.filterwarnings("ignore:The target should be reached in:UserWarning")
 @pytest.mark.filterwarnings("ignore:The forget loss is .* before the first step:UserWarning")  # barely trained

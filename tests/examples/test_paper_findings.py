@@ -137,8 +137,8 @@ def test_tables_say_how_many_seeds_have_a_number() -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A narrow network that has hardly been trained."""
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_networks: None) -> Any:
+    """A narrow, short network that has hardly been trained."""
     import paper_findings
     from digits import DigitsClassifier
     from unlearning_runs import Bench, Task

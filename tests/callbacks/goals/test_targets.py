@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,6 +35,11 @@ def loss_on(module: Base, data: Any) -> float:
 
 def trained(kind: type[Base] = Base) -> Base:
     """With a loss on the data to forget well below that on held-out data."""
+    return copy.deepcopy(_train(kind))
+
+
+@cache
+def _train(kind: type[Base]) -> Base:
     module = build(kind)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     for _ in range(60):
