@@ -12,7 +12,8 @@ from hamu_lightning.callbacks.passes._forget_pass import (
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
 from hamu_lightning.callbacks.passes._objective import wrap_step
-from hamu_lightning.callbacks.passes._samples import count_shared_samples, split_forget
+from hamu_lightning.callbacks.passes._overlap import count_shared_samples
+from hamu_lightning.callbacks.passes._samples import split_forget
 from hamu_lightning.callbacks.passes._sources import check_disjoint, find_loader, name_sources
 from hamu_lightning.callbacks.passes._streams import ForgetStream
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
-from hamu_lightning.callbacks.passes._samples import count_shared_samples
+from hamu_lightning.callbacks.passes._overlap import count_shared_samples
 from hamu_lightning.loaders import loader_options
 from hamu_lightning.rules import Rule
 
