@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks.passes._batches import BatchSizes
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.loaders import length_of, own_generators, stop_workers
 from hamu_lightning.randomness import RandomStream
@@ -56,15 +61,21 @@ class MeasuringLoader:
 
     Args:
         loader: A DataLoader, a list of batches, or another iterable of batches.
+        most: Of more batches than that, so many are read, at equal distances in the pass; the first ones where the
+            length is not known. None for all.
 
     Attributes:
         length: How many batches a pass has; None where that is not known.
+        samples: How many samples the last batch had; NaN where that cannot be told.
 
     Raises:
         HAMUValueError: If the loader cannot be read beside a pass that is under way.
     """
 
-    def __init__(self, loader: Any) -> None:
+    samples = math.nan
+
+    def __init__(self, loader: Any, most: int | None = None) -> None:
+        self._most, self._sizes = most, BatchSizes(loader)
         self._loader = twin_loader(_compat.without_indices(loader))
         self._parts: Sequence[Any] = getattr(self._loader, "loaders", (self._loader,))
         self._samplers = [_keep_workers(part) for part in self._parts]
@@ -76,10 +87,9 @@ class MeasuringLoader:
         """Read a pass.
 
         Args:
-            most: Of more batches than that, so many are read, at equal distances in the pass; the first ones where the
-                length is not known.
+            most: In the place of the `most` of the loader.
         """
-        numbers = None
+        most, numbers = most or self._most, None
         if most is not None:
             n = most if self.length is None else self.length
             numbers = range(n) if n <= most else [(2 * i + 1) * n // (2 * most) for i in range(most)]
@@ -96,17 +106,23 @@ class MeasuringLoader:
     __iter__ = batches
 
     def _read(self, numbers: Sequence[int] | None) -> Iterator[Any]:
+        for number, batch in self._choose(numbers):
+            self.samples = self._sizes.count(batch, number)
+            yield batch
+
+    def _choose(self, numbers: Sequence[int] | None) -> Iterator[tuple[int, Any]]:
+        """The batches with these numbers, or all, each with its number."""
         sampler = self._samplers[0]
         if len(self._samplers) == 1 and sampler is not None:
             sampler.numbers = None if numbers is None else frozenset(numbers)  # the others are not even loaded
-            yield from self._loader
+            yield from zip(numbers or count(), self._loader, strict=False)
             return
         last = None if numbers is None else max(numbers, default=-1)
         # A stream may remember its place: each pass begins with a copy of the first one, unless workers have copies.
         has_workers = any(getattr(part, "persistent_workers", False) for part in self._parts)
         for number, batch in enumerate(self._loader if has_workers else twin_loader(self._loader)):
             if numbers is None or number in numbers:
-                yield batch
+                yield number, batch
             if number == last:
                 return
 
@@ -181,13 +197,42 @@ def _read_apart(iterable: Any) -> Any:
 def _deep_copied(value: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(value, memo)
-    except (TypeError, RuntimeError, NotImplementedError):
+    except Exception:
         return value  # what cannot be copied is shared
 
 
 def copied(batch: Any) -> Any:
-    """A copy of a batch that can be edited in place."""
+    """A copy of a batch that can be edited in place; what in it cannot be copied is handed on as it is."""
     try:
         return copy.deepcopy(batch)
-    except (TypeError, RuntimeError, NotImplementedError):
-        return batch  # what cannot be copied is handed on as it is
+    except Exception:  # a lock, a generator, a tensor with a graph, or a class whose own way of copying fails
+        return _copied_by_parts(batch, {})
+
+
+def _copied_by_parts(value: Any, memo: dict[int, Any]) -> Any:
+    if id(value) not in memo:
+        memo[id(value)] = value  # until there is a copy, and where none can be made
+        with suppress(Exception):
+            memo[id(value)] = _copy_one(value, partial(_copied_by_parts, memo=memo))
+    return memo[id(value)]
+
+
+def _copy_one(value: Any, copied_part: Callable[[Any], Any]) -> Any:
+    """A copy of a value whose parts are copied by a function."""
+    if isinstance(value, tuple):
+        parts = map(copied_part, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, Tensor):
+        is_leaf = value.grad_fn is None
+        twin: Any = value.detach().clone().requires_grad_(value.requires_grad) if is_leaf else value.clone()
+    elif hasattr(value, "__dict__") or isinstance(value, list | dict):
+        twin = copy.copy(value)
+    else:
+        return copy.deepcopy(value)
+    if isinstance(value, list):
+        twin[:] = map(copied_part, value)
+    elif isinstance(value, dict):
+        twin.update({key: copied_part(part) for key, part in value.items()})
+    for name, part in getattr(value, "__dict__", {}).items():
+        vars(twin)[name] = copied_part(part)
+    return twin
