@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ["loader_options", "own_generators", "transfer_by_hooks"]
+__all__ = [
+    "length_of",
+    "load_like",
+    "loader_options",
+    "own_generators",
+    "set_epoch",
+    "stop_workers",
+    "transfer_by_hooks",
+]
 
 
 def loader_options(like: Any) -> dict[str, Any]:
@@ -17,14 +26,53 @@ def loader_options(like: Any) -> dict[str, Any]:
         like: A DataLoader; of other loaders nothing is known.
 
     Returns:
-        Arguments of `DataLoader`.
+        Arguments of `DataLoader`. Not among them are what belongs to its own data (samplers, a generator), and
+        `drop_last`: no sample is to be left out.
 
     Example:
         >>> loader_options(DataLoader([1, 2], num_workers=0, pin_memory=True))["pin_memory"], loader_options([1, 2])
         (True, {})
     """
-    names = ("num_workers", "collate_fn", "pin_memory")
-    return {name: getattr(like, name) for name in names} if isinstance(like, DataLoader) else {}
+    names = ["num_workers", "collate_fn", "pin_memory", "worker_init_fn", "timeout"]
+    if getattr(like, "num_workers", 0):
+        names += ["prefetch_factor", "persistent_workers", "multiprocessing_context"]
+    if not isinstance(like, DataLoader):
+        return {}
+    options = {name: getattr(like, name) for name in names}
+    if like.batch_size is None and like.batch_sampler is None:  # its `collate_fn` is for single samples
+        del options["collate_fn"]
+    return options
+
+
+def load_like(dataset: Any, like: Any, **settings: Any) -> DataLoader[Any]:
+    """Make a loader over other data, otherwise like this one; of a subclass, with all that the subclass adds.
+
+    Args:
+        dataset: The data.
+        like: A DataLoader; of other loaders nothing is known.
+        **settings: Arguments of `DataLoader` that come first.
+
+    Example:
+        >>> class Doubles(DataLoader):
+        ...     def __iter__(self):
+        ...         return (2 * batch for batch in super().__iter__())
+        >>> list(load_like([5, 6], Doubles([1, 2, 3]), batch_size=2))
+        [tensor([10, 12])]
+    """
+    options = {**loader_options(like), **settings}
+    if options.get("batch_size") is None:
+        options["collate_fn"] = getattr(like, "collate_fn", None)
+    made: DataLoader[Any] = DataLoader(dataset, **options)
+    if not isinstance(like, DataLoader) or type(like) is DataLoader:
+        return made
+    # Constructors of subclasses differ. A copy has what they set; what DataLoader itself sets comes from the new one.
+    twin = copy.copy(like)
+    # lightning/fabric/utilities/data.py `_wrap_init_method` notes with which data a loader was made, to make it again.
+    noted = [name for name in vars(twin) if name.startswith("__pl_saved")]
+    for name in noted:
+        del twin.__dict__[name]
+    twin.__dict__.update(vars(made))
+    return twin
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:
@@ -39,6 +87,47 @@ def own_generators(loader: Any) -> list[torch.Generator]:
     holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def length_of(loader: Any) -> int | None:
+    """Return how many batches a loader says it has; None where it does not.
+
+    Example:
+        >>> length_of(DataLoader([1, 2, 3], batch_size=2)), length_of(iter([1]))
+        (2, None)
+    """
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell a loader, its samplers and its data which pass over them begins, as far as they want to know.
+
+    Args:
+        loader: A loader of any kind.
+        epoch: The number of the pass, from 0.
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    for holder in {id(h): h for h in (loader, getattr(loader, "dataset", None), *holders)}.values():
+        tell = getattr(holder, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
+def stop_workers(loader: Any) -> None:
+    """End the persistent workers of a DataLoader, if it has any; its next pass starts new ones.
+
+    Args:
+        loader: A DataLoader; others are left alone.
+    """
+    iterator = getattr(loader, "_iterator", None) if isinstance(loader, DataLoader) else None
+    if iterator is not None:
+        # torch offers no other way (lightning/pytorch/utilities/combined_loader.py does the same at the end of a fit)
+        getattr(iterator, "_shutdown_workers", lambda: None)()
+        loader._iterator = None
 
 
 def transfer_by_hooks(owner: Any, batch: Any, device: torch.device) -> Any:

@@ -6,7 +6,6 @@ trees, and all objects are reached from the trainer at hand.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.data import _extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
@@ -232,15 +230,6 @@ def data_parallel_group(trainer: Trainer) -> Any | None:
         return None
     mesh = getattr(trainer.strategy, "device_mesh", None)
     return torch.distributed.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
-
-
-def count_samples(batch: Any) -> float:
-    """The number of samples in a batch as Lightning's logging counts them; NaN where that cannot be told."""
-    try:
-        sizes = set(_extract_batch_size(batch))
-    except (MisconfigurationException, RecursionError):
-        return math.nan
-    return float(sizes.pop() or math.nan) if len(sizes) == 1 else math.nan
 
 
 def grad_scaler(trainer: Trainer) -> Any | None:

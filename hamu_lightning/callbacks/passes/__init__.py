@@ -10,9 +10,10 @@ from hamu_lightning.callbacks.passes._forget_pass import (
     split_batch,
 )
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
-from hamu_lightning.callbacks.passes._loaders import copied, twin_loader
+from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
 from hamu_lightning.callbacks.passes._objective import wrap_step
-from hamu_lightning.callbacks.passes._samples import count_shared_samples, split_forget
+from hamu_lightning.callbacks.passes._overlap import count_shared_samples
+from hamu_lightning.callbacks.passes._samples import split_forget
 from hamu_lightning.callbacks.passes._sources import check_disjoint, find_loader, name_sources
 from hamu_lightning.callbacks.passes._streams import ForgetStream
 
@@ -21,6 +22,7 @@ __all__ = [
     "ForgetPass",
     "ForgetStream",
     "FrozenBatchNorm",
+    "MeasuringLoader",
     "ModuleGuard",
     "Recording",
     "batchnorm_frozen",

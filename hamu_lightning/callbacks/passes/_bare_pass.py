@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
@@ -19,9 +19,6 @@ from hamu_lightning.callbacks.passes._streams import ForgetStream
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.loaders import transfer_by_hooks
 from hamu_lightning.randomness import RandomStream
-
-if TYPE_CHECKING:
-    pass
 
 
 class BarePass:
@@ -76,7 +73,7 @@ class BarePass:
         self._random.draw += 1
         with self._random.active(), self._guard.guarding(), without_trainer(self._module):
             batch = _transfer(self._module, next(self.stream), self._device)
-            self.samples = _compat.count_samples(batch)
+            self.samples = self.stream.samples
             arguments = _compat.step_arguments(self._module, batch, self._random.draw - 1)
             loss: Any = _compat.split_step_output(self._module.training_step(*arguments))
             if loss is None:

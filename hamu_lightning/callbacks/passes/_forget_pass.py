@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks.passes._batches import comparing, count_samples, counted
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import copied
+from hamu_lightning.callbacks.passes._objective import is_wrapped
 from hamu_lightning.callbacks.passes._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
@@ -65,7 +68,7 @@ class ForgetPass:
         self.records: Callable[[Recording], None] | None = None
         self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
         self._group = _compat.data_parallel_group(trainer)
-        self._has_samples = True
+        self._has_samples, self._is_compared = True, False
 
     def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None) -> Tensor:
         """Run one forget batch through `step`, the strategy's `training_step`, and accumulate its gradient.
@@ -124,15 +127,16 @@ class ForgetPass:
 
         def mean_loss(loader: Iterable[Any]) -> Tensor:
             losses, sizes = [], []
-            for batch in loader:
+            for batch, size in counted(loader):
                 self._results.batch = batch = _compat.transfer_batch(self._trainer, copied(batch))
                 loss = detached_loss(step(batch, *args[1:], **kwargs))
                 if loss is not None:
                     losses.append(loss)
-                    sizes.append(_compat.count_samples(batch))
+                    sizes.append(size)
             if not losses:
                 raise HAMUStateError("Expected a loss on the held-out data of the target, but it has no batch.")
-            weights = torch.tensor(sizes).nan_to_num(1.0).to(losses[0])
+            # Where one of them is not known, all count the same.
+            weights = torch.tensor(sizes if all(map(math.isfinite, sizes)) else [1.0] * len(sizes)).to(losses[0])
             return torch.stack(losses) @ weights / weights.sum()
 
         with self._isolated(args[0]), torch.no_grad():
@@ -169,13 +173,20 @@ class ForgetPass:
         self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any
     ) -> Tensor | None:
         self._random.draw += 1
+        explaining: AbstractContextManager[None] = nullcontext()
         with self._isolated(batch):
             if batch is None:
                 batch = self._next_batch(args[0])
                 self._results.batch = batch
-            share = self._share(batch)
+                explaining = self._compare(batch, args[0], step)
+                samples = math.nan if self.stream is None else self.stream.samples
+            else:
+                samples = count_samples(batch)
+            share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
-            loss = _compat.split_step_output(step(batch, *args[1:], **kwargs))
+            with explaining:
+                output = step(batch, *args[1:], **kwargs)
+            loss = _compat.split_step_output(output)
             if loss is None:
                 return None
             self.logged = _compat.read_results(self._results) if self._has_samples else {}
@@ -225,7 +236,13 @@ class ForgetPass:
             return copied(retain)
         return _compat.transfer_batch(self._trainer, batch)
 
-    def _share(self, batch: Any) -> Tensor | None:
+    def _compare(self, batch: Any, retain: Any, step: Callable[..., Any]) -> AbstractContextManager[None]:
+        """Compare the first batch with one of the training loader; those for an objective may be of another kind."""
+        is_due = not self._is_compared and self._has_samples and retain is not None and not is_wrapped(step)
+        self._is_compared = True
+        return comparing(batch, retain) if is_due else nullcontext()
+
+    def _share(self, samples: float) -> Tensor | None:
         """What to multiply the mean loss of this process by, so that the mean over processes is that over samples.
 
         None with one process. Where batch sizes cannot be told, all processes that have samples count the same.
@@ -233,8 +250,9 @@ class ForgetPass:
         if self._group is None:
             return None
         has = float(self._has_samples)
+        samples = samples if self._has_samples else 0.0
         device = self._trainer.strategy.root_device
-        own = torch.tensor((_compat.count_samples(batch) * has, has), dtype=widest_float(device), device=device)
+        own = torch.tensor((samples, has), dtype=widest_float(device), device=device)
         total = own.clone()
         torch.distributed.all_reduce(total, group=self._group)
         if not has and total[1] == 0:  # read on the host, but only by a process without samples

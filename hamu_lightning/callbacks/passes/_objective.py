@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hamu_lightning.callbacks import _compat
@@ -28,13 +29,23 @@ def wrap_step(step: Callable[..., Any], objective: Objective | None, trainer: Tr
     """
     if objective is None or isinstance(objective, ModuleLoss):
         return step
-    module = trainer.lightning_module
+    return _ObjectiveStep(step, objective, trainer.lightning_module)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _replaced_training_step(module, objective):
-            return step(*args, **kwargs)
 
-    return run
+def is_wrapped(step: Callable[..., Any]) -> bool:
+    """Whether a step returns an objective in the place of the module's loss."""
+    return isinstance(step, _ObjectiveStep)
+
+
+@dataclass(frozen=True)
+class _ObjectiveStep:
+    step: Callable[..., Any]
+    objective: Objective
+    module: LightningModule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _replaced_training_step(self.module, self.objective):
+            return self.step(*args, **kwargs)
 
 
 @contextmanager

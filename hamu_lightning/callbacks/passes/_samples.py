@@ -1,27 +1,33 @@
-"""Which samples: splitting a dataset, and finding those that two loaders share."""
+"""Which samples: splitting a dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
+from operator import index
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from hamu_lightning.errors import HAMUValueError
 
 
-def split_forget(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[Subset[Any], Subset[Any]]:
+def split_forget(dataset: Dataset[Any], indices: Iterable[int] | Tensor) -> tuple[Subset[Any], Subset[Any]]:
     """Split a dataset into what is to be retained and what is to be forgotten.
 
     Args:
         dataset: A dataset with a length: the training data.
-        indices: The positions of the samples to forget: a list, a range, a tensor or an array of integers.
+        indices: The positions of the samples to forget: a list, a range, a tensor, an array or a column of integers;
+            or a boolean mask with one entry for each sample.
 
     Returns:
         `(retain, forget)`: two disjoint subsets that together are the dataset, in its order.
 
     Raises:
-        HAMUValueError: If an index is out of range, occurs twice, or if one of the two subsets would be empty.
+        HAMUValueError: If an index is no integer, out of range, occurs twice, or if one of the two subsets would be
+            empty.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -29,13 +35,12 @@ def split_forget(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[Subset[
         >>> retain.indices, forget.indices
         ([0, 2, 4], [1, 3])
     """
-    chosen = [int(i) for i in indices]
     size = len(dataset)  # type: ignore[arg-type]
+    chosen = _positions(indices, size)
     outside = [i for i in chosen if not 0 <= i < size]
     if outside:
         raise HAMUValueError(
-            f"Expected `indices` to be in 0 .. {size - 1}, but got {outside[:5]}. "
-            "A boolean mask becomes indices by mask.nonzero()."
+            f"Expected `indices` to be in 0 .. {size - 1}, but got {outside[:5]}. Count from 0, and from the beginning."
         )
     if len(set(chosen)) != len(chosen):
         raise HAMUValueError(f"Expected `indices` to be different, but {len(chosen) - len(set(chosen))} occur twice.")
@@ -47,24 +52,41 @@ def split_forget(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[Subset[
     return Subset(dataset, [i for i in range(size) if i not in forgotten]), Subset(dataset, sorted(chosen))
 
 
-def count_shared_samples(a: object, b: object) -> int:
-    """Count the samples that two loaders share, as far as it can be seen: indices into the same Dataset object."""
-    (base_a, indices_a), (base_b, indices_b) = _trace_indices(a), _trace_indices(b)
-    if base_a is None or base_a is not base_b:
-        return 0
-    return len(indices_a & indices_b)
+def _positions(indices: Any, size: int) -> list[int]:
+    """The positions that indices or a mask stand for.
+
+    Raises:
+        HAMUValueError: If they are neither.
+    """
+    # A tensor, an array or a column of a table becomes a list of Python's own numbers; [k, 1] of `nonzero()` is flat.
+    is_column = hasattr(indices, "to_numpy") and getattr(indices, "ndim", 1) == 1
+    values = indices.to_numpy() if is_column else indices
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.reshape(-1).tolist() if values.ndim == 1 or values.shape[1:] == (1,) else None
+    if isinstance(values, str | bytes | Dataset) or not isinstance(values, Iterable):
+        raise HAMUValueError(f"{_EXPECTED} got {type(indices).__name__}{_shape(indices)}. {_CURE}")
+    values = list(values)
+    flags = [isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) is torch.bool for value in values]
+    if any(flags):
+        if not all(flags) or len(values) != size:
+            raise HAMUValueError(
+                f"{_EXPECTED} got {sum(flags)} of True or False among {len(values)} values for {size} samples. A mask "
+                "has one of them for each sample of the dataset."
+            )
+        return [i for i, is_chosen in enumerate(values) if is_chosen]
+    try:
+        return [index(value) for value in values]
+    except (TypeError, RuntimeError, ValueError) as error:
+        kinds = ", ".join(sorted({type(value).__name__ for value in values if not isinstance(value, int)}))
+        raise HAMUValueError(f"{_EXPECTED} got {kinds} among them. {_CURE}") from error
 
 
-def _trace_indices(loader: object) -> tuple[object, set[int]]:
-    """The dataset behind a loader's subsets, and the indices into it; `(None, {})` where there are none to see."""
-    dataset = getattr(loader, "dataset", None)
-    layers = []
-    while isinstance(dataset, Subset):
-        layers.append(dataset.indices)
-        dataset = dataset.dataset
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-        return None, set()
-    indices = range(len(dataset))
-    for layer in reversed(layers):
-        indices = [indices[int(i)] for i in layer]  # type: ignore[assignment]
-    return dataset, set(indices)
+def _shape(value: Any) -> str:
+    return f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+
+
+_EXPECTED = "Expected `indices` to be positions, each an integer, or a boolean mask of the length of the dataset, but"
+_CURE = (
+    "Numbers that were read as text or as floats (a gap in a column does that) have to be cleaned and made integers "
+    "first; names become positions by looking them up."
+)

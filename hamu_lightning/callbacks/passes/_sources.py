@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
-from hamu_lightning.callbacks.passes._samples import count_shared_samples
-from hamu_lightning.loaders import loader_options
+from hamu_lightning.callbacks.passes._overlap import count_shared_samples
+from hamu_lightning.loaders import load_like
 from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:
@@ -45,17 +48,12 @@ def find_loader(
             f"`forget_dataloader()`, and the training loader does not yield {{'retain': ..., {name!r}: ...}}. "
             "Pass HAMUCallback(forget=loader_or_dataset, ...)."
         )
-    is_dataset = isinstance(source, Dataset)
+    check_can_be_read(name, source)
+    is_dataset = is_data(source)
     if batch_size is not None and not is_dataset:
         raise HAMUMisconfigurationError(
             f"Expected `batch_size` to go with a Dataset, but {name!r} is a {type(source).__name__}, which has its own "
             "batch size. Set it there."
-        )
-    is_collection = isinstance(source, list | tuple) and any(isinstance(part, DataLoader) for part in source)
-    if is_collection or isinstance(source, Mapping) or not (isinstance(source, Iterable) or is_dataset):
-        raise HAMUMisconfigurationError(
-            f"Expected the data of {name!r} to be a DataLoader, a Dataset or None, but got {type(source).__name__}. "
-            "Several loaders become one by CombinedLoader(loaders, 'max_size_cycle')."
         )
     check_not_empty(source)
     loader = _build_loader(source, train, batch_size) if is_dataset else source
@@ -63,6 +61,38 @@ def find_loader(
     if is_forgotten:
         warn_about_shared_samples(train, loader)
     return loader
+
+
+def is_data(source: Any) -> bool:
+    """Whether something holds samples, which have to be loaded, and not batches."""
+    is_indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    return isinstance(source, Dataset) or (is_indexed and not isinstance(source, list | tuple | deque | DataLoader))
+
+
+def check_can_be_read(name: str, source: Any) -> None:
+    """Raise unless something is a loader, a list of batches, or data to load.
+
+    Raises:
+        HAMUMisconfigurationError: Otherwise.
+    """
+    cure = "Several loaders become one by CombinedLoader(loaders, 'max_size_cycle')."
+    is_collection = isinstance(source, list | tuple) and any(isinstance(part, DataLoader) for part in source)
+    is_wrong = is_collection or isinstance(source, Mapping)
+    if isinstance(source, type) or not (isinstance(source, Iterable) or is_data(source)):
+        is_wrong, cure = True, "Give the loader itself, or the data."
+    elif isinstance(source, str | bytes | bytearray | memoryview):
+        is_wrong, cure = True, "Load what it names, and give the data."
+    elif isinstance(source, Tensor | np.ndarray):
+        is_wrong = True
+        cure = "Tensors become a Dataset by TensorDataset(x, y), positions one by split_forget(dataset, positions)."
+    elif isinstance(source, Iterator):
+        is_wrong = True
+        cure = "What is used up by reading it once cannot be read for several passes: give what makes it, or a list."
+    if is_wrong:
+        raise HAMUMisconfigurationError(
+            f"Expected the data of {name!r} to be a DataLoader, a Dataset or None, but got {type(source).__name__}. "
+            f"{cure}"
+        )
 
 
 def check_not_empty(source: Any) -> None:
@@ -96,18 +126,20 @@ def _call_hook(trainer: Trainer) -> Any:
     return None
 
 
-def _build_loader(dataset: Dataset[Any], train: Any, batch_size: int | None) -> DataLoader[Any]:
+def _build_loader(dataset: Any, train: Any, batch_size: int | None) -> DataLoader[Any]:
     """A shuffling loader over the dataset, otherwise like the training loader."""
     like = train if isinstance(train, DataLoader) else None
-    if batch_size is None:
-        batch_size = getattr(like, "batch_size", None)
+    is_stream = isinstance(dataset, IterableDataset)
+    if batch_size is None and like is not None and like.batch_size is None and like.batch_sampler is None:
+        return load_like(dataset, like, batch_size=None, shuffle=not is_stream)  # its samples are ready batches
+    batch_size = batch_size or getattr(like, "batch_size", None)
     if batch_size is None:
         raise HAMUMisconfigurationError(
             "Expected a batch size for the Dataset to forget, but the training loader has none to follow. "
-            "Pass HAMUCallback(batch_size=...), or a DataLoader as `forget`."
+            "Pass HAMUCallback(batch_size=...), or a DataLoader as `forget`; where the Dataset yields ready batches, "
+            "DataLoader(dataset, batch_size=None)."
         )
-    is_stream = isinstance(dataset, IterableDataset)
-    return DataLoader(dataset, batch_size=batch_size, shuffle=not is_stream, **loader_options(like))
+    return load_like(dataset, like, batch_size=batch_size, shuffle=not is_stream)
 
 
 def name_sources(rule: Rule, forget: Any, protect: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
+from hamu_lightning.callbacks.passes._batches import BatchSizes
 from hamu_lightning.callbacks.passes._loaders import copied
 from hamu_lightning.errors import HAMUStateError
-from hamu_lightning.loaders import own_generators
+from hamu_lightning.loaders import length_of, own_generators, set_epoch, stop_workers
 from hamu_lightning.randomness import RandomStream
 
 
@@ -24,7 +26,12 @@ class ForgetStream:
         loader: The forget loader.
         random: All draws, those of `iter()` among them, come from this stream; it must be active around `next()`, and
             advance by one draw for each batch.
+
+    Attributes:
+        samples: How many samples the last batch had; NaN where that cannot be told.
     """
+
+    samples = math.nan
 
     def __init__(self, loader: Iterable[Any], random: RandomStream) -> None:
         self.loader = loader
@@ -35,15 +42,15 @@ class ForgetStream:
         # A loader that collates makes new objects for each batch. Others may hand out the same one again, and modules
         # edit batches in place.
         self._hands_out_new = all(isinstance(p, DataLoader) and p.batch_sampler is not None for p in self._loaders)
+        # The length of an IterableDataset is a guess: workers add remainders of their own. Its end is where it ends.
+        self._has_length = not any(isinstance(getattr(p, "dataset", None), IterableDataset) for p in self._loaders)
+        self._sizes = BatchSizes(loader)
         random.generators = [generator for part in self._loaders for generator in own_generators(part)]
 
     @property
     def length(self) -> int | None:
         """How many batches a pass has, where the loader knows."""
-        try:
-            return len(self.loader)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            return None
+        return length_of(self.loader)
 
     def __next__(self) -> Any:
         """Return the next batch, beginning a new pass where one has ended.
@@ -52,7 +59,7 @@ class ForgetStream:
             EmptyStreamError: If a whole pass has no batch.
         """
         # Some loaders end with an error instead of StopIteration: their length says when a pass is over.
-        if self._iterator is None or self._taken == self.length:
+        if self._iterator is None or (self._has_length and self._taken == self.length):
             self._begin_pass()
         batch = self._take()
         if batch is _END:
@@ -60,8 +67,15 @@ class ForgetStream:
             batch = self._take()
         if batch is _END:
             raise EmptyStreamError(EMPTY_STREAM)
+        self.samples = self._sizes.count(batch, self._taken)
         self._taken += 1
         return batch if self._hands_out_new else copied(batch)
+
+    def close(self) -> None:
+        """Let persistent workers go."""
+        self._iterator = None
+        for part in self._loaders:
+            stop_workers(part)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, in numbers."""
@@ -88,9 +102,7 @@ class ForgetStream:
         # The end of the last pass may have drawn; a resumed run does not see it.
         self._random.reseed()
         for part in self._loaders:
-            set_epoch = getattr(getattr(part, "sampler", None), "set_epoch", None)
-            if callable(set_epoch):
-                set_epoch(self._pass)
+            set_epoch(part, self._pass)
         self._iterator = iter(self.loader)
         self._pass, self._taken = self._pass + 1, 0
 

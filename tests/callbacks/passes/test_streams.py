@@ -112,11 +112,28 @@ def test_loaders_that_end_with_an_error_and_lists_of_batches() -> None:
     assert [b[0].item() for b in batches] == [0, 1]
 
 
-@pytest.mark.parametrize("indices", [[1, 3], range(2), torch.tensor([0, 4]), np.array([2])])
-def test_split(indices: Any) -> None:
+MASK = [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("indices", "positions"),
+    [
+        ([1, 3], [1, 3]),
+        (range(2), [0, 1]),
+        (torch.tensor([0, 4]), [0, 4]),
+        (np.array([2]), [2]),
+        ([np.int32(3), torch.tensor(1)], [1, 3]),
+        (torch.tensor(MASK).nonzero(), [1, 3]),
+        (MASK, [1, 3]),
+        (np.array(MASK), [1, 3]),
+        (torch.tensor(MASK), [1, 3]),
+        (list(torch.tensor(MASK)), [1, 3]),
+    ],
+)
+def test_split(indices: Any, positions: list[int]) -> None:
     retain, forget = split_forget(TensorDataset(torch.arange(5)), indices)
     assert sorted([*retain.indices, *forget.indices]) == list(range(5))
-    assert list(forget.indices) == [int(i) for i in indices]
+    assert forget.indices == positions
 
 
 @pytest.mark.parametrize(
@@ -127,6 +144,17 @@ def test_split(indices: Any) -> None:
         ([1, 1], "but 1 occur twice"),
         ([], "but got 0 of 5 to forget"),
         (range(5), "but got 5 of 5 to forget"),
+        ([3.7], "each an integer, or a boolean mask .* but got float among them"),
+        (np.array([3.0]), "but got float among them"),
+        (["3"], "but got str among them"),
+        ("12", "but got str"),
+        (b"12", "but got bytes"),
+        (3, "but got int"),
+        (None, "but got NoneType"),
+        (torch.tensor([[1, 2], [3, 4]]), r"but got Tensor of shape \[2, 2\]"),
+        (TensorDataset(torch.arange(2)), "but got TensorDataset"),
+        (MASK[:3], "but got 3 of True or False among 3 values for 5 samples"),
+        ([True, 2, 3, 4, 0], "but got 1 of True or False among 5 values"),
     ],
 )
 def test_bad_splits(indices: Any, message: str) -> None:
