@@ -131,7 +131,7 @@ class HAMUCallback(Callback):
         passes, steps = take_deprecated(passes, steps, deprecated)
         self.settings = FitSettings(
             forget=forget,
-            protect=dict(protect or {}),
+            protect={} if protect is None else protect,
             rule=choose_rule(rule, target, schedule, passes.every_n_steps),
             schedule=schedule,
             objective=objective,

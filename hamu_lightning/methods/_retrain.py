@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from hamu_lightning.checks import check_seed, check_type, store
 from hamu_lightning.methods._data import in_order
 from hamu_lightning.methods._fingerprint import fingerprint, hash_batches, hash_tensors
 from hamu_lightning.methods._fitting import fit
@@ -32,6 +33,9 @@ class Retrain:
         seed: Seed of the initial weights and of the fit.
         cache: A folder for the weights; None keeps none.
 
+    Raises:
+        HAMUValueError: If an argument is of another kind.
+
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> Retrain(BoringModel, {"max_epochs": 12}).seed
@@ -42,6 +46,12 @@ class Retrain:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     cache: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        check_type("module_factory", self.module_factory, Callable, "a function that makes a fresh LightningModule")
+        check_type("options", self.options, Mapping, "a dict of arguments of the Trainer")
+        check_type("cache", self.cache, str | Path | None, "a folder, or None")
+        store(self, seed=check_seed(self.seed))
 
     def __call__(
         self, module: LightningModule | None, datamodule: DataSource, forget: Forget | None = None

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives._base import BatchPass
-from hamu_lightning.objectives._keys import Key, mix, sample_keys
-from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
+from hamu_lightning.objectives._keys import Key, as_key, mix
+from hamu_lightning.objectives._outputs import Outputs, as_outputs
 from hamu_lightning.objectives._reference import Reference, evaluating
 
 
@@ -38,7 +38,7 @@ class CachedLogits(Reference):
     """
 
     def __init__(self, folder: str | Path, *, key: Key | None = None) -> None:
-        self._folder, self._key = Path(folder), key or sample_keys
+        self._folder, self._key = Path(folder), as_key(key)
         self._rows: dict[int, Tensor] = {}
 
     def fill(self, module: nn.Module, batches: Iterable[Any], *, outputs: Outputs | None = None) -> CachedLogits:
@@ -49,7 +49,7 @@ class CachedLogits(Reference):
             batches: A loader; its batches go to the module's device.
             outputs: As for the objective.
         """
-        outputs = outputs or ModuleOutputs()
+        outputs = as_outputs(outputs)
         device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
         self._folder.mkdir(parents=True, exist_ok=True)
         self._open()

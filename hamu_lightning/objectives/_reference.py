@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hamu_lightning.checks import check_type
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives._base import BatchPass
 from hamu_lightning.objectives._outputs import Outputs, Prediction
@@ -70,6 +71,7 @@ class FrozenCopy(Reference):
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
+        check_type("module", module, nn.Module | None, "a model to compare with, or None for a copy of the trained one")
         self._given = module
         self._copy: nn.Module | None = None
         self._weights: dict[str, Any] | None = None
@@ -108,6 +110,18 @@ class FrozenCopy(Reference):
             frozen.load_state_dict(self._weights)
             self._weights = None
         return frozen
+
+
+def as_reference(reference: Reference | None) -> Reference:
+    """The reference that an objective was given; a frozen copy of the trained module by default.
+
+    Raises:
+        HAMUValueError: If it is none.
+    """
+    cure = "A model of your own goes in as FrozenCopy(model)."
+    wanted = "FrozenCopy(), AdaptersDisabled() or CachedLogits(folder)"
+    check_type("reference", reference, Reference | None, wanted, cure)
+    return FrozenCopy() if reference is None else reference
 
 
 class AdaptersDisabled(Reference):
