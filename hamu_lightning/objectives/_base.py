@@ -22,6 +22,10 @@ class Stateful(Protocol):
         """Return the state."""
         ...
 
+    def final_state_dict(self) -> dict[str, Any]:
+        """Return the state for the checkpoint of a fit that has ended."""
+        ...
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a state over; an empty one makes a fresh start."""
         ...
@@ -99,6 +103,11 @@ class Objective(ABC):
         """Return what has to be in a checkpoint: tensors, numbers and dicts of them."""
         states = {name: part.state_dict() for name, part in self._stateful().items()}
         return {name: state for name, state in states.items() if state}
+
+    def final_state_dict(self) -> dict[str, Any]:
+        """Return the same for a fit that has ended: without what only a running one needs, such as a second model."""
+        states = {name: part.final_state_dict() for name, part in self._stateful().items()}
+        return {**self.state_dict(), **{name: state for name, state in states.items() if state}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned; an empty dict makes a fresh start."""

@@ -173,6 +173,10 @@ class RandomTeacher(FrozenCopy):
         return {}
 
     @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._copy = None
+
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_seed": self._seed}
 
