@@ -17,6 +17,9 @@ from hamu_lightning.methods._protocol import DataSource, Forget
 from hamu_lightning.methods._storage import load_weights, save_weights
 from hamu_lightning.randomness import RandomStream
 
+# Files of another format are not looked at.
+_FORMAT = "weights with a seal"
+
 
 @dataclass(frozen=True)
 class Retrain:
@@ -35,6 +38,7 @@ class Retrain:
 
     Raises:
         HAMUValueError: If an argument is of another kind.
+        HAMUStateError: If a file of the cache is broken, or holds other weights than were written there.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -83,7 +87,7 @@ class Retrain:
         data = (hash_batches(in_order(loader)), getattr(loader, "drop_last", None))
         plain = {k: v for k, v in vars(fresh).items() if isinstance(v, bool | int | float | str)}
         weights = hash_tensors(list(fresh.state_dict().items()))
-        settings = (dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed)
+        settings = (dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed, _FORMAT)
         return Path(self.cache) / f"{fingerprint(data, weights, *settings)}.pt"
 
 
