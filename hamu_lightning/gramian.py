@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_count, describe
 from hamu_lightning.errors import HAMUValueError
 
 if TYPE_CHECKING:
@@ -53,18 +54,16 @@ def compute_gramian(*grads: Sequence[Tensor | None], blocks: Sequence[int] | Non
         tensor([[[25.,  3.],
                  [ 3.,  1.]]], dtype=torch.float64)
     """
-    n, n_tensors = len(grads), len(grads[0]) if grads else 0
-    if n == 0 or any(len(g) != n_tensors for g in grads):
-        raise HAMUValueError(
-            f"Expected `grads` to be lists of equal length, but got lengths {[len(g) for g in grads]}. "
-            "Give one list per objective, with None where a tensor has no gradient."
-        )
-    if blocks is not None and len(blocks) != n_tensors:
-        raise HAMUValueError(
-            f"Expected `blocks` to hold one index per tensor ({n_tensors}), but got {len(blocks)} indices."
-        )
+    _check_lists(grads, blocks)
+    n, n_tensors = len(grads), len(grads[0])
     rows = list(zip(*grads, strict=True))
     first = [next((g for g in row if g is not None), None) for row in rows]
+    for row, tensor in zip(rows, first, strict=True):
+        if any(g is not None and (not isinstance(g, Tensor) or g.shape != tensor.shape) for g in row):  # type: ignore[union-attr]
+            raise HAMUValueError(
+                "Expected the gradients of one tensor to be tensors of its shape, or None, but got "
+                f"{', '.join(map(describe, row))}."
+            )
     device = next((g.device for g in first if g is not None), torch.device("cpu"))
     is_sharded = any(g is not None and _mesh(g) is not None for g in first)
     keys = range(n_tensors) if blocks is None or is_sharded else blocks  # shards are summed tensor by tensor
@@ -132,8 +131,26 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def _check_lists(grads: Sequence[Sequence[Tensor | None]], blocks: Sequence[int] | None) -> None:
+    lists = [grad if isinstance(grad, list | tuple) else None for grad in grads]
+    lengths = [None if grad is None else len(grad) for grad in lists]
+    if not grads or None in lengths or len(set(lengths)) > 1:
+        raise HAMUValueError(
+            f"Expected `grads` to be lists of equal length, but got {', '.join(map(describe, grads)) or 'none'}. "
+            "Give one list per objective, with None where a tensor has no gradient."
+        )
+    if blocks is None:
+        return
+    if not isinstance(blocks, Sequence) or len(blocks) != lengths[0]:
+        raise HAMUValueError(
+            f"Expected `blocks` to hold one index per tensor ({lengths[0]}), but got {describe(blocks)}."
+        )
+    for index in set(blocks):
+        check_count("blocks", index, least=0)
+
+
 def _label_function(blocks: Blocks) -> Callable[[str], str]:
-    if callable(blocks):
+    if callable(blocks) and not isinstance(blocks, type):
         return blocks
     match blocks:
         case "tensor":
@@ -143,7 +160,8 @@ def _label_function(blocks: Blocks) -> Callable[[str], str]:
         case "global":
             return lambda name: "global"
     raise HAMUValueError(
-        f"Expected `blocks` to be 'tensor', 'layer', 'global' or a function from a name to a label, but got {blocks!r}."
+        f"Expected `blocks` to be 'tensor', 'layer', 'global' or a function from a name to a label, but got "
+        f"{describe(blocks)}."
     )
 
 

@@ -21,6 +21,7 @@ LAYERS = (
     "tolerances",
     "randomness",
     "loaders",
+    "files",
     "rules",
     "solvers",
     "optim",
@@ -42,7 +43,7 @@ HOMES = {
     "torchjd": {"solvers"},
 }
 # Layers that import torch, the standard library and the backport of typing, and nothing else.
-PURE = {"errors", "checks", "gramian", "tolerances", "loaders", "rules"}
+PURE = {"errors", "checks", "gramian", "tolerances", "loaders", "files", "rules"}
 PURE_IMPORTS = {"torch", "typing_extensions", "hamu_lightning"} | sys.stdlib_module_names
 
 # Private files and names that a module of another package may import: for each importer and what it imports the reason.

@@ -258,6 +258,17 @@ def count_steps_left(trainer: Trainer) -> float:
     return float(trainer.estimated_stepping_batches) - trainer.global_step
 
 
+def has_ended(trainer: Trainer) -> bool:
+    """Whether the fit has trained on its last batch; checkpoints are saved after it as well."""
+    loop, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop.batch_progress
+    # An error may have come in the middle of a batch.
+    is_done = batches.current.processed >= batches.current.ready  # type: ignore[attr-defined]
+    epochs = float("inf") if loop.max_epochs in (None, -1) else loop.max_epochs
+    is_last = batches.is_last_batch and loop.epoch_progress.current.ready >= epochs
+    is_last |= 0 <= loop.max_steps <= trainer.global_step or (trainer.should_stop and can_stop(trainer))
+    return bool(is_done and is_last)
+
+
 def can_stop(trainer: Trainer) -> bool:
     """Whether `should_stop` ends the fit now; False before `min_steps` and `min_epochs`."""
     return bool(trainer.fit_loop._can_stop_early)

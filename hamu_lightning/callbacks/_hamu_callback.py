@@ -131,7 +131,7 @@ class HAMUCallback(Callback):
         passes, steps = take_deprecated(passes, steps, deprecated)
         self.settings = FitSettings(
             forget=forget,
-            protect=dict(protect or {}),
+            protect={} if protect is None else protect,
             rule=choose_rule(rule, target, schedule, passes.every_n_steps),
             schedule=schedule,
             objective=objective,
@@ -279,6 +279,7 @@ class HAMUCallback(Callback):
         trainer.callback_metrics.update(account.totals())
         self._summary, self._costs = account.summary(), account.mean_costs()
         rank_zero_info(self._summary)
+        fit.parts.release()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

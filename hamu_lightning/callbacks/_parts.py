@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._checks import check_own_optimizer, check_sketch, check_target, wrap_optimizer
 from hamu_lightning.callbacks._groups import Groups
 from hamu_lightning.callbacks._journal import Journal
@@ -84,6 +85,11 @@ class Parts:
         self.groups.add(settings, name)
         self.journal.add_group(name)
 
+    def release(self) -> None:
+        """Let go of what only a running fit needs."""
+        for objective in self.settings.objectives.values():
+            objective.load_state_dict(objective.final_state_dict())
+
     @property
     def is_deciding(self) -> bool:
         """Whether something may end the fit before a step."""
@@ -99,7 +105,11 @@ class Parts:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in tensors, numbers, strings, lists and dicts."""
-        objectives = {name: objective.state_dict() for name, objective in self.settings.objectives.items()}
+        has_ended = _compat.has_ended(self.trainer)
+        objectives = {
+            name: objective.final_state_dict() if has_ended else objective.state_dict()
+            for name, objective in self.settings.objectives.items()
+        }
         return {
             "groups": self.groups.state_dict(),
             **({"objectives": objectives} if objectives else {}),

@@ -12,6 +12,17 @@ from torch import Tensor
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals import StopCondition, VerifySteps, as_target
 from hamu_lightning.callbacks.passes import name_sources
+from hamu_lightning.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_optional,
+    check_seed,
+    check_type,
+    describe,
+    is_iterable,
+    store,
+)
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import Objective
 from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, Schedule, TargetQuota, check_schedule
@@ -49,12 +60,13 @@ class PassOptions:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.batchnorm not in get_args(BatchNormMode):
-            raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {self.batchnorm!r}.")
-        for name in ("every_n_steps", "batch_size", "groups_per_step"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise HAMUValueError(f"Expected `{name}` to be at least 1, but got {number}.")
+        check_choice("batchnorm", self.batchnorm, get_args(BatchNormMode))
+        store(
+            self,
+            batch_size=check_optional(check_count, "batch_size", self.batch_size),
+            every_n_steps=check_count("every_n_steps", self.every_n_steps),
+            groups_per_step=check_optional(check_count, "groups_per_step", self.groups_per_step),
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,9 @@ class StepOptions:
         mask: For names of the module's parameters a bool tensor each, True where a weight may move, such as
             `compute_saliency_mask(module, forget_loader)`.
 
+    Raises:
+        HAMUValueError: If an argument is out of its range.
+
     Example:
         >>> StepOptions(exact=True).track_actual
         False
@@ -79,6 +94,16 @@ class StepOptions:
     track_actual: bool = False
     sketch: int | None = None
     mask: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        store(
+            self,
+            exact=check_flag("exact", self.exact),
+            track_actual=check_flag("track_actual", self.track_actual),
+            sketch=check_optional(check_count, "sketch", self.sketch),
+        )
+        check_type("mask", self.mask, Mapping | None, "a dict of bool tensors by the names of weights")
 
 
 class DeprecatedOptions(TypedDict, total=False):
@@ -108,6 +133,8 @@ def take_deprecated(
         TypeError: If a name is none of them.
         HAMUValueError: If an option is given in both ways.
     """
+    check_type("passes", passes, PassOptions, "PassOptions(...)")
+    check_type("steps", steps, StepOptions, "StepOptions(...)")
     given: dict[str, Any] = {"passes": passes, "steps": steps}
     homes = {f.name: home for home, options in given.items() for f in fields(options)}
     options = dict(given)
@@ -154,7 +181,16 @@ class FitSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        """Check what depends on several of them."""
+        """Check them, and what depends on several of them."""
+        store(
+            self,
+            preflight=check_flag("preflight", self.preflight),
+            progress_bar=check_flag("progress_bar", self.progress_bar),
+            seed=check_seed(self.seed),
+        )
+        store(self, protect=dict(check_type("protect", self.protect, Mapping, "a dict of loaders by name")))
+        check_sources("forget", self.forget)
+        check_sources("protect", self.protect)
         if self.rule is not None and (self.protect or isinstance(self.forget, Mapping)):
             name_sources(self.rule, self.forget, self.protect)
         check_objectives(self.objective, self.retain_objective)
@@ -171,7 +207,7 @@ class FitSettings:
         if is_fixed or not isinstance(rule, FeasibleDirection) or not isinstance(self.forget, Mapping):
             raise HAMUMisconfigurationError(
                 "Expected named requests and a rule for several groups, HAMUCallback({name: loader}, "
-                f"FeasibleDirection({{name: quota}})), to add a request to, but got {self.schedule or rule!r}."
+                f"FeasibleDirection({{name: quota}})), to add a request to, but got {describe(self.schedule or rule)}."
             )
         if name in rule.groups:
             raise HAMUValueError(f"Expected a new name for the request, but {name!r} is one of {rule.groups}.")
@@ -199,17 +235,13 @@ def choose_rule(rule: Any, target: Any, schedule: Any, every_n_steps: int) -> Ru
                 "HAMUQ(quota=TargetQuota(target), radius=...)."
             )
         rule = HAMUQ(TargetQuota(as_target(target)), radius=RelativeRadius(_TARGET_RADIUS))
-    if not isinstance(rule, Rule | None):
-        raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
-    return rule
+    chosen: Rule | None = check_type("rule", rule, Rule | None, "a rule such as HAMUQ(quota=1e-3)")
+    return chosen
 
 
 def check_alone(schedule: Any, **others: Any) -> None:
     """Raise unless a schedule can be used, and nothing is given that it decides."""
-    if not isinstance(schedule, Schedule):
-        raise HAMUValueError(
-            f"Expected `schedule` to be a schedule such as Alternate(max_epochs=3), but got {schedule!r}."
-        )
+    check_type("schedule", schedule, Schedule, "a schedule such as Alternate(max_epochs=3)")
     check_schedule(schedule)
     given = [name for name, value in others.items() if value is not None]
     if given:
@@ -223,18 +255,25 @@ def choose_verification(verify: Any, *, has_target: bool) -> VerifySteps | None:
     """Return how steps are verified: as the user says, and by default where there is a target."""
     if verify is None:
         verify = has_target
-    if not isinstance(verify, VerifySteps | bool):
-        raise HAMUValueError(f"Expected `verify` to be VerifySteps(...), True or False, but got {verify!r}.")
-    return VerifySteps() if verify is True else verify or None
+    if isinstance(verify, VerifySteps):
+        return verify
+    check_type("verify", verify, bool, "VerifySteps(...), True or False")
+    return VerifySteps() if verify else None
+
+
+def check_sources(name: str, sources: object) -> None:
+    """Raise unless something, or all that it maps names to, can be data."""
+    for source in sources.values() if isinstance(sources, Mapping) else [sources]:
+        if source is not None and not is_iterable(source):
+            raise HAMUValueError(
+                f"Expected the data of `{name}` to be a DataLoader or a Dataset, but got {describe(source)}."
+            )
 
 
 def check_objectives(objective: object, retain_objective: object) -> None:
     """Raise unless both are objectives, or None, that make sense on their streams."""
     for name, value in (("objective", objective), ("retain_objective", retain_objective)):
-        if not isinstance(value, Objective | None):
-            raise HAMUValueError(
-                f"Expected `{name}` to be one of hamu_lightning.objectives, such as NPO(beta=0.1), but got {value!r}."
-            )
+        check_type(name, value, Objective | None, "one of hamu_lightning.objectives, such as NPO(beta=0.1)")
     if isinstance(retain_objective, Objective) and retain_objective.is_forget_only:
         raise HAMUValueError(
             "Expected `retain_objective` to be something to lower on the retain data, but got "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
+from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.methods._data import joined, with_train_loader
 from hamu_lightning.methods._evaluation import Parts, Seen, evaluate_parts, measure
 from hamu_lightning.methods._fingerprint import fingerprint
@@ -93,13 +94,19 @@ class Bench:
         """Return the run of a method: read if it is there, else made and written."""
         method = with_seed(method, self._seed)
         key = fingerprint(self._problem.key, self._seed, method)
-        file = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-seed{self._seed}-trial{trial}-{key}.json"
+        file = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:80]}-seed{self._seed}-trial{trial}-{key}.json"
         path = self._problem.out / "runs" / file
         found = load_json(path)
         if found is None:
             found = asdict(self._make(name, trial, value, method))
             save_json(path, found)
-        return Run(**{**found, "name": name, "trial": trial, "path": [tuple(point) for point in found["path"]]})
+        try:
+            return Run(**{**found, "name": name, "trial": trial, "path": [tuple(point) for point in found["path"]]})
+        except (TypeError, KeyError) as error:
+            raise HAMUStateError(
+                f"Expected {str(path)!r} to be a run that `compare` wrote, but it has other entries. Delete it; it is "
+                "then run again."
+            ) from error
 
     def _make(self, name: str, trial: int, value: float | None, method: Method) -> Run:
         problem = self._problem

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from hamu_lightning.checks import check_choice, check_count, check_seed, check_type
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods._bench import Bench, Problem, Run
 from hamu_lightning.methods._comparison import REFERENCES, Comparison
@@ -79,8 +80,14 @@ def compare(
         >>> methods = {"SSD": Search(SSD, 0.3, 5.0), "Fisher noise": Search(FisherForgetting, 1e-12, 1e-8)}
         >>> # print(compare(MyModule, datamodule, forget, methods, out="runs", options={"max_epochs": 12}).table())
     """
+    check_type("module_factory", module_factory, Callable, "a function that makes a fresh LightningModule")
+    check_type("methods", methods, Mapping | Sequence, "a dict of methods by name, or a list of methods")
+    check_type("out", out, str | Path, "a folder")
+    check_type("options", options, Mapping | None, "a dict of arguments of the Trainer")
+    check_type("metrics", metrics, Mapping | None, "a dict of functions by name")
+    check_type("datamodule", datamodule, DataSource, "a LightningDataModule, or an object with `train_dataloader()`")
     named = _name(methods)
-    _check(named, seeds, trials, tune_by)
+    _check(named, seeds, trials, tune_by, path_every)
     folder, options, metrics = Path(out), dict(options or {}), dict(metrics or {})
     parts = _find_parts(datamodule, forget)
     contents = [hash_batches(part) for part in (parts.retain, parts.forget, parts.val, parts.test)]
@@ -119,15 +126,18 @@ def _name(methods: Mapping[str, Method | Search] | Sequence[Method]) -> dict[str
     return dict(zip(names, methods, strict=True))
 
 
-def _check(methods: Mapping[str, Any], seeds: Sequence[int], trials: int, tune_by: str) -> None:
+def _check(methods: Mapping[str, Any], seeds: Sequence[int], trials: int, tune_by: str, path_every: int) -> None:
     if reserved := set(methods) & set(REFERENCES):
         raise HAMUValueError(f"Expected other names than {sorted(reserved)}, which the two references have.")
-    if not seeds or len(set(seeds)) < len(seeds):
+    check_type("seeds", seeds, Sequence, "a list of seeds")
+    if not seeds or len({check_seed(seed, "seeds") for seed in seeds}) < len(seeds):
         raise HAMUValueError(f"Expected different `seeds`, at least one, but got {list(seeds)}.")
-    if trials < 1:
-        raise HAMUValueError(f"Expected `trials` to be at least 1, but got {trials}.")
-    if tune_by not in get_args(TuneBy):
-        raise HAMUValueError(f"Expected `tune_by` to be 'retrained' or 'validation', but got {tune_by!r}.")
+    check_count("trials", trials)
+    check_count("path_every", path_every)
+    check_choice("tune_by", tune_by, get_args(TuneBy))
+    for name, method in methods.items():
+        check_type("methods", name, str, "a dict of methods by name, or a list of methods")
+        check_type(f"methods[{name!r}]", method, Callable | Search, "a method, or a Search for one")
 
 
 def _find_parts(datamodule: DataSource, forget: Forget) -> Parts:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from hamu_lightning.checks import check_number, check_positive, check_seed, store
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods._data import hooked, in_order
 from hamu_lightning.methods._fisher import expected_fisher
@@ -47,10 +48,9 @@ class FisherForgetting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.alpha >= 0:
-            raise HAMUValueError(f"Expected `alpha` to be at least 0, but got {self.alpha}. Begin with 1e-9.")
-        if not self.damping > 0:
-            raise HAMUValueError(f"Expected `damping` to be positive, but got {self.damping}. The default is 1e-4.")
+        alpha = check_number("alpha", self.alpha, least=0, cure="Begin with 1e-9.")
+        damping = check_positive("damping", self.damping, "The default is 1e-4.")
+        store(self, alpha=alpha, damping=damping, seed=check_seed(self.seed))
 
     def __call__(self, module: LightningModule, datamodule: DataSource, forget: Forget) -> LightningModule:
         """Return a copy with noise on its weights. Only the retain data are looked at."""

@@ -9,12 +9,16 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from hamu_lightning.checks import check_seed, check_type, store
 from hamu_lightning.methods._data import in_order
 from hamu_lightning.methods._fingerprint import fingerprint, hash_batches, hash_tensors
 from hamu_lightning.methods._fitting import fit
 from hamu_lightning.methods._protocol import DataSource, Forget
 from hamu_lightning.methods._storage import load_weights, save_weights
 from hamu_lightning.randomness import RandomStream
+
+# Files of another format are not looked at.
+_FORMAT = "weights with a seal"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Retrain:
         seed: Seed of the initial weights and of the fit.
         cache: A folder for the weights; None keeps none.
 
+    Raises:
+        HAMUValueError: If an argument is of another kind.
+        HAMUStateError: If a file of the cache is broken, or holds other weights than were written there.
+
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> Retrain(BoringModel, {"max_epochs": 12}).seed
@@ -42,6 +50,12 @@ class Retrain:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     cache: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        check_type("module_factory", self.module_factory, Callable, "a function that makes a fresh LightningModule")
+        check_type("options", self.options, Mapping, "a dict of arguments of the Trainer")
+        check_type("cache", self.cache, str | Path | None, "a folder, or None")
+        store(self, seed=check_seed(self.seed))
 
     def __call__(
         self, module: LightningModule | None, datamodule: DataSource, forget: Forget | None = None
@@ -73,7 +87,7 @@ class Retrain:
         data = (hash_batches(in_order(loader)), getattr(loader, "drop_last", None))
         plain = {k: v for k, v in vars(fresh).items() if isinstance(v, bool | int | float | str)}
         weights = hash_tensors(list(fresh.state_dict().items()))
-        settings = (dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed)
+        settings = (dict(fresh.hparams), plain, self.module_factory, dict(self.options), self.seed, _FORMAT)
         return Path(self.cache) / f"{fingerprint(data, weights, *settings)}.pt"
 
 

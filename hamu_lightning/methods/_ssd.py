@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.checks import check_number, check_type, store
 from hamu_lightning.methods._data import hooked, in_order
 from hamu_lightning.methods._fisher import SampleLosses, classifier_losses, empirical_fisher
 from hamu_lightning.methods._protocol import DataSource, Forget
@@ -48,9 +49,10 @@ class SSD:
     losses: SampleLosses = classifier_losses
 
     def __post_init__(self) -> None:
-        for name, value in (("alpha", self.alpha), ("lambda_", self.lambda_)):
-            if not value >= 0:
-                raise HAMUValueError(f"Expected `{name}` to be at least 0, but got {value}. The paper has 10 and 1.")
+        for name in ("alpha", "lambda_"):
+            cure = "The paper has 10 and 1."
+            store(self, **{name: check_number(name, getattr(self, name), least=0, cure=cure)})
+        check_type("losses", self.losses, Callable, "a function of (forward, batch)")
 
     def __call__(self, module: LightningModule, datamodule: DataSource, forget: Forget) -> LightningModule:
         """Return a copy with some weights dampened."""

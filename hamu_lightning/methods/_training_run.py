@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 
+from hamu_lightning.checks import check_seed, check_type, store
 from hamu_lightning.methods._fitting import fit
 from hamu_lightning.methods._protocol import DataSource, Forget
 
@@ -26,6 +27,9 @@ class TrainingRun:
         seed: Seed of the fit, and of the callback if the factory passes it on.
         observers: More callbacks for the fit.
 
+    Raises:
+        HAMUValueError: If an argument is of another kind.
+
     Example:
         >>> from hamu_lightning import HAMUQ, HAMUCallback
         >>> def make(forget, seed):
@@ -38,6 +42,12 @@ class TrainingRun:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     observers: Sequence[Callback] = ()
+
+    def __post_init__(self) -> None:
+        check_type("callback_factory", self.callback_factory, Callable, "a function that makes the callback")
+        check_type("options", self.options, Mapping, "a dict of arguments of the Trainer")
+        check_type("observers", self.observers, list | tuple, "a list of callbacks")
+        store(self, seed=check_seed(self.seed))
 
     def __call__(self, module: LightningModule, datamodule: DataSource, forget: Forget) -> LightningModule:
         """Return a copy that has been through the fit."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from hamu_lightning.checks import check_number, check_type, store
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods._evaluation import Seen, match_classes
 from hamu_lightning.methods._protocol import Method
@@ -37,8 +38,11 @@ class Search:
     high: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.low <= self.high < math.inf:
-            raise HAMUValueError(f"Expected 0 < `low` <= `high`, but got {self.low} and {self.high}.")
+        check_type("make", self.make, Callable, "a function that makes the method from a value")
+        low, high = (check_number(name, getattr(self, name)) for name in ("low", "high"))
+        if not 0 < low <= high:
+            raise HAMUValueError(f"Expected 0 < `low` <= `high`, but got {low} and {high}.")
+        store(self, low=low, high=high)
 
     def values(self, trials: int) -> list[float]:
         """Return the values to try: so many, at equal ratios from `low` to `high`; a single one is their mean."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from typing_extensions import override
 
+from hamu_lightning.checks import check_choice, describe
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
+from hamu_lightning.metrics._base import HAMUMetric
+from hamu_lightning.metrics._dtype import state_float
+
+Number = Literal["kappa", "cosine", "conflicting"]
 
 
 class HardnessValue(NamedTuple):
@@ -24,7 +28,7 @@ class HardnessValue(NamedTuple):
     """Share of blocks with `g_r . g_f > 0`, in [0, 1], among the blocks where neither gradient is zero."""
 
 
-class Hardness(Metric):
+class Hardness(HAMUMetric):
     """Mean hardness `kappa = g_r . g_f`, cosine of the angle between the gradients, and share of blocks in conflict.
 
     Both gradients are raw loss gradients. Retaining wants its loss to fall and forgetting wants its loss to rise, so
@@ -36,6 +40,16 @@ class Hardness(Metric):
     Steps with a zero gradient have no angle: they count in `kappa` and not in `cosine`. A Gramian that is not finite
     makes all three numbers NaN until `reset`. Across processes the sums are added up.
 
+    `self.log` takes one number, as `Hardness(of="cosine")` gives it; `self.log_dict` all of them, by
+    `hardness.compute()._asdict()`.
+
+    Args:
+        of: The one number that `compute` returns; None for all three, a `HardnessValue`.
+        **options: torchmetrics' own, such as `sync_on_compute`.
+
+    Raises:
+        HAMUValueError: If an argument is none of its choices.
+
     Example:
         >>> hardness = Hardness()
         >>> hardness.update(torch.tensor([[[1.0, 1.0], [1.0, 4.0]], [[3.0, -1.0], [-1.0, 5.0]]]))
@@ -44,7 +58,6 @@ class Hardness(Metric):
         [1.5, 0.25, 0.6667]
     """
 
-    full_state_update = False
     steps: Tensor
     kappa_sum: Tensor
     angles: Tensor
@@ -52,10 +65,11 @@ class Hardness(Metric):
     blocks: Tensor
     conflicts: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        # One dtype from the start, the same on all processes: a reduction may mix ranks with and without an update.
-        wide = widest_float(torch.device("mps" if torch.backends.mps.is_available() else "cpu"))
+    def __init__(self, of: Number | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        if of is not None:
+            check_choice("of", of, get_args(Number))
+        self._of, wide = of, state_float()
         for name in ("kappa_sum", "cosine_sum"):
             self.add_state(name, torch.zeros((), dtype=wide), dist_reduce_fx="sum")
         for name in ("steps", "angles", "blocks", "conflicts"):  # whole numbers: float32 stops counting at 2^24
@@ -71,9 +85,9 @@ class Hardness(Metric):
         Raises:
             HAMUValueError: If `gramian` has another shape.
         """
-        if gramian.ndim != 3 or gramian.shape[1:] != (2, 2):
+        if not isinstance(gramian, Tensor) or gramian.ndim != 3 or gramian.shape[1:] != (2, 2):
             raise HAMUValueError(
-                f"Expected `gramian` to be of shape [B, 2, 2], but got {list(gramian.shape)}. "
+                f"Expected `gramian` to be of shape [B, 2, 2], but got {describe(gramian)}. "
                 "Give one Gramian of the two gradients per block, as `compute_gramian(retain, forget)` returns."
             )
         gramian = gramian.detach().to(widest_float(gramian.device))
@@ -94,8 +108,9 @@ class Hardness(Metric):
         self.conflicts = self.conflicts + (both & (rf > 0)).sum()
 
     @override
-    def compute(self) -> HardnessValue:
+    def compute(self) -> HardnessValue | Tensor:
         """Return the means over all updates since `reset`, of all processes."""
         kappa = self.kappa_sum / self.steps
         conflicting = self.conflicts.to(kappa.dtype) / self.blocks
-        return HardnessValue(kappa, self.cosine_sum / self.angles, torch.where(kappa.isnan(), kappa, conflicting))
+        value = HardnessValue(kappa, self.cosine_sum / self.angles, torch.where(kappa.isnan(), kappa, conflicting))
+        return value if self._of is None else value._asdict()[self._of]

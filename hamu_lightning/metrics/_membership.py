@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
+from hamu_lightning.checks import check_count, check_number, check_seed, describe
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
+from hamu_lightning.metrics._base import HAMUMetric, as_numbers
 
 # Numbers held at once by the bootstrap: 32 MiB for each of its few tables, whatever the number of samples.
 _PIECE = 2**22
@@ -24,7 +25,7 @@ class Interval(NamedTuple):
     upper: Tensor
 
 
-class MembershipAUC(Metric):
+class MembershipAUC(HAMUMetric):
     """Area under the ROC curve of a membership attack by loss, forget samples against held-out samples.
 
     The attack says "was trained on" where the loss is low (Yeom et al. 2018, https://arxiv.org/abs/1709.01604):
@@ -41,6 +42,12 @@ class MembershipAUC(Metric):
 
     `compute` returns NaN, and the attribute `reason` says why, where a class is empty or a loss is NaN.
 
+    Args:
+        **options: torchmetrics' own, such as `sync_on_compute`.
+
+    Raises:
+        HAMUValueError: If an option is unknown.
+
     Example:
         >>> auc = MembershipAUC()
         >>> auc.update(torch.tensor([0.1, 30.0]), is_member=True)
@@ -49,15 +56,16 @@ class MembershipAUC(Metric):
         tensor(0.6250, dtype=torch.float64)
     """
 
-    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     losses: list[Tensor] | Tensor
     members: list[Tensor] | Tensor
     ids: list[Tensor] | Tensor
     reason: str | None
     """Why the last `compute` or `interval` returned NaN; None if it did not."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.add_state("losses", [], dist_reduce_fx="cat")
         self.add_state("members", [], dist_reduce_fx="cat")
         self.add_state("ids", [], dist_reduce_fx="cat")
@@ -68,7 +76,7 @@ class MembershipAUC(Metric):
         """Add the losses of some samples.
 
         Args:
-            losses: `[N]`, one loss per sample, any unit. Only their order matters.
+            losses: `[N]`, one loss per sample, any unit: a tensor, an array or a list. Only their order matters.
             is_member: boolean `[N]`, True for samples of the forget set and False for held-out ones, or one bool for
                 all of them.
             ids: integer `[N]`, the number of each sample in its own data set, below 2^53 (2^24 on a device without
@@ -77,17 +85,22 @@ class MembershipAUC(Metric):
         Raises:
             HAMUValueError: If the shapes differ from these, `is_member` is not boolean, or `ids` are not integers.
         """
+        losses = as_numbers("losses", losses, self.device)
         if losses.ndim != 1:
             raise HAMUValueError(
                 f"Expected `losses` to be of shape [N], but got {list(losses.shape)}. "
                 "Give one loss per sample: compute it with `reduction='none'`, and average it over the tokens."
             )
-        members = torch.as_tensor(is_member, device=losses.device)
+        members = _as_flags(is_member, losses.device)
         if members.dtype != torch.bool or members.shape not in ((), losses.shape):
             raise HAMUValueError(
                 f"Expected `is_member` to be boolean, of shape [] or {list(losses.shape)}, but got {members.dtype} "
                 f"of shape {list(members.shape)}. Give True for samples of the forget set and False for held-out ones."
             )
+        if isinstance(ids, list):
+            ids = torch.tensor([check_count("ids", i, least=-(2**53), most=2**53) for i in ids])
+        if ids is not None and not isinstance(ids, Tensor):
+            ids = as_numbers("ids", ids, losses.device)
         if ids is not None and (ids.shape != losses.shape or ids.is_floating_point()):
             raise HAMUValueError(
                 f"Expected `ids` to be integers of shape {list(losses.shape)}, but got {ids.dtype} of shape "
@@ -99,7 +112,7 @@ class MembershipAUC(Metric):
         self.ids.append(
             torch.full_like(losses, torch.nan, dtype=dtype) if ids is None else ids.to(losses.device, dtype)
         )
-        self.losses.append(losses.detach().to(dtype))
+        self.losses.append(losses.to(dtype))
         self.members.append(members.expand_as(losses).to(dtype))
 
     @property
@@ -151,14 +164,9 @@ class MembershipAUC(Metric):
             >>> bool(lower < auc.compute() < upper)
             True
         """
-        if not 0 < confidence < 1:
-            raise HAMUValueError(
-                f"Expected `confidence` to be between 0 and 1, but got {confidence}. The usual choice is 0.95."
-            )
-        if samples < 1:
-            raise HAMUValueError(
-                f"Expected `samples` to be positive, but got {samples}. Give some 1000 for an interval of 95 %."
-            )
+        confidence = check_number("confidence", confidence, above=0, below=1, cure="The usual choice is 0.95.")
+        samples = check_count("samples", samples, cure="Give some 1000 for an interval of 95 %.")
+        seed = check_seed(seed)
         should_sync = self._to_sync and not self._is_synced
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=should_sync, should_unsync=self._should_unsync
@@ -190,6 +198,15 @@ class MembershipAUC(Metric):
         forget, holdout = losses[members > 0], losses[members == 0]
         self.reason = _find_reason(forget, holdout)
         return forget, holdout
+
+
+def _as_flags(is_member: Any, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(is_member, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise HAMUValueError(
+            f"Expected `is_member` to be True, False, or boolean of shape [N], but got {describe(is_member)}."
+        ) from error
 
 
 def _find_first(members: Tensor, ids: Tensor) -> Tensor:

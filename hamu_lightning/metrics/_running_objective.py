@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from typing_extensions import override
 
+from hamu_lightning.checks import check_count, check_number, check_optional, describe
 from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.metrics._base import HAMUMetric, as_numbers
 from hamu_lightning.metrics._dtype import state_float
 
 
@@ -21,7 +22,7 @@ class Objective(NamedTuple):
     change: Tensor
 
 
-class RunningObjective(Metric):
+class RunningObjective(HAMUMetric):
     """Mean loss of a stream over a window of batches, and its change since the start.
 
     Each batch counts by its number of samples. `close_window()` ends a window; the start is the mean of the first
@@ -33,6 +34,10 @@ class RunningObjective(Metric):
     Args:
         start: The loss that `change` counts from, in loss units, for instance one measured before training. Default:
             the mean loss of the first window.
+        **options: torchmetrics' own, such as `sync_on_compute`.
+
+    Raises:
+        HAMUValueError: If `start` is no number, or an option unknown.
 
     Example:
         >>> import torch
@@ -47,12 +52,12 @@ class RunningObjective(Metric):
         Objective(loss=tensor(4., dtype=torch.float64), change=tensor(2., dtype=torch.float64))
     """
 
-    full_state_update = False
     total: Tensor
     count: Tensor
 
-    def __init__(self, start: float | None = None) -> None:
-        super().__init__()
+    def __init__(self, start: float | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        start = check_optional(check_number, "start", start)
         wide = state_float()
         self.add_state("total", torch.zeros((), dtype=wide), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -83,18 +88,21 @@ class RunningObjective(Metric):
         Raises:
             HAMUValueError: If `loss` is more than one number, or `batch_size` is not a positive whole number.
         """
+        loss = as_numbers("loss", loss, self.device)
         if loss.numel() != 1:
             raise HAMUValueError(
                 f"Expected `loss` to be one number, but got shape {list(loss.shape)}. "
                 "Give the mean over the batch, and its number of samples as `batch_size`."
             )
-        whole = batch_size > 0 if isinstance(batch_size, int) else not batch_size.is_floating_point()
-        if not whole:
+        if not isinstance(batch_size, Tensor):
+            batch_size = check_count("batch_size", batch_size, cure="Leave empty batches out.")
+        elif batch_size.numel() != 1 or batch_size.is_floating_point() or batch_size.is_complex():
             raise HAMUValueError(
-                f"Expected `batch_size` to be a positive whole number, but got {batch_size}. Leave empty batches out."
+                f"Expected `batch_size` to be a positive whole number, but got {describe(batch_size)}. "
+                "Leave empty batches out."
             )
         # Widened first: a float16 loss times a number of tokens overflows.
-        self.total = self.total + loss.detach().to(self.total.dtype).reshape(()) * batch_size
+        self.total = self.total + loss.to(self.total.dtype).reshape(()) * batch_size
         self.count = self.count + batch_size
 
     @override

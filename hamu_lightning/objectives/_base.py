@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hamu_lightning.checks import check_number, check_positive, check_type, describe
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives._outputs import Outputs, Prediction, make_prediction
 
@@ -19,6 +20,10 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
+        ...
+
+    def final_state_dict(self) -> dict[str, Any]:
+        """Return the state for the checkpoint of a fit that has ended."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -65,7 +70,7 @@ class BatchPass:
         loss = None if self.training_step is None else self.training_step()
         if not isinstance(loss, Tensor):
             raise HAMUStateError(
-                f"Expected the module's `training_step` to return a loss for this objective, but got {loss}. "
+                f"Expected the module's `training_step` to return a loss for this objective, but got {describe(loss)}. "
                 "Only ModuleLoss() on its own can skip a batch."
             )
         return loss.mean()
@@ -98,6 +103,11 @@ class Objective(ABC):
         """Return what has to be in a checkpoint: tensors, numbers and dicts of them."""
         states = {name: part.state_dict() for name, part in self._stateful().items()}
         return {name: state for name, state in states.items() if state}
+
+    def final_state_dict(self) -> dict[str, Any]:
+        """Return the same for a fit that has ended: without what only a running one needs, such as a second model."""
+        states = {name: part.final_state_dict() for name, part in self._stateful().items()}
+        return {**self.state_dict(), **{name: state for name, state in states.items() if state}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned; an empty dict makes a fresh start."""
@@ -136,6 +146,9 @@ class LossCap(Objective):
         objective: What is capped.
         level: In the units of the objective (nats; the log of the number of classes is the cross-entropy of a guess).
 
+    Raises:
+        HAMUValueError: If an argument is of another kind.
+
     Example:
         >>> LossCap(ModuleLoss(), level=2.3).level
         2.3
@@ -144,7 +157,8 @@ class LossCap(Objective):
     _parts = ("objective",)
 
     def __init__(self, objective: Objective, level: float) -> None:
-        self.objective, self.level = objective, level
+        check_objective("objective", objective)
+        self.objective, self.level = objective, check_number("level", level)
         self.is_nonnegative = objective.is_nonnegative
 
     @override
@@ -167,17 +181,19 @@ class WeightedSum(Objective):
 
     Example:
         >>> WeightedSum((0.5, ModuleLoss()), (2, ModuleLoss())).weights
-        (0.5, 2)
+        (0.5, 2.0)
     """
 
     def __init__(self, *terms: tuple[float, Objective]) -> None:
-        self.weights: Sequence[float] = tuple(weight for weight, _ in terms)
-        self.objectives: Sequence[Objective] = tuple(objective for _, objective in terms)
-        if not terms or not all(weight > 0 for weight in self.weights):
+        cure = "Give what is to be raised to `objective`, and what is to be lowered to `retain_objective`."
+        if not terms or not all(isinstance(term, Sequence) and len(term) == 2 for term in terms):
             raise HAMUValueError(
-                f"Expected pairs of a positive weight and an objective, but got the weights {self.weights}. "
-                "Give what is to be raised to `objective`, and what is to be lowered to `retain_objective`."
+                "Expected pairs of a positive weight and an objective, but got "
+                f"{', '.join(map(describe, terms)) or 'none'}. "
+                "Write WeightedSum((1.0, ReferenceKL()), (0.1, CrossEntropy()))."
             )
+        self.weights: Sequence[float] = tuple(check_positive("weight", weight, cure) for weight, _ in terms)
+        self.objectives: Sequence[Objective] = tuple(check_objective("term", objective) for _, objective in terms)
         self.is_forget_only = any(o.is_forget_only for o in self.objectives)
         self.is_nonnegative = all(o.is_nonnegative for o in self.objectives)
 
@@ -191,7 +207,7 @@ class WeightedSum(Objective):
         return {str(i): objective for i, objective in enumerate(self.objectives)}
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise unless a setting is positive."""
-    if not value > 0:
-        raise HAMUValueError(f"Expected `{name}` to be positive, but got {value}.")
+def check_objective(name: str, value: object) -> Objective:
+    """Raise unless a value is an objective; return it."""
+    found: Objective = check_type(name, value, Objective, "one of hamu_lightning.objectives, such as NPO(beta=0.1)")
+    return found

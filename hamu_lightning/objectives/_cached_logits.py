@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import json
+import re
+import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hamu_lightning.checks import check_type
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.files import UNFINISHED, hash_weights, read_tensors, write_new, write_whole
 from hamu_lightning.objectives._base import BatchPass
-from hamu_lightning.objectives._keys import Key, mix, sample_keys
-from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
+from hamu_lightning.objectives._keys import Key, as_key, mix
+from hamu_lightning.objectives._outputs import Outputs, as_outputs
 from hamu_lightning.objectives._reference import Reference, evaluating
+
+_HEADER = "cached_logits.json"
+_OURS = re.compile(r"[0-9a-f]{16}\.pt")
+_CURE = "Delete the logits, CachedLogits(folder).delete(), and `fill` again with the model before unlearning."
 
 
 class CachedLogits(Reference):
@@ -31,15 +40,25 @@ class CachedLogits(Reference):
     the fit the logits are those of a `FrozenCopy` bit for bit; in other batches of the same samples, up to the rounding
     of the forward pass. Files are mapped into memory, and read as they are needed.
 
+    A folder belongs to one model, whose weights are hashed. Several processes may fill it at once. It holds no samples,
+    but what the model that remembers said about them, and who has the folder can tell whether a sample is in it:
+    `delete()` it when unlearning is done. The numbers by which samples are found are salted, with a salt drawn for the
+    folder, so that nothing outside of it can be matched with them.
+
     Args:
         folder: Where the files are; one for each batch.
         key: A function of the batch that returns a number for each sample, int64 `[N]`, such as the index in the data
             set. One folder then belongs to one data set.
+
+    Raises:
+        HAMUValueError: If an argument is of another kind.
     """
 
     def __init__(self, folder: str | Path, *, key: Key | None = None) -> None:
-        self._folder, self._key = Path(folder), key or sample_keys
+        self._folder = Path(check_type("folder", folder, str | PathLike, "a folder"))
+        self._key = as_key(key)
         self._rows: dict[int, Tensor] = {}
+        self._header: dict[str, Any] = {}
 
     def fill(self, module: nn.Module, batches: Iterable[Any], *, outputs: Outputs | None = None) -> CachedLogits:
         """Compute what is not there yet, with the module as it is, in evaluation mode.
@@ -48,18 +67,32 @@ class CachedLogits(Reference):
             module: The module before unlearning.
             batches: A loader; its batches go to the module's device.
             outputs: As for the objective.
+
+        Raises:
+            HAMUValueError: If the folder holds the logits of another model, or logits are NaN.
+            HAMUStateError: If a file in the folder is broken or not ours, or cannot be written.
         """
-        outputs = outputs or ModuleOutputs()
+        outputs = as_outputs(outputs)
         device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
-        self._folder.mkdir(parents=True, exist_ok=True)
+        check_type("batches", batches, Iterable, "a loader")
+        self._begin(hash_weights(module.state_dict()))
         self._open()
         with torch.no_grad(), evaluating(module):
             for batch in batches:
                 moved = _move(batch, device)
-                keys = self._key(moved)
+                keys = self._salted(moved)
                 if not self._rows.keys() >= set(keys.tolist()):
                     self._write(keys.cpu(), outputs(module, moved)[0].cpu())
         return self
+
+    def delete(self) -> None:
+        """Delete all files of the cache, those of interrupted writers too, and the folder if nothing else is in it."""
+        self._rows, self._header = {}, {}
+        for path in self._folder.glob("*") if self._folder.is_dir() else ():
+            if path.name == _HEADER or _OURS.fullmatch(path.name) or path.name.endswith(UNFINISHED):
+                path.unlink(missing_ok=True)
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
+            self._folder.rmdir()
 
     @override
     def using(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
@@ -70,9 +103,9 @@ class CachedLogits(Reference):
 
     @override
     def logits(self, batch: BatchPass, outputs: Outputs) -> Tensor:
-        keys = self._key(batch.batch)
         if not self._rows:
             self._open()
+        keys = self._salted(batch.batch)
         rows = [self._rows.get(key) for key in keys.tolist()]
         found = [row for row in rows if row is not None]
         if len(found) < len(rows):
@@ -86,26 +119,71 @@ class CachedLogits(Reference):
                 "Expected stored logits of one shape in a batch, but got "
                 f"{sorted({tuple(row.shape) for row in found})}. Pad all samples to the same length."
             )
-        return torch.stack(found).to(keys.device)
+        stacked = torch.stack(found)
+        if bool(stacked.isnan().any()):
+            raise HAMUStateError(
+                f"Expected the logits in {str(self._folder)!r} to be numbers, but some are NaN. {_CURE}"
+            )
+        return stacked.to(keys.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """The files stay where they are."""
-        return {**self.__dict__, "_rows": {}}
+        return {**self.__dict__, "_rows": {}, "_header": {}}
+
+    def _begin(self, model: str) -> None:
+        """Take the folder for a model, unless it is another one's."""
+        text = json.dumps({"salt": secrets.randbits(63), "model": model}).encode()
+        is_empty = not any(self._folder.glob("*.pt"))
+        if is_empty:
+            write_new(self._folder / _HEADER, lambda file: file.write(text))
+        self._read_header()
+        if is_empty and self._header["model"] != model:  # nothing was written for that one
+            write_whole(self._folder / _HEADER, lambda file: file.write(text))
+            self._read_header()
+        if self._header["model"] != model:
+            raise HAMUValueError(
+                f"Expected {str(self._folder)!r} to be for the logits of this module, but it holds those of one with "
+                "other weights. Give it a folder of its own, or delete the old logits, CachedLogits(folder).delete()."
+            )
+
+    def _read_header(self) -> None:
+        path = self._folder / _HEADER
+        try:
+            header = json.loads(path.read_text(encoding="utf-8"))
+            self._header = {"salt": int(header["salt"]), "model": str(header["model"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HAMUStateError(
+                f"Expected {str(path)!r} to say whose logits these are, but it cannot be read. {_CURE}"
+            ) from error
 
     def _open(self) -> None:
         for path in sorted(self._folder.glob("*.pt")):
+            if not self._header:
+                self._read_header()
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        stored = torch.load(path, mmap=True, weights_only=True)
-        self._rows.update(zip(stored["keys"].tolist(), stored["logits"], strict=True))
+        kind = "logits that CachedLogits wrote"
+        stored = read_tensors(path, kind, _CURE)
+        match stored:
+            case {"keys": Tensor() as keys, "logits": Tensor() as logits, "model": model} if (
+                model == self._header["model"] and keys.dim() == 1 and keys.shape == logits.shape[:1]
+            ):
+                self._rows.update(zip(keys.tolist(), logits, strict=True))
+            case _:
+                raise HAMUStateError(f"Expected {str(path)!r} to be {kind} for this folder, but it is not. {_CURE}")
 
     def _write(self, keys: Tensor, logits: Tensor) -> None:
+        if bool(logits.isnan().any()):
+            raise HAMUValueError("Expected the module's logits to be numbers, but some are NaN. Check its weights.")
         path = self._folder / f"{int(mix(keys).sum()) % 2**64:016x}.pt"
-        part = path.with_suffix(f".{os.getpid()}")  # several processes may fill one folder
-        torch.save({"keys": keys, "logits": logits.contiguous()}, part)
-        part.replace(path)
+        content = {"keys": keys, "logits": logits.contiguous(), "model": self._header["model"]}
+        write_whole(path, lambda file: torch.save(content, file))
         self._read(path)
+
+    def _salted(self, batch: Any) -> Tensor:
+        """The numbers by which the samples of a batch are found here."""
+        return mix(self._key(batch) ^ self._header.get("salt", 0))
 
 
 def _move(batch: Any, device: torch.device) -> Any:

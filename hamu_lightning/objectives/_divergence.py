@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hamu_lightning.checks import check_choice, check_positive, check_seed
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.objectives._base import BatchPass, Objective, check_positive, to_raise
-from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
-from hamu_lightning.objectives._reference import FrozenCopy, Reference, copy_module
+from hamu_lightning.objectives._base import BatchPass, Objective, to_raise
+from hamu_lightning.objectives._outputs import Outputs, as_outputs
+from hamu_lightning.objectives._reference import FrozenCopy, Reference, as_reference, copy_module
 
 Direction = Literal["forward", "reverse"]
 
@@ -74,11 +75,10 @@ class ReferenceKL(Objective):
         temperature: float = 1.0,
         outputs: Outputs | None = None,
     ) -> None:
-        check_positive("temperature", temperature)
-        if direction not in get_args(Direction):
-            raise HAMUValueError(f"Expected `direction` to be 'forward' or 'reverse', but got {direction!r}.")
-        self.reference, self.direction, self.temperature = reference or FrozenCopy(), direction, temperature
-        self.outputs = outputs or ModuleOutputs()
+        check_choice("direction", direction, get_args(Direction))
+        self.reference, self.direction = as_reference(reference), direction
+        self.temperature = check_positive("temperature", temperature)
+        self.outputs = as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -113,9 +113,8 @@ class BadTeacher(Objective):
         seed: int = 0,
         outputs: Outputs | None = None,
     ) -> None:
-        check_positive("temperature", temperature)
         self.teacher: Reference = RandomTeacher(seed) if teacher is None else FrozenCopy(teacher)
-        self.temperature, self.outputs = temperature, outputs or ModuleOutputs()
+        self.temperature, self.outputs = check_positive("temperature", temperature), as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -147,9 +146,8 @@ class UNDIAL(Objective):
     def __init__(
         self, strength: float = 10.0, *, reference: Reference | None = None, outputs: Outputs | None = None
     ) -> None:
-        check_positive("strength", strength)
-        self.strength, self.reference = strength, reference or FrozenCopy()
-        self.outputs = outputs or ModuleOutputs()
+        self.strength, self.reference = check_positive("strength", strength), as_reference(reference)
+        self.outputs = as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -168,11 +166,15 @@ class RandomTeacher(FrozenCopy):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._seed = seed
+        self._seed = check_seed(seed)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._copy = None
 
     @override
     def __getstate__(self) -> dict[str, Any]:

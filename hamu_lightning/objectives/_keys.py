@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_type
 from hamu_lightning.errors import HAMUValueError
 
 # A function of a batch that gives a number for each of its N samples, int64 `[N]`.
@@ -16,6 +17,19 @@ Key: TypeAlias = Callable[[Any], Tensor]
 # The multipliers of splitmix64 (Steele, Lea, Flood 2014) as signed numbers: integer tensors wrap round.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+def as_key(key: Key | None) -> Key:
+    """The key function that was given; `sample_keys` by default.
+
+    Raises:
+        HAMUValueError: If it is no function.
+    """
+    if key is None:
+        return sample_keys
+    wanted = "a function of the batch that returns a number for each sample"
+    found: Key = check_type("key", key, Callable, wanted)
+    return found
 
 
 def mix(numbers: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import math
 from torch import Tensor
 from typing_extensions import override
 
+from hamu_lightning.checks import check_seed
 from hamu_lightning.objectives._base import BatchPass, Objective, to_raise
-from hamu_lightning.objectives._keys import Key, draw_places, sample_keys
-from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs, Prediction
+from hamu_lightning.objectives._keys import Key, as_key, draw_places
+from hamu_lightning.objectives._outputs import Outputs, Prediction, as_outputs
 
 
 class CrossEntropy(Objective):
@@ -26,7 +27,7 @@ class CrossEntropy(Objective):
     is_nonnegative = True
 
     def __init__(self, *, outputs: Outputs | None = None) -> None:
-        self.outputs = outputs or ModuleOutputs()
+        self.outputs = as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -51,7 +52,7 @@ class RandomLabels(Objective):
     """
 
     def __init__(self, seed: int = 0, *, key: Key | None = None, outputs: Outputs | None = None) -> None:
-        self.seed, self.key, self.outputs = seed, key or sample_keys, outputs or ModuleOutputs()
+        self.seed, self.key, self.outputs = check_seed(seed), as_key(key), as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -76,7 +77,7 @@ class UniformLabels(Objective):
     """
 
     def __init__(self, *, outputs: Outputs | None = None) -> None:
-        self.outputs = outputs or ModuleOutputs()
+        self.outputs = as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:

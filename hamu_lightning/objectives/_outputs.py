@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hamu_lightning.checks import check_flag, check_optional, check_type
 from hamu_lightning.errors import HAMUValueError
 
 # What `torch.nn.functional.cross_entropy` leaves out by default, and what Hugging Face writes into labels.
@@ -64,6 +65,10 @@ class ModuleOutputs:
 
     shift: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        check_optional(check_flag, "shift", self.shift)
+
     def __call__(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Return logits and labels."""
         if isinstance(batch, Mapping) and "labels" in batch:
@@ -91,6 +96,18 @@ class ModuleOutputs:
             return labels
         is_copy = ((labels == inputs) | (labels == IGNORED)).all()
         return torch.where(is_copy, moved, labels)
+
+
+def as_outputs(outputs: Outputs | None) -> Outputs:
+    """The outputs that an objective was given; those of the module itself by default.
+
+    Raises:
+        HAMUValueError: If they are no function.
+    """
+    if outputs is None:
+        return ModuleOutputs()
+    found: Outputs = check_type("outputs", outputs, Callable, "a function of the module and the batch", CURE)
+    return found
 
 
 @dataclass(frozen=True)

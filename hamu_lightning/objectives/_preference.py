@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
+from hamu_lightning.checks import check_count, check_number, check_positive, check_seed, check_type, describe
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.objectives._base import BatchPass, Objective, check_positive, to_raise
-from hamu_lightning.objectives._keys import Key, draw_below, sample_keys
-from hamu_lightning.objectives._outputs import IGNORED, ModuleOutputs, Outputs
-from hamu_lightning.objectives._reference import FrozenCopy, Reference
+from hamu_lightning.objectives._base import BatchPass, Objective, to_raise
+from hamu_lightning.objectives._keys import Key, as_key, draw_below
+from hamu_lightning.objectives._outputs import IGNORED, Outputs, as_outputs
+from hamu_lightning.objectives._reference import Reference, as_reference
 
 
 class NPO(Objective):
@@ -39,8 +40,8 @@ class NPO(Objective):
     def __init__(
         self, beta: float = 0.1, *, reference: Reference | None = None, outputs: Outputs | None = None
     ) -> None:
-        check_positive("beta", beta)
-        self.beta, self.reference, self.outputs = beta, reference or FrozenCopy(), outputs or ModuleOutputs()
+        self.beta = check_positive("beta", beta)
+        self.reference, self.outputs = as_reference(reference), as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -65,8 +66,8 @@ class SimNPO(Objective):
     """
 
     def __init__(self, beta: float = 2.5, gamma: float = 0.0, *, outputs: Outputs | None = None) -> None:
-        check_positive("beta", beta)
-        self.beta, self.gamma, self.outputs = beta, gamma, outputs or ModuleOutputs()
+        self.beta, self.gamma = check_positive("beta", beta), check_number("gamma", gamma)
+        self.outputs = as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -104,9 +105,10 @@ class DPO(Objective):
         reference: Reference | None = None,
         outputs: Outputs | None = None,
     ) -> None:
-        check_positive("beta", beta)
-        self.preferred, self.beta = preferred, beta
-        self.reference, self.outputs = reference or FrozenCopy(), outputs or ModuleOutputs()
+        if preferred is not None:
+            check_type("preferred", preferred, Callable, "a function of the forget batch")
+        self.preferred, self.beta = preferred, check_positive("beta", beta)
+        self.reference, self.outputs = as_reference(reference), as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -156,10 +158,12 @@ class IdkDPO(DPO):
         reference: Reference | None = None,
         outputs: Outputs | None = None,
     ) -> None:
-        if not answers or not all(answers):
-            raise HAMUValueError(f"Expected `answers` to be lists of token ids, but got {answers}.")
+        check_type("answers", answers, Sequence, "lists of token ids")
+        if not answers or not all(isinstance(answer, Sequence) and answer for answer in answers):
+            raise HAMUValueError(f"Expected `answers` to be lists of token ids, but got {describe(answers)}.")
         super().__init__(beta=beta, reference=reference, outputs=outputs)
-        self.answers, self.seed, self.key = answers, seed, key or sample_keys
+        self.answers = [[check_count("token id", token, least=0) for token in answer] for answer in answers]
+        self.seed, self.key = check_seed(seed), as_key(key)
 
     @override
     def find_pair(self, batch: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hamu_lightning.checks import check_type
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives._base import BatchPass
 from hamu_lightning.objectives._outputs import Outputs, Prediction
@@ -43,6 +44,10 @@ class Reference(ABC):
         """Return what has to be in a checkpoint."""
         return {}
 
+    def final_state_dict(self) -> dict[str, Any]:
+        """Return what has to be in the checkpoint of a fit that has ended."""
+        return self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most references have no state
         """Go on with what `state_dict` returned; an empty dict makes a fresh start."""
 
@@ -51,15 +56,17 @@ class FrozenCopy(Reference):
     """A frozen copy of the module, made at its first use: the module as it was before the first step.
 
     Costs the memory of a second model. The copy belongs to nobody's `state_dict` but to the callback's state: a resumed
-    run compares with the model from before the first step too, and checkpoints are so much larger. Give the same
-    `FrozenCopy` to both objectives to hold one copy.
+    run compares with the model from before the first step too, and the checkpoints of a running fit are so much larger.
+    They hold the weights that still remember: delete them when unlearning is done. The checkpoint of a fit that has
+    ended holds them no more, and neither does this object; to train on from it, give the original as `module`. Give the
+    same `FrozenCopy` to both objectives to hold one copy.
 
     Args:
         module: A model to compare with instead of the copy. It is used as it is, in evaluation mode, on the trained
             module's device, and is not saved.
 
     Raises:
-        HAMUStateError: If the module cannot be copied.
+        HAMUStateError: If the module cannot be copied, or the fit that is to go on had ended.
 
     Example:
         >>> trained = nn.Linear(2, 2)
@@ -70,9 +77,11 @@ class FrozenCopy(Reference):
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
+        check_type("module", module, nn.Module | None, "a model to compare with, or None for a copy of the trained one")
         self._given = module
         self._copy: nn.Module | None = None
         self._weights: dict[str, Any] | None = None
+        self._is_released = False
 
     @override
     @contextmanager
@@ -81,6 +90,12 @@ class FrozenCopy(Reference):
             raise HAMUValueError(
                 "Expected `module` of the reference to be another model, but it is the one that is trained. "
                 "FrozenCopy() without an argument takes a copy of it."
+            )
+        if self._is_released:
+            raise HAMUStateError(
+                "Expected the weights from before the first step, but this goes on with a fit that had ended, and such "
+                "a one keeps none. Go on from a checkpoint of the running fit, or give the original: "
+                "FrozenCopy(original_module)."
             )
         if self._copy is None:
             self._copy = self._make(module) if self._given is None else _moved(self._given, module)
@@ -92,15 +107,24 @@ class FrozenCopy(Reference):
         if self._given is not None:
             return {}
         weights = self._weights if self._copy is None else dict(self._copy.state_dict())
+        if self._is_released:
+            return {"released": True}
         return {} if weights is None else {"weights": weights}
 
     @override
+    def final_state_dict(self) -> dict[str, Any]:
+        return {"released": True} if self.state_dict() else {}
+
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._copy, self._weights = None, state.get("weights")
+        if self._given is None:
+            self._copy, self._weights = None, state.get("weights")
+            self._is_released = bool(state.get("released", False))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of this object holds weights, and makes a model of them at its first use."""
-        return {"_given": self._given, "_copy": None, "_weights": self.state_dict().get("weights")}
+        weights = self.state_dict().get("weights")
+        return {"_given": self._given, "_copy": None, "_weights": weights, "_is_released": self._is_released}
 
     def _make(self, module: nn.Module) -> nn.Module:
         frozen = copy_module(module)
@@ -108,6 +132,18 @@ class FrozenCopy(Reference):
             frozen.load_state_dict(self._weights)
             self._weights = None
         return frozen
+
+
+def as_reference(reference: Reference | None) -> Reference:
+    """The reference that an objective was given; a frozen copy of the trained module by default.
+
+    Raises:
+        HAMUValueError: If it is none.
+    """
+    cure = "A model of your own goes in as FrozenCopy(model)."
+    wanted = "FrozenCopy(), AdaptersDisabled() or CachedLogits(folder)"
+    check_type("reference", reference, Reference | None, wanted, cure)
+    return FrozenCopy() if reference is None else reference
 
 
 class AdaptersDisabled(Reference):

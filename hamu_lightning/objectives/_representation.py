@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hamu_lightning.checks import check_positive, check_seed, check_type
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.objectives._base import BatchPass, Objective, check_positive, to_raise
-from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs, mean_where
-from hamu_lightning.objectives._reference import FrozenCopy, Reference
+from hamu_lightning.objectives._base import BatchPass, Objective, to_raise
+from hamu_lightning.objectives._outputs import Outputs, as_outputs, mean_where
+from hamu_lightning.objectives._reference import Reference, as_reference
 
 
 class RMU(Objective):
@@ -40,9 +41,9 @@ class RMU(Objective):
     """
 
     def __init__(self, layer: str, coefficient: float, *, seed: int = 0, outputs: Outputs | None = None) -> None:
-        check_positive("coefficient", coefficient)
-        self.layer, self.coefficient, self.seed = layer, coefficient, seed
-        self.outputs = outputs or ModuleOutputs()
+        self.layer, self.coefficient = check_layer(layer), check_positive("coefficient", coefficient)
+        self.seed = check_seed(seed)
+        self.outputs = as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -66,8 +67,8 @@ class RMURetain(Objective):
     _parts = ("reference",)
 
     def __init__(self, layer: str, *, reference: Reference | None = None, outputs: Outputs | None = None) -> None:
-        self.layer, self.reference = layer, reference or FrozenCopy()
-        self.outputs = outputs or ModuleOutputs()
+        self.layer, self.reference = check_layer(layer), as_reference(reference)
+        self.outputs = as_outputs(outputs)
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -75,6 +76,12 @@ class RMURetain(Objective):
         with torch.no_grad(), self.reference.using(batch.module) as reference:
             kept = read_activations(reference, self.layer, batch.batch, self.outputs)
         return mean_square(activations - kept, batch.batch)
+
+
+def check_layer(layer: object) -> str:
+    """Raise unless a value can be the name of a layer; return it."""
+    name: str = check_type("layer", layer, str, "the name of a layer, as in `module.named_modules()`")
+    return name
 
 
 def read_activations(module: nn.Module, layer: str, batch: Any, outputs: Outputs) -> Tensor:

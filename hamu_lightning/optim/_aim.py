@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import describe
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.rules import TargetQuota
@@ -61,7 +62,7 @@ class Aim:
             )
         if not isinstance(target, Tensor | float | int) or steps is None:
             raise HAMUStateError(
-                f"Expected a number as target and a number of steps, but got {target!r} and {steps}. Outside "
+                f"Expected a number as target and a number of steps, but got {describe(target)} and {steps}. Outside "
                 "HAMUCallback give both: TargetQuota(2.3, steps=100)."
             )
         return quota.resolve(self.level, torch.as_tensor(target).to(self.level), step=self.taken, steps=steps)

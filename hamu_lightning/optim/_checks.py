@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import LBFGS, SGD, Optimizer
 
+from hamu_lightning.checks import describe
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim._layout import Layout
 from hamu_lightning.rules import Rule
@@ -26,7 +27,7 @@ def is_plain_sgd(base: Optimizer) -> bool:
 def check_base(base: Optimizer) -> None:
     """Raise unless the optimizer can be wrapped."""
     if not isinstance(base, Optimizer):
-        raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {type(base).__name__}.")
+        raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {describe(base)}.")
     if isinstance(base, LBFGS):
         raise HAMUValueError(
             "Expected `base` to take one gradient per step, but got LBFGS, which evaluates its closure several times. "
@@ -81,8 +82,8 @@ def check_sketch(rule: Rule, needs_gradients: bool) -> None:
     if rule.blocks != "global" or needs_gradients:
         raise HAMUValueError(
             "Expected `sketch` to go with a rule for blocks='global', and without `track_actual`, `reuse_groups` and "
-            f"`mask`, but got {rule}: projections of many blocks take more memory than they save, and the others need "
-            "the gradients. FeasibleDirection has global blocks by default."
+            f"`mask`, but got {describe(rule)}: projections of many blocks take more memory than they save, and "
+            "the others need the gradients. FeasibleDirection has global blocks by default."
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from hamu_lightning.checks import check_flag, check_type
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.optim._aim import Aim
 from hamu_lightning.optim._checks import check_base, check_can_move, check_sketch, warn_about_base
@@ -113,10 +114,10 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
         if isinstance(base, HAMUOptimizer):
             raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
         check_base(base)
-        if not isinstance(rule, Rule):
-            raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
-        names = collect_names(base.param_groups)
-        names.update({parameter: name for name, parameter in named_parameters or ()})
+        check_type("rule", rule, Rule, "a rule such as HAMUQ(quota=1e-3)")
+        exact, track_actual = check_flag("exact", exact), check_flag("track_actual", track_actual)
+        reuse_groups = check_flag("reuse_groups", reuse_groups)
+        names = collect_names(base.param_groups, named_parameters)
         self.__setstate__({"_core": Engine(base, rule, names, exact, track_actual, reuse_groups)})
         if sketch is not None:
             check_sketch(rule, track_actual or reuse_groups or mask is not None)

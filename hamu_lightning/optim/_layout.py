@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import describe, is_iterable
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, assign_blocks, compute_gramian, widest_float
 from hamu_lightning.optim._mask import Mask
+
+_PAIRS = "pairs of a name and a tensor, as from `module.named_parameters()`"
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,27 @@ def make_layout(
     return Layout(tuple(p for p, _ in members), tuple(ids), tuple(block_labels), tuple(groups), tuple(sizes), mask)
 
 
-def collect_names(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
-    """The names that the optimizer itself knows: torch keeps them when it was built from `named_parameters()`."""
-    return {
+def collect_names(param_groups: Sequence[Mapping[str, Any]], given: Any = None) -> dict[Tensor, str]:
+    """The names of the tensors: those that the optimizer itself knows, and those that the user gave.
+
+    Args:
+        param_groups: Of an optimizer. torch keeps the names when it was built from `named_parameters()`.
+        given: Pairs of a name and a tensor, or None.
+
+    Raises:
+        HAMUValueError: If what was given is no such pairs.
+    """
+    names = {
         parameter: name
         for group in param_groups
         for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False)
     }
+    if given is not None and not is_iterable(given):
+        raise HAMUValueError(f"Expected `named_parameters` to be {_PAIRS}, but got {describe(given)}.")
+    for pair in given or ():
+        match pair:
+            case (str(name), Tensor() as parameter):
+                names[parameter] = name
+            case _:
+                raise HAMUValueError(f"Expected `named_parameters` to be {_PAIRS}, but got {describe(pair)} in it.")
+    return names

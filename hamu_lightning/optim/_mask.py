@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_number, describe
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 
 NamedMasks: TypeAlias = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
@@ -98,11 +99,11 @@ def make_mask(given: NamedMasks, names: Mapping[Tensor, str], known: Sequence[Te
     by_name = {name: parameter for parameter, name in names.items()}
     rests, counts = {}, {}
     for key, mask in given.items():
-        parameter = by_name.get(key) if isinstance(key, str) else key
+        parameter: Any = by_name.get(key) if isinstance(key, str) else key
         if parameter is None or (parameter not in names and not any(parameter is p for p in known)):
             raise HAMUValueError(
                 f"Expected the keys of `mask` to be tensors of the optimizer or their names, but got "
-                f"{key if isinstance(key, str) else type(key).__name__!r}. Pass "
+                f"{describe(key)}. Pass "
                 "`named_parameters=module.named_parameters()`, and the names as they are there."
             )
         check_fits(mask, parameter, names.get(parameter, "a tensor"))
@@ -142,8 +143,7 @@ def keep_largest(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]
     """
     if not scores:
         raise HAMUValueError("Expected some parameter that requires grad, but got none. Unfreeze what should change.")
-    if not 0 < keep <= 1:
-        raise HAMUValueError(f"Expected `keep` to be a share in (0, 1], but got {keep}.")
+    keep = check_number("keep", keep, above=0, most=1, kind="a share")
     first = next(iter(scores.values()))
     flat = torch.cat([score.reshape(-1).to(first.device) for score in scores.values()])
     if not bool(flat.isfinite().all()):

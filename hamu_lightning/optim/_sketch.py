@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from hamu_lightning.checks import check_count
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim._combine import add_up
@@ -37,9 +38,7 @@ class Sketch:
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        if size < 1:
-            raise HAMUValueError(f"Expected `sketch` to be a number of buckets, at least 1, but got {size}.")
-        self.size, self.seed = size, seed
+        self.size, self.seed = check_count("sketch", size, cure="It is the number of buckets."), seed
 
     def project(self, grads: Sequence[Tensor | None], blocks: Sequence[int]) -> Tensor:
         """Project gradients block by block.

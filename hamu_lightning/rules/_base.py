@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_type, describe
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, widest_float
 from hamu_lightning.rules._coefficients import GROUPS, Coefficients
@@ -101,7 +102,8 @@ def check_gramian(gramian: Tensor, groups: Sequence[str] | None = None) -> None:
         >>> check_gramian(torch.ones(3, 3, 3), ["retain", "alice", "bob"])
     """
     n = 2 if groups is None else len(groups)
-    if gramian.ndim != 3 or gramian.shape[1:] != (n, n):
+    check_type("gramian", gramian, Tensor, f"a tensor of shape [B, {n}, {n}]", "`compute_gramian` makes it.")
+    if gramian.ndim != 3 or len(gramian) == 0 or gramian.shape[1:] != (n, n):
         rows, grads = "", "retain_grads, forget_grads"
         if groups is not None:
             rows, grads = f", one row for each of {list(groups)}", "*grads"
@@ -116,18 +118,30 @@ def check_gramian(gramian: Tensor, groups: Sequence[str] | None = None) -> None:
         )
 
 
-def as_wide(value: float | Tensor, gramian: Tensor) -> Tensor:
+def as_wide(value: float | Tensor, gramian: Tensor, name: str = "lr") -> Tensor:
     """Return a number, such as a learning rate, in the dtype that rules compute in, next to the Gramian.
 
     Args:
-        value: A float, or a tensor of any shape.
-        gramian: A tensor on the device.
+        value: A number, or a tensor of shape `[]` or `[B]`.
+        gramian: `[B, n, n]`, on the device.
+        name: The argument's name, as its caller knows it.
 
     Returns:
         A tensor of the same shape on that device: float64, or float32 where the device has no float64.
+
+    Raises:
+        HAMUValueError: If it is neither.
 
     Example:
         >>> as_wide(0.5, torch.ones(1, 2, 2))
         tensor(0.5000, dtype=torch.float64)
     """
-    return torch.as_tensor(value, dtype=widest_float(gramian.device), device=gramian.device)
+    try:
+        wide = torch.as_tensor(value, dtype=widest_float(gramian.device), device=gramian.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise HAMUValueError(f"Expected `{name}` to be a number or a tensor, but got {describe(value)}.") from error
+    if wide.shape not in ((), gramian.shape[:1]):
+        raise HAMUValueError(
+            f"Expected `{name}` to be one number or [{len(gramian)}], one for each block, but got {describe(value)}."
+        )
+    return wide

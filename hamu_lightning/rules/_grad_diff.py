@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hamu_lightning.checks import check_positive
+from hamu_lightning.checks import check_positive, store
 from hamu_lightning.rules._combination import CombinationRule
 
 
@@ -31,7 +31,7 @@ class GradDiff(CombinationRule):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        check_positive("weight", self.weight)
+        store(self, weight=check_positive("weight", self.weight))
 
     def weigh(self, retain: Tensor, forget: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
         """Return 1 and the weight."""

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hamu_lightning.checks import check_choice
+from hamu_lightning.checks import check_choice, store
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules._allocation import Allocation, allocate_quota, solve_jointly
@@ -22,7 +22,7 @@ from hamu_lightning.rules._closed_form import (
     solve_blocks,
 )
 from hamu_lightning.rules._coefficients import FORGET, RETAIN, Branch, Coefficients, exchange_objectives
-from hamu_lightning.rules._quota import Quota, TargetQuota, as_quota
+from hamu_lightning.rules._quota import Quota, TargetQuota, as_quota, check_quota
 from hamu_lightning.rules._radius import LearningRateRadius, Radius, ScaledRadius, check_radius
 from hamu_lightning.tolerances import compute_rounding
 
@@ -68,7 +68,8 @@ class HAMUQ(Rule):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        as_quota(self.quota)
+        if not isinstance(self.quota, Quota):
+            store(self, quota=check_quota("quota", self.quota))
         check_radius(self.radius)
         check_choice("allocation", self.allocation, get_args(Allocation))
         check_choice("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
@@ -108,7 +109,7 @@ class HAMUQ(Rule):
         is_finite = is_finite & radius.isfinite().all()
         radius = torch.where(is_finite & (lr != 0), radius, 0)  # a block whose lr is 0 cannot move
         problem = make_block_problem(gramian, radius, rounding)
-        given = None if quota is None else as_wide(quota, gramian)
+        given = None if quota is None else as_wide(quota, gramian, "quota")
         total = as_quota(self.quota).compute(problem.capacity.sum(), given)
         is_finite, total = is_finite & ~total.isnan(), torch.where(is_finite & ~total.isnan(), total, 0)
         values, branch, shares = self._share_and_solve(problem, total)
@@ -202,6 +203,10 @@ class FineTune(Rule):
 
     is_plain = True
     blocks: Blocks = "tensor"
+
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        check_blocks(self.blocks)
 
     def coefficients(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_count, check_number, check_optional, store
 from hamu_lightning.errors import HAMUValueError
 
 # A quota at the very capacity leaves no room to spare the other objective.
@@ -53,7 +53,7 @@ class AbsoluteQuota(Quota):
 
     def __post_init__(self) -> None:
         """Check the number."""
-        check_quota("quota", self.quota)
+        store(self, quota=check_quota("quota", self.quota))
 
     def compute(self, capacity: Tensor, given: Tensor | None) -> Tensor:
         """Return the quota, or what overrides it."""
@@ -82,12 +82,9 @@ class RelativeQuota(Quota):
 
     def __post_init__(self) -> None:
         """Check the number."""
-        check_quota("fraction", self.fraction)
-        if self.fraction > 1:
-            raise HAMUValueError(
-                f"Expected `fraction` to be a share of the capacity, at most 1, but got {self.fraction}. "
-                "No step inside the trust region can give more; a larger radius can."
-            )
+        cure = "No step inside the trust region can give more than the capacity; a larger radius can."
+        share = check_number("fraction", self.fraction, least=0, most=1, kind="a share of the capacity", cure=cure)
+        store(self, fraction=share)
 
     def compute(self, capacity: Tensor, given: Tensor | None) -> Tensor:
         """Return the share, or what overrides it."""
@@ -122,10 +119,9 @@ class TargetQuota(Quota):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if isinstance(self.target, float | int) and not math.isfinite(self.target):
-            raise HAMUValueError(f"Expected `target` to be a finite loss, but got {self.target}.")
-        if self.steps is not None and self.steps < 1:
-            raise HAMUValueError(f"Expected `steps` to be at least 1, but got {self.steps}.")
+        if isinstance(self.target, type) or not callable(getattr(self.target, "measure", self.target)):
+            store(self, target=check_number("target", self.target, kind="a finite loss"))
+        store(self, steps=check_optional(check_count, "steps", self.steps))
 
     def resolve(self, level: Tensor, target: Tensor, *, step: int, steps: int) -> Tensor:
         """Compute what a step asks for before it is capped; pure.
@@ -168,8 +164,8 @@ def as_quota(quota: float | Quota) -> Quota:
     return quota if isinstance(quota, Quota) else AbsoluteQuota(quota)
 
 
-def check_quota(name: str, value: float) -> None:
-    """Raise unless a number can be a quota, or a floor.
+def check_quota(name: str, value: object) -> float:
+    """Raise unless a number can be a quota, or a floor; return it as a float.
 
     Args:
         name: The argument's name, as its caller knows it.
@@ -178,7 +174,4 @@ def check_quota(name: str, value: float) -> None:
     Raises:
         HAMUValueError: If it is negative or not finite.
     """
-    if not (math.isfinite(value) and value >= 0):
-        raise HAMUValueError(
-            f"Expected `{name}` to be a finite number, not negative, in loss units per step, but got {value}."
-        )
+    return check_number(name, value, least=0, kind="a finite number of loss units per step")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hamu_lightning.checks import check_positive
+from hamu_lightning.checks import check_number, check_positive, check_type, describe, store
 from hamu_lightning.errors import HAMUValueError
 
 
@@ -74,7 +73,7 @@ class FixedRadius(Radius):
 
     def __post_init__(self) -> None:
         """Check the length."""
-        check_positive("radius", self.radius)
+        store(self, radius=check_positive("radius", self.radius))
 
     def compute(
         self, free_norm: Tensor, lr: Tensor, weight_norms: Tensor | None = None, sizes: Tensor | None = None
@@ -110,19 +109,19 @@ class RelativeRadius(Radius):
 
     def __post_init__(self) -> None:
         """Check the shares."""
-        check_positive("fraction", self.fraction)
-        if not (math.isfinite(self.floor) and self.floor >= 0):
-            raise HAMUValueError(
-                f"Expected `floor` to be a share of the root mean square (not negative), but got {self.floor}."
-            )
+        fraction = check_positive("fraction", self.fraction)
+        floor = check_number("floor", self.floor, least=0, kind="a share of the root mean square")
+        store(self, fraction=fraction, floor=floor)
 
     def compute(
         self, free_norm: Tensor, lr: Tensor, weight_norms: Tensor | None = None, sizes: Tensor | None = None
     ) -> Tensor:
         """Return the share of each block's norm. All weights zero gives radius 0."""
-        if weight_norms is None or sizes is None:
+        found = [tensor.shape if isinstance(tensor, Tensor) else None for tensor in (weight_norms, sizes)]
+        if weight_norms is None or sizes is None or found != [free_norm.shape] * 2:
             raise HAMUValueError(
-                "Expected `weight_norms` and `sizes`, `[B]` each, with `RelativeRadius`, but got None. "
+                f"Expected `weight_norms` and `sizes`, `[{len(free_norm)}]` each, with `RelativeRadius`, but got "
+                f"{describe(weight_norms)} and {describe(sizes)}. "
                 "HAMUOptimizer gives them by itself; in a direct call compute them from the weights of each block."
             )
         norms, sizes = weight_norms.to(free_norm), sizes.to(free_norm)
@@ -136,7 +135,10 @@ class ScaledRadius(Radius):
 
     Args:
         radius: The other one.
-        scale: The factor.
+        scale: The factor, positive.
+
+    Raises:
+        HAMUValueError: If it is not.
 
     Example:
         >>> ScaledRadius(FixedRadius(0.5), 0.1).compute(torch.tensor([2.0]), torch.tensor([0.1]))
@@ -145,6 +147,11 @@ class ScaledRadius(Radius):
 
     radius: Radius
     scale: float
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        check_radius(self.radius)
+        store(self, scale=check_positive("scale", self.scale))
 
     @property
     def needs_weights(self) -> bool:  # type: ignore[override]
@@ -164,5 +171,5 @@ def check_radius(radius: object) -> None:
     Raises:
         HAMUValueError: If it is not.
     """
-    if not isinstance(radius, Radius):
-        raise HAMUValueError(f"Expected `radius` to be a radius such as FixedRadius({radius}), but got {radius!r}.")
+    example = f"FixedRadius({describe(radius)})" if isinstance(radius, float | int) else "FixedRadius(0.1)"
+    check_type("radius", radius, Radius, f"a radius such as {example}")

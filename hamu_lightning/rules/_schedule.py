@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from hamu_lightning.checks import check_count, check_optional, describe, store
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.rules._base import Rule
 from hamu_lightning.rules._grad_ascent import GradAscent
@@ -68,14 +69,12 @@ class Alternate(Schedule):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name in ("max_epochs", "max_steps"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise HAMUValueError(f"Expected `{name}` to be at least 1, but got {number}.")
+        max_steps = check_optional(check_count, "max_steps", self.max_steps)
+        store(self, max_epochs=check_count("max_epochs", self.max_epochs), max_steps=max_steps)
         if isinstance(self.forget, Rule) and self.forget.is_plain:
             raise HAMUValueError(
-                f"Expected `forget` to be a rule that forgets, but got {self.forget}, a plain step on the retain data. "
-                "Use GradAscent(), or a rule for both such as HAMUQ(quota=1e-3)."
+                f"Expected `forget` to be a rule that forgets, but got {describe(self.forget)}, a plain step on the "
+                "retain data. Use GradAscent(), or a rule for both such as HAMUQ(quota=1e-3)."
             )
         check_schedule(self)
 
@@ -105,19 +104,20 @@ def check_schedule(schedule: Schedule) -> None:
     first = schedule.rules[0]
     for rule in schedule.rules:
         if not isinstance(rule, Rule):
-            raise HAMUValueError(f"Expected rules such as GradAscent() to take turns, but got {rule!r}.")
+            raise HAMUValueError(f"Expected rules such as GradAscent() to take turns, but got {describe(rule)}.")
         if rule.groups != first.groups:
             raise HAMUValueError(
-                f"Expected all rules to have the same groups, but {first} has {first.groups} and {rule} has "
-                f"{rule.groups}. Let rules for two gradients take turns, or rules for the same requests."
+                f"Expected all rules to have the same groups, but {describe(first)} has {first.groups} and "
+                f"{describe(rule)} has {rule.groups}. Let rules for two gradients take turns, or rules for the same "
+                "requests."
             )
         if rule.target_quotas:
             raise HAMUValueError(
-                f"Expected rules without a target to take turns, but got {rule}. A target is followed step by step: "
-                "give its rule alone, HAMUCallback(rule=...), or a quota in loss units per step."
+                f"Expected rules without a target to take turns, but got {describe(rule)}. A target is followed step "
+                "by step: give its rule alone, HAMUCallback(rule=...), or a quota in loss units per step."
             )
         if rule.state_dict():
             raise HAMUValueError(
-                f"Expected rules that remember nothing to take turns, but {rule} keeps state from step to step. "
-                "Give it alone, HAMUCallback(rule=...)."
+                f"Expected rules that remember nothing to take turns, but {describe(rule)} keeps state from step to "
+                "step. Give it alone, HAMUCallback(rule=...)."
             )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hamu_lightning.checks import check_choice
+from hamu_lightning.checks import check_choice, check_type, describe, store
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules import (
@@ -97,17 +97,16 @@ class FeasibleDirection(Rule):
     def __post_init__(self) -> None:
         """Check the settings; the mappings are copied."""
         _check_names(self.quota, self.floor)
-        for name, number in self.floor.items():
-            check_quota(f"floor[{name!r}]", number)
-        for name, quota in self.quota.items():
-            if not isinstance(quota, Quota):
-                check_quota(f"quota[{name!r}]", quota)
+        floor = {name: check_quota(f"floor[{name!r}]", number) for name, number in self.floor.items()}
+        quota = {
+            name: quota if isinstance(quota, Quota) else check_quota(f"quota[{name!r}]", quota)
+            for name, quota in self.quota.items()
+        }
         check_radius(self.radius)
         check_choice("on_infeasible", self.on_infeasible, get_args(OnInfeasible))
         check_blocks(self.blocks)
         Backend(self.solver)
-        object.__setattr__(self, "quota", dict(self.quota))
-        object.__setattr__(self, "floor", dict(self.floor))
+        store(self, quota=quota, floor=floor)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -235,12 +234,14 @@ class FeasibleDirection(Rule):
 
 
 def _check_names(quota: Mapping[str, object], floor: Mapping[str, object]) -> None:
+    check_type("quota", quota, Mapping, "a dict of quotas by name", "FeasibleDirection({'forget': 1e-3}) has one.")
+    check_type("floor", floor, Mapping, "a dict of floors by name")
     if not quota:
         raise HAMUValueError("Expected `quota` to name at least one forget group, but got none.")
     for name in (*floor, *quota):
         if not isinstance(name, str) or name in ("", RETAIN):
             raise HAMUValueError(
-                f"Expected the names of groups to be strings, not empty and not 'retain', but got {name!r}."
+                f"Expected the names of groups to be strings, not empty and not 'retain', but got {describe(name)}."
             )
     both = sorted(set(quota) & set(floor))
     if both:

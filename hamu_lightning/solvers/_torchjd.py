@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from hamu_lightning.checks import check_count, describe, store
 from hamu_lightning.errors import HAMUError, HAMUStateError, HAMUValueError
 from hamu_lightning.gramian import Blocks, check_blocks
 from hamu_lightning.rules import Coefficients, Rule, as_wide, check_gramian, descend, descent_gramian, join_blocks
@@ -72,8 +73,7 @@ class FromTorchJD(Rule):
                 "Expected TorchJD for FromTorchJD, but it is not installed. Run: pip install 'hamu_lightning[torchjd]'"
             )
         check_blocks(self.blocks)
-        if self.forget_groups < 1:
-            raise HAMUValueError(f"Expected `forget_groups` to be positive, but got {self.forget_groups}.")
+        store(self, forget_groups=check_count("forget_groups", self.forget_groups))
         object.__setattr__(self, "weighting", find_weighting(self.weighting))
 
     def coefficients(
@@ -153,7 +153,7 @@ def find_weighting(method: Any) -> Any:
     bases = [base for kind in type(inner).__mro__ for base in vars(kind).get("__orig_bases__", ())]
     if not isinstance(inner, Weighting) or not any(PSDMatrix in get_args(base) for base in bases):
         raise HAMUValueError(
-            f"Expected `weighting` to be a TorchJD weighting that acts on Gramians, but got {method!r}. "
+            f"Expected `weighting` to be a TorchJD weighting that acts on Gramians, but got {describe(method)}. "
             "Use one such as UPGradWeighting(), an aggregator built on one such as UPGrad(), or NashMTL(n_tasks=2)."
         )
     return weighting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from hamu_lightning.callbacks import HAMUCallback, PassOptions
+from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.methods import SSD, Method, Retrain, TrainingRun, _storage
 from hamu_lightning.rules import HAMUQ, FineTune
 from tests.methods.setups import OPTIONS, Classifier, Source, build, make_samples, make_split, untouched, weights_of
@@ -114,6 +116,40 @@ def test_an_interrupted_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest
         _storage.save_weights(tmp_path / "a.pt", {})
     assert list(tmp_path.iterdir()) == []
     assert _storage.load_weights(tmp_path / "a.pt") is None
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "other weights", "NaN", "another file's", "plain weights", "a list"])
+def test_weights_that_are_not_those_that_were_written_are_refused(tmp_path: Path, harm: str) -> None:
+    path, other = tmp_path / "a.pt", tmp_path / "b.pt"
+    _storage.save_weights(path, {"weight": torch.ones(3)})
+    _storage.save_weights(other, {"weight": torch.ones(3)})
+    kept = torch.load(path)
+    if harm in ("cut", "empty"):
+        path.write_bytes(path.read_bytes()[: 200 * (harm == "cut")])
+    elif harm == "another file's":
+        path.write_bytes(other.read_bytes())
+    elif harm in ("other weights", "NaN"):
+        torch.save(
+            {**kept, "weights": {"weight": torch.full((3,), 2.0 if harm == "other weights" else math.nan)}}, path
+        )
+    else:
+        torch.save(kept["weights"] if harm == "plain weights" else [1], path)
+    with pytest.raises(HAMUStateError, match=r"Expected '.*a.pt' to .*Delete it; the model is then trained again"):
+        _storage.load_weights(path)
+
+
+def test_numbers_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"score": 1')
+    with pytest.raises(HAMUStateError, match=r"Expected '.*a.json' to be a run .*Delete it; it is then run again"):
+        _storage.load_json(tmp_path / "a.json")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(
+        HAMUStateError, match=r"Expected to write '.*folder/a.pt', but could not: .* give another folder"
+    ):
+        _storage.save_weights(tmp_path / "folder" / "a.pt", {})
 
 
 def hamu(forget: Any, seed: int) -> Callback:

@@ -274,7 +274,7 @@ def test_bad_confidence(confidence: float) -> None:
 
 
 def test_bad_number_of_samples() -> None:
-    with pytest.raises(HAMUValueError, match="Expected `samples` to be positive, but got 0"):
+    with pytest.raises(HAMUValueError, match="Expected `samples` to be at least 1, but got 0"):
         updated(*sample(20)).interval(samples=0)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.files import UNFINISHED
 from hamu_lightning.objectives import (
     NPO,
     BatchPass,
@@ -49,12 +52,104 @@ def test_stored_logits_follow_the_samples_not_the_batches(tmp_path: Path) -> Non
     # In other batches the rounding of the matrix products may differ.
     torch.testing.assert_close(logits_of(cache, model, (x[order], y[order])), model(x[order]), atol=1e-12, rtol=0)
     files = sorted(tmp_path.iterdir())
-    move(model)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     CachedLogits(tmp_path).fill(model, [(x[:2], y[:2])])
     assert not calls  # what is there is not computed again
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_a_folder_is_one_models(tmp_path: Path) -> None:
+    """Another model's logits are not taken for this one's, whoever has made the object."""
+    model, batch = make_model("classes"), make_batch("classes")
+    CachedLogits(tmp_path).fill(model, [batch])
+    move(model)
+    with pytest.raises(HAMUValueError, match=r"holds those of one with other weights. Give it a folder of its own, or"):
+        CachedLogits(tmp_path).fill(model, [batch])
+    CachedLogits(tmp_path).delete()
+    assert not tmp_path.exists()
+    CachedLogits(tmp_path).delete()  # nothing is there
+    cache = CachedLogits(tmp_path).fill(model, [batch])
+    assert torch.equal(logits_of(cache, model, batch), logits_of(FrozenCopy(), model, batch))
+
+
+def test_what_is_not_ours_is_left_when_logits_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / f"x{UNFINISHED}").write_text("half")
+    CachedLogits(tmp_path).fill(make_model("classes"), [make_batch("classes")]).delete()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_two_folders_do_not_know_the_same_numbers(tmp_path: Path) -> None:
+    """What is known of one cache, or of the sample alone, cannot be looked up in another."""
+    model, batch = make_model("classes"), make_batch("classes")
+    known = set(sample_keys(batch).tolist())
+    for name in ("a", "b"):
+        CachedLogits(tmp_path / name).fill(model, [batch])
+        (path,) = (tmp_path / name).glob("*.pt")
+        keys = set(torch.load(path)["keys"].tolist())
+        assert len(keys) == 4 and not keys & known
+        known |= keys
+
+
+class Touches:
+    """Would leave a file behind if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_broken_and_foreign_files_are_named(tmp_path: Path) -> None:
+    model, batch = make_model("classes"), make_batch("classes")
+    CachedLogits(tmp_path / "a").fill(model, [batch])
+    (path,) = (tmp_path / "a").glob("*.pt")
+    whole, trap = path.read_bytes(), tmp_path / "trap"
+
+    def nan() -> None:
+        path.write_bytes(whole)
+        stored = torch.load(path)
+        torch.save({**stored, "logits": stored["logits"] * math.nan}, path)
+
+    broken = {
+        "cannot be read": [
+            lambda: path.write_bytes(whole[: len(whole) // 2]),
+            lambda: path.write_bytes(b""),
+            lambda: torch.save({"keys": torch.zeros(1), "logits": Touches(trap)}, path),
+        ],
+        "it holds a list": [lambda: torch.save([1, 2], path)],
+        "but it is not": [lambda: torch.save({"a": torch.ones(2)}, path)],
+        "some are NaN": [nan],
+    }
+    for message, ways in broken.items():
+        for way in ways:
+            way()
+            with pytest.raises(HAMUStateError, match=rf"{message}.*CachedLogits\(folder\).delete\(\)"):
+                logits_of(CachedLogits(tmp_path / "a"), model, batch)
+    assert not trap.exists()
+    path.write_bytes(whole)
+    (tmp_path / "a" / "cached_logits.json").write_text("{}")
+    with pytest.raises(HAMUStateError, match="to say whose logits these are"):
+        CachedLogits(tmp_path / "a").fill(model, [batch])
+
+
+def test_logits_that_are_no_numbers_are_not_stored(tmp_path: Path) -> None:
+    model = make_model("classes")
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(HAMUValueError, match="Expected the module's logits to be numbers, but some are NaN"):
+        CachedLogits(tmp_path).fill(model, [make_batch("classes")])
+
+
+def test_threads_fill_one_folder(tmp_path: Path) -> None:
+    model, (x, y) = make_model("classes"), make_batch("classes")
+    batches = [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: CachedLogits(tmp_path).fill(model, batches), range(8)))
+    assert len(list(tmp_path.glob("*.pt"))) == len(x) and len(list(tmp_path.iterdir())) == len(x) + 1
+    torch.testing.assert_close(logits_of(CachedLogits(tmp_path), model, (x, y)), model(x), atol=1e-12, rtol=0)
 
 
 def test_stored_logits_by_index(tmp_path: Path) -> None:

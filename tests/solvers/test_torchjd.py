@@ -274,7 +274,7 @@ def test_what_does_not_act_on_gramians_is_refused(method: Any) -> None:
 def test_other_settings() -> None:
     with pytest.raises(HAMUValueError, match="Expected `blocks` to be .* but got 'row'"):
         FromTorchJD(UPGrad(), blocks="row")  # type: ignore[arg-type]
-    with pytest.raises(HAMUValueError, match="Expected `forget_groups` to be positive, but got 0"):
+    with pytest.raises(HAMUValueError, match="Expected `forget_groups` to be at least 1, but got 0"):
         FromTorchJD(UPGrad(), forget_groups=0)
     with pytest.raises(HAMUValueError, match=r"Expected `gramian` to have shape \[B, 2, 2\]"):
         FromTorchJD(UPGrad()).coefficients(torch.ones(1, 3, 3), lr=0.1)

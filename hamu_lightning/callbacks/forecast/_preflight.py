@@ -12,6 +12,7 @@ from hamu_lightning.callbacks.forecast._in_fit import BATCHES
 from hamu_lightning.callbacks.forecast._probe import Probe, check_two_groups
 from hamu_lightning.callbacks.forecast._report import PreflightReport
 from hamu_lightning.callbacks.passes import BarePass, ModuleGuard, batchnorm_frozen, check_module, without_trainer
+from hamu_lightning.checks import check_count, check_number, check_optional, check_seed, check_type
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.optim import NamedMasks
 from hamu_lightning.randomness import RandomStream
@@ -70,6 +71,8 @@ def preflight(
         (1.0, 4)
     """
     check_arguments(module, rule, batches, batchnorm)
+    batches, seed = int(batches), check_seed(seed)
+    lr, target = check_optional(check_number, "lr", lr, least=0), check_optional(check_number, "target", target)
     guard = ModuleGuard(module)
     probe = Probe(module, _find_groups(module, lr, guard, seed), rule, mask=mask)
     forget = BarePass(module, forget_loader, "forget", guard, RandomStream(seed), probe.forget)
@@ -81,17 +84,15 @@ def preflight(
 def check_arguments(module: Any, rule: Any, batches: int, batchnorm: str) -> None:
     """Raise unless the preflight can run."""
     check_module(module, batchnorm)
-    if not isinstance(rule, Rule):
-        raise HAMUValueError(f"Expected `rule` to be a rule such as HAMUQ(quota=1e-3), but got {rule!r}.")
+    check_type("rule", rule, Rule, "a rule such as HAMUQ(quota=1e-3)")
     check_two_groups(rule)
     quota = rule.target_quotas.get("forget")
     if quota is not None and (quota.steps is None or not isinstance(quota.target, float | int)):
         raise HAMUValueError(
-            f"Expected a number as target and a number of steps, but got {quota}. Give both, TargetQuota(2.3, "
+            "Expected a number as target and a number of steps, but got neither or one. Give both, TargetQuota(2.3, "
             "steps=100), or let HAMUCallback(..., preflight=True) measure the target and count the steps of the fit."
         )
-    if batches < 1:
-        raise HAMUValueError(f"Expected `batches` to be at least 1, but got {batches}.")
+    check_count("batches", batches)
 
 
 def _find_groups(module: Any, lr: float | None, guard: ModuleGuard, seed: int) -> Sequence[Mapping[str, Any]]:

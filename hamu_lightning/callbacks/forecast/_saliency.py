@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hamu_lightning.callbacks.passes import BarePass, ModuleGuard, batchnorm_frozen, check_module
+from hamu_lightning.checks import check_number, check_seed
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.optim import GradientSlot, keep_largest
 from hamu_lightning.randomness import RandomStream
@@ -53,6 +54,8 @@ def compute_saliency_mask(
         {'layer.weight': 5, 'layer.bias': 2}
     """
     check_module(module, batchnorm)
+    seed = check_seed(seed)
+    check_number("keep", keep, above=0, most=1)
     scores = _GradientSum({name: p for name, p in module.named_parameters() if p.requires_grad})
     one = BarePass(module, forget_loader, "forget", ModuleGuard(module), RandomStream(seed), scores.slot)
     if one.stream.length is None:

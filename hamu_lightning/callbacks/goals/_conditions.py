@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from hamu_lightning.callbacks.goals._signals import Signals
+from hamu_lightning.checks import check_count, check_number, describe, is_iterable, store
 from hamu_lightning.errors import HAMUValueError
 
 StopOn: TypeAlias = Literal["collateral_damage", "infeasible", "not_finite"]
@@ -56,12 +57,9 @@ class StopCondition(ABC):
             steps: The last `patience` steps, the present one at the end.
         """
 
-    def _check(self, **positive: float) -> None:
-        if self.patience < 1:
-            raise HAMUValueError(f"Expected `patience` to be at least 1 step, but got {self.patience}.")
-        for name, value in positive.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise HAMUValueError(f"Expected `{name}` to be a number that is not negative, but got {value}.")
+    def _check(self, **numbers: float) -> None:
+        store(self, patience=check_count("patience", self.patience))
+        store(self, **{name: check_number(name, value, least=0) for name, value in numbers.items()})
 
 
 @dataclass(frozen=True)
@@ -219,13 +217,12 @@ def as_conditions(stop_on: Iterable[StopOn | StopCondition]) -> tuple[StopCondit
         HAMUValueError: If something is neither.
     """
     named = {"collateral_damage": CollateralDamage, "infeasible": Infeasible, "not_finite": NotFinite}
-    conditions = [named[c]() if isinstance(c, str) and c in named else c for c in stop_on]
+    wanted = f"a list of some of {get_args(StopOn)} or of conditions such as RetainAbove(0.4)"
+    given: list[Any] = list(stop_on) if is_iterable(stop_on) else [stop_on]
+    conditions = [named[c]() if isinstance(c, str) and c in named else c for c in given]
     unknown = [c for c in conditions if not isinstance(c, StopCondition)]
     if unknown:
-        raise HAMUValueError(
-            f"Expected `stop_on` to hold some of {get_args(StopOn)} or conditions such as RetainAbove(0.4), "
-            f"but got {unknown}."
-        )
+        raise HAMUValueError(f"Expected `stop_on` to be {wanted}, but got {', '.join(map(describe, unknown))}.")
     return tuple(c for c in conditions if isinstance(c, StopCondition))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from hamu_lightning.checks import check_count, check_number, check_optional, describe, is_iterable, store
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 
 # From this share of a target on it counts as reached: what is left is less than one batch can tell. Judged in
@@ -70,8 +71,9 @@ class Holdout(Target):
 
     def __post_init__(self) -> None:
         """Check the data."""
-        if self.every is not None and self.every < 1:
-            raise HAMUValueError(f"Expected `every` to be at least 1 step, but got {self.every}.")
+        store(self, every=check_optional(check_count, "every", self.every))
+        if not is_iterable(self.data):
+            raise HAMUValueError(f"Expected `data` to be a DataLoader or a Dataset, but got {describe(self.data)}.")
         if isinstance(self.data, Sized) and len(self.data) == 0:
             raise HAMUValueError(
                 f"Expected held-out data to measure the target on, but the {type(self.data).__name__} is empty."
@@ -111,8 +113,7 @@ class Chance(Target):
 
     def __post_init__(self) -> None:
         """Check the number."""
-        if self.num_classes is not None and self.num_classes < 2:
-            raise HAMUValueError(f"Expected `num_classes` to be at least 2, but got {self.num_classes}.")
+        store(self, num_classes=check_optional(check_count, "num_classes", self.num_classes, least=2))
 
     def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> float:
         """Return the log of the number of classes."""
@@ -142,13 +143,9 @@ def as_target(target: Any) -> Target | float:
     """
     if isinstance(target, Target):
         return target
-    if isinstance(target, float | int) and not isinstance(target, bool):
-        return float(target)
     if callable(target) and not isinstance(target, type):
         return Measured(target)
-    raise HAMUValueError(
-        f"Expected `target` to be a loss, Holdout(loader), Chance(), or a function of the module, but got {target!r}."
-    )
+    return check_number("target", target, kind="a loss, Holdout(loader), Chance(), or a function of the module")
 
 
 def count_classes(module: nn.Module, batch: Any) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hamu_lightning.callbacks.goals._ledger import find_ledger
 from hamu_lightning.callbacks.goals._promises import GroupOutcome, Outcome
 from hamu_lightning.callbacks.passes import ForgetPass, Recording, copied, detached_loss
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.checks import check_count, check_number, check_type, store
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import StepReport, Verdict
 from hamu_lightning.randomness import capture_random
@@ -77,15 +77,15 @@ class VerifySteps:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name, is_good, range_ in (
-            ("every", self.every >= 1, "at least 1"),
-            ("tolerance", 0 <= self.tolerance <= 1, "in [0, 1]"),
-            ("shrink", 0 < self.shrink < 1, "between 0 and 1"),
-            ("grow", self.grow >= 1, "at least 1"),
-            ("max_tries", self.max_tries >= 1, "at least 1"),
-        ):
-            if not is_good:
-                raise HAMUValueError(f"Expected `{name}` to be {range_}, but got {getattr(self, name)}.")
+        store(
+            self,
+            every=check_count("every", self.every),
+            tolerance=check_number("tolerance", self.tolerance, least=0, most=1),
+            shrink=check_number("shrink", self.shrink, above=0, below=1),
+            grow=check_number("grow", self.grow, least=1),
+            max_tries=check_count("max_tries", self.max_tries),
+        )
+        check_type("ledger", self.ledger, str | Path | bool, "the path of a CSV file, True or False")
 
 
 class Verifier:

@@ -16,6 +16,7 @@ from hamu_lightning.callbacks.passes._forget_pass import check_loss
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import twin_loader
 from hamu_lightning.callbacks.passes._streams import ForgetStream
+from hamu_lightning.checks import check_choice
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.loaders import transfer_by_hooks
 from hamu_lightning.randomness import RandomStream
@@ -120,8 +121,7 @@ def check_module(module: Any, batchnorm: str) -> None:
             "Expected automatic optimization, but the module sets `automatic_optimization = False`: its "
             "`training_step` would change the weights. Give a module whose `training_step` only returns the loss."
         )
-    if batchnorm not in ("freeze", "retain"):
-        raise HAMUValueError(f"Expected `batchnorm` to be 'freeze' or 'retain', but got {batchnorm!r}.")
+    check_choice("batchnorm", batchnorm, ("freeze", "retain"))
 
 
 def _transfer(module: Any, batch: Any, device: torch.device) -> Any:

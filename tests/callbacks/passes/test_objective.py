@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, logsigmoid
 from torch.utils.data import DataLoader
@@ -180,24 +180,45 @@ def resume_objectives() -> dict[str, Objective]:
     }
 
 
+class SavesEach(Callback):
+    """Saves a checkpoint at the end of each epoch, as ModelCheckpoint does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch + 1}.ckpt")
+
+
+def resume(kind: type[Base], folder: Path, checkpoint: Path | None = None, epochs: int = 3) -> Base:
+    module = build(kind)
+    callback = HAMUCallback(forget_loader(shuffle=True), RULE, **resume_objectives())  # type: ignore[arg-type]
+    loader = DataLoader(make_data(), batch_size=16)
+    trainer, _ = fit(module, callback, SavesEach(folder), max_epochs=epochs, ckpt_path=checkpoint, loader=loader)
+    trainer.save_checkpoint(folder / "after.ckpt")
+    return module
+
+
 @pytest.mark.parametrize("kind", [Base, WithBatchNorm])
 def test_a_resumed_run_is_the_whole_run(kind: type[Base], tmp_path: Path) -> None:
-    def run(epochs: int, checkpoint: Path | None = None) -> Base:
-        module = build(kind)
-        callback = HAMUCallback(forget_loader(shuffle=True), RULE, **resume_objectives())  # type: ignore[arg-type]
-        trainer, _ = fit(
-            module, callback, max_epochs=epochs, ckpt_path=checkpoint, loader=DataLoader(make_data(), batch_size=16)
-        )
-        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
-        return module
-
-    whole = run(3)
-    run(1)
+    whole = resume(kind, tmp_path)
     saved = torch.load(tmp_path / "1.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == whole.state_dict().keys()
     kept = saved["callbacks"]["HAMUCallback"]["objectives"]["forget"]["0"]["reference"]["weights"]
     torch.testing.assert_close(kept, dict(build(kind).state_dict()), atol=0, rtol=0)
-    assert_same_weights(run(3, tmp_path / "1.ckpt"), whole)
+    assert_same_weights(resume(kind, tmp_path, tmp_path / "1.ckpt"), whole)
+
+
+def test_a_fit_that_has_ended_keeps_no_reference(tmp_path: Path) -> None:
+    """Neither its last checkpoint, nor one that is saved afterwards; what would need it says so."""
+    resume(Base, tmp_path)
+    for name in ("3.ckpt", "after.ckpt"):
+        state = torch.load(tmp_path / name, weights_only=True)["callbacks"]["HAMUCallback"]["objectives"]
+        released = {"0": {"reference": {"released": True}}}
+        assert state == {"forget": released, "retain": released}
+        with pytest.raises(HAMUStateError, match="goes on with a fit that had ended, and such a one keeps none"):
+            resume(Base, tmp_path, tmp_path / name, epochs=4)
 
 
 def test_stored_logits_do_as_well_as_a_second_model(tmp_path: Path) -> None:
@@ -211,7 +232,7 @@ def test_stored_logits_do_as_well_as_a_second_model(tmp_path: Path) -> None:
     assert callback.state_dict()["objectives"] == {"forget": {}, "retain": {}}
 
 
-def test_a_new_callback_takes_a_new_reference() -> None:
+def test_a_new_callback_takes_a_new_reference(tmp_path: Path) -> None:
     """And the same objective, used for another module, forgets the first one."""
     objective = NPO()
     for seed in (1, 2):
@@ -219,10 +240,13 @@ def test_a_new_callback_takes_a_new_reference() -> None:
         before = copy.deepcopy(module.state_dict())
         callback = HAMUCallback(forget_loader(), RULE, objective=objective)
         clone = copy.deepcopy(callback)
-        fit(module, callback)
-        found = objective.state_dict()["reference"]["weights"]
+        saver = SavesEach(tmp_path)
+        fit(module, callback, saver, max_epochs=2)
+        saved = torch.load(tmp_path / "1.ckpt", weights_only=True)["callbacks"]["HAMUCallback"]["objectives"]["forget"]
+        found = saved["reference"]["weights"]
         assert all(torch.equal(found[name], value) for name, value in before.items())
         assert clone.settings.objective.state_dict() == {} or seed == 2  # type: ignore[union-attr]
+        assert objective.state_dict() == {"reference": {"released": True}}
 
 
 def test_steps_are_verified_in_the_objectives_units() -> None:

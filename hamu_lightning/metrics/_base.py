@@ -1,0 +1,84 @@
+"""What all metrics share: the options and pictures of torchmetrics, and one reading of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from hamu_lightning.checks import describe
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.gramian import widest_float
+
+
+class HAMUMetric(Metric):
+    """A torchmetrics metric with all of torchmetrics' options, whose result may have several numbers.
+
+    Args:
+        **options: torchmetrics' own: `sync_on_compute`, `dist_sync_on_step`, `process_group`, `compute_on_cpu`, ...
+
+    Raises:
+        HAMUValueError: If an option is unknown or of the wrong kind.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValueError as error:
+            raise HAMUValueError(
+                f"Expected only options of torchmetrics.Metric besides those of {type(self).__name__}, but it says: "
+                f"{error}"
+            ) from error
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw one value or several, with matplotlib.
+
+        Args:
+            val: What `compute` or `forward` returned, or a list of such values. Default: what `compute` returns now.
+            ax: The axes to draw into. Default: new ones.
+
+        Returns:
+            A matplotlib figure, and its axes.
+        """
+        val = self.compute() if val is None else val
+        return self._plot(_by_name(val) if hasattr(val, "_asdict") else _each_by_name(val), ax)
+
+
+def as_numbers(name: str, values: Any, device: torch.device) -> Tensor:
+    """Return a tensor, an array or a list of real numbers as a tensor, detached; Python's numbers keep their digits.
+
+    Args:
+        name: The argument's name, as its caller knows it.
+        values: What was given.
+        device: Where it goes if it is no tensor.
+
+    Raises:
+        HAMUValueError: If these are no real numbers.
+    """
+    if not isinstance(values, Tensor):
+        dtype = None if hasattr(values, "dtype") else widest_float(device)
+        try:
+            values = torch.as_tensor(values, dtype=dtype, device=device)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise HAMUValueError(f"Expected `{name}` to hold numbers, but got {describe(values)}.") from error
+    if values.is_complex():
+        raise HAMUValueError(f"Expected `{name}` to hold real numbers, but got {describe(values)}.")
+    numbers: Tensor = values.detach()
+    return numbers
+
+
+def _by_name(value: Any) -> Any:
+    """A result of several numbers as torchmetrics draws it."""
+    return value._asdict() if hasattr(value, "_asdict") else value
+
+
+def _each_by_name(values: Any) -> Any:
+    return [_by_name(value) for value in values] if isinstance(values, Sequence) else values
