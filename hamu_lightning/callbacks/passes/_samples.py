@@ -24,6 +24,7 @@ def split_forget(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[Subset[
         HAMUValueError: If an index is out of range, occurs twice, or if one of the two subsets would be empty.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> retain, forget = split_forget(TensorDataset(torch.arange(5)), [1, 3])
         >>> retain.indices, forget.indices
