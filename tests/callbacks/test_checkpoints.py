@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, defa
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback
+from hamu_lightning.callbacks import PassOptions, StepOptions
 from hamu_lightning.rules import FixedRadius, TargetQuota
 from tests.callbacks.modules import Base, build, fit, make_data
 from tests.callbacks.test_model_parallel import Sharded
@@ -119,10 +120,10 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd": {},
     "momentum": {"optimizer": "momentum"},
     "adamw": {"optimizer": "adamw"},
-    "exact steps": {"optimizer": "adamw", "arguments": {"exact": True}},
+    "exact steps": {"optimizer": "adamw", "arguments": {"steps": StepOptions(exact=True)}},
     "accumulation": {"accumulate_grad_batches": 3},
     "schedule": {"kind": WarmsUp},
-    "every third step": {"arguments": {"every_n_steps": 3}},
+    "every third step": {"arguments": {"passes": PassOptions(every_n_steps=3)}},
     "target": {"rule": HAMUQ(TargetQuota(9.0), radius=FixedRadius(0.05)), "arguments": {"verify": True}},
     "stopping": {"arguments": {"stop_on": ["collateral_damage"]}},
 }

@@ -135,7 +135,7 @@ def test_what_is_refused_at_the_start() -> None:
         ({"verify": True}, {}, "Expected no verified steps with `sketch`"),
         ({}, {"gradient_clip_val": 0.1}, "Expected no gradient clipping with `sketch`"),
         ({}, {"precision": "16-mixed"}, "Expected no loss scaler"),
-        ({"groups_per_step": 1}, {}, "without `track_actual`, `reuse_groups` and `mask`"),
+        ({"passes": PassOptions(groups_per_step=1)}, {}, "without `track_actual`, `reuse_groups` and `mask`"),
     ],
 )
 def test_what_does_not_go_with_sketches(options: Any, settings: Any, message: str) -> None:

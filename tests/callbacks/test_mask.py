@@ -190,7 +190,7 @@ def test_the_mask_survives_a_resumed_run(tmp_path: Path) -> None:
     """It is no part of the checkpoint: it is given again."""
     module = build(Base, "momentum")
     mask = compute_saliency_mask(module, forget_loader())
-    settings: dict[str, Any] = {"optimizer": "momentum", "arguments": {"mask": mask}}
+    settings: dict[str, Any] = {"optimizer": "momentum", "arguments": {"steps": StepOptions(mask=mask)}}
     trainer, hamu = train_and_save(tmp_path, **settings)
     whole = end_of(trainer, hamu)
     assert_rest(trainer.lightning_module, weights_of(module), mask)

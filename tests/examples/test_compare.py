@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
 from hamu_lightning import HAMUCallback
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.methods import Comparison, Method, Search, TrainingRun
 
 STEPS = 7
@@ -47,7 +48,7 @@ def test_methods_of_steps_get_the_same_batches_and_the_same_number_of_steps() ->
             if not isinstance(method, TrainingRun):
                 continue
             settings = method.callback_factory([], 5).settings  # type: ignore[attr-defined]
-            assert (settings.seed, settings.batch_size, settings.freezes_batchnorm) == (5, None, True), name
+            assert (settings.seed, settings.passes) == (5, PassOptions()), name
             assert (method.options["max_epochs"], method.options["max_steps"]) == (-1, STEPS)
             assert ("HAMU" in name) == (method.options.get("gradient_clip_val") is None), name
 

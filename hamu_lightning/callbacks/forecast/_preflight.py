@@ -63,7 +63,9 @@ def preflight(
         HAMUStateError: If the module needs a Trainer: `HAMUCallback(preflight=True)` then does the same in the fit.
 
     Example:
+        >>> import torch
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from torch.utils.data import DataLoader
         >>> from hamu_lightning.rules import HAMUQ
         >>> loader = DataLoader(torch.eye(32), batch_size=8)
         >>> report = preflight(BoringModel(), loader, loader, HAMUQ(quota=1e-3))

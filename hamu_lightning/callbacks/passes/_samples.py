@@ -30,6 +30,7 @@ def split_forget(dataset: Dataset[Any], indices: Iterable[int] | Tensor) -> tupl
             empty.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> retain, forget = split_forget(TensorDataset(torch.arange(5)), [1, 3])
         >>> retain.indices, forget.indices

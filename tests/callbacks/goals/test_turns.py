@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback
-from hamu_lightning.callbacks import StepOptions
+from hamu_lightning.callbacks import PassOptions, StepOptions
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import CrossEntropy, ReferenceKL, WeightedSum
 from hamu_lightning.rules import Alternate, FineTune, FixedRadius, GradAscent, GradDiff, Rule, Schedule
@@ -254,7 +254,7 @@ def test_refusals() -> None:
     for arguments, name in (
         ({"rule": GradDiff()}, "rule"),
         ({"target": 2.0}, "target"),
-        ({"every_n_steps": 2}, "every"),
+        ({"passes": PassOptions(every_n_steps=2)}, "every"),
     ):
         with pytest.raises(HAMUValueError, match=f"Expected `schedule` without `{name}"):
             HAMUCallback(forget_loader(), schedule=schedule, **arguments)  # type: ignore[arg-type]
