@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -10,22 +12,29 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.errors import HAMUStateError
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
 
 class Account:
     """Gives account of a fit.
 
     Args:
         parts: The parts of the fit.
+
+    Attributes:
+        averages: Who puts an average of the weights in the place of the model at the end.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self.averages: list[str] = []
 
     def check_it_happened(self) -> None:
         """Raise unless there was unlearning: forgetting must never silently not happen."""
         parts = self._parts
-        done = {name: count - parts.before[name] for name, count in parts.counts().items()}
-        if parts.turns is not None and parts.before["combined_steps"]:
+        done = self._done()
+        if parts.turns is not None and parts.is_resumed and parts.before["combined_steps"]:
             return  # this fit went on with what was left: the repair
         is_excused = parts.stopper.reason is not None or (_compat.is_trial(parts.trainer) and done["left_out_steps"])
         missing = "forget passes" if not done["forget_passes"] else "combined steps"
@@ -37,6 +46,20 @@ class Account:
             "Check that the module's `training_step` runs through the Trainer, `every_n_steps` against the number of "
             "steps, the learning rates and the precision."
         )
+
+    def check_it_began(self) -> None:
+        """Raise if the fit has ended without a training batch."""
+        if not self._parts.is_started:
+            raise HAMUStateError(
+                f"Expected unlearning to happen in this fit, but it ended without a training batch: "
+                f"{explain_no_batch(self._parts.trainer)}. Epochs and steps of a checkpoint count: give the Trainer "
+                "more than those, or load the weights alone, Module.load_from_checkpoint(path), and fit without "
+                "`ckpt_path`; for a Trainer that has fitted already, make a new one."
+            )
+
+    def _done(self) -> dict[str, int]:
+        """What was done by this fit."""
+        return {name: count - self._parts.before[name] for name, count in self._parts.counts().items()}
 
     def warn_if_short(self) -> None:
         """Say so if there is a target and the fit has ended before it."""
@@ -63,12 +86,45 @@ class Account:
         return {f"hamu/{name}": torch.tensor(float(number)) for name, number in numbers.items()}
 
     def summary(self) -> str:
-        """One line on what was done, and a table where there are several groups."""
-        parts, counts = self._parts, self._parts.counts()
+        """What was done by this fit, and by the run that it continues; a table where there are several groups."""
+        parts, done = self._parts, self._done()
+        protected, requests = parts.groups.names_by_role()
         return (
-            f"HAMU: {counts['combined_steps']} combined steps ({counts['left_out_steps']} left out), "
+            f"HAMU: {done['combined_steps']} combined steps ({done['left_out_steps']} left out), "
             f"{parts.journal.summary()}."
-            + ("" if parts.verifier is None else f" {parts.verifier.describe()}.")
+            + ("" if parts.verifier is None or parts.is_resumed else f" {parts.verifier.describe()}.")
             + ("" if parts.turns is None else f" {parts.turns.describe()}.")
-            + parts.prices.format(parts.journal.path, *parts.groups.names_by_role())
+            + parts.journal.describe_promises(requests)
+            + parts.groups.describe_unseen()
+            + (self._describe_run() if parts.is_resumed else "")
+            + "".join(
+                f" {name} then puts another model in place, an average: no number here is of it."
+                for name in self.averages
+            )
+            + parts.prices.format(parts.journal.path, protected, requests)
         )
+
+    def _describe_run(self) -> str:
+        """What was done by the whole run, of which this fit is a part."""
+        parts, counts = self._parts, self._parts.counts()
+        starts = parts.journal.describe_starts()
+        return (
+            f" With the run that this fit continues: {counts['combined_steps']} combined steps "
+            f"({counts['left_out_steps']} left out)"
+            + (f", from {starts}" if starts else "")
+            + ("." if parts.verifier is None else f". {parts.verifier.describe()}.")
+        )
+
+
+def explain_no_batch(trainer: Trainer) -> str:
+    """Why a fit ended without a training batch, in words."""
+    steps, epochs = trainer.global_step, trainer.current_epoch
+    if trainer.limit_train_batches == 0:
+        return "limit_train_batches is 0"
+    if trainer.fit_loop.max_batches == 0:
+        return "the training loader has none"
+    if trainer.max_steps != -1 and steps >= trainer.max_steps:
+        return f"max_steps={trainer.max_steps} is reached, with {steps} steps before this fit"
+    if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
+        return f"max_epochs={trainer.max_epochs} is reached, with {epochs} epochs before this fit"
+    return "something stopped the Trainer before the first one"

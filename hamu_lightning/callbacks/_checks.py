@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,7 +15,10 @@ from hamu_lightning.optim import HAMUOptimizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+    from hamu_lightning.callbacks._settings import FitSettings
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks.passes import AbsentData
 from hamu_lightning.objectives import Objective
 from hamu_lightning.rules import Rule
 
@@ -63,6 +68,20 @@ def check_setup(trainer: Trainer, module: LightningModule, callback: Any) -> Non
         raise HAMUMisconfigurationError(
             "Expected one HAMUCallback, but the Trainer has several. Give all samples to forget to one of them."
         )
+
+
+def check_data(settings: FitSettings) -> None:
+    """Raise where the data was left out of the pickle that the callback comes from."""
+    quotas = {} if settings.rule is None else settings.rule.target_quotas
+    held_out = {f"the target of {name}": getattr(quota.target, "data", None) for name, quota in quotas.items()}
+    named = settings.forget if isinstance(settings.forget, Mapping) else {"forget": settings.forget}
+    for name, data in {**named, **settings.protect, **held_out}.items():
+        if isinstance(data, AbsentData):
+            raise HAMUMisconfigurationError(
+                f"Expected the data of {name!r} ({data.description}), but the callback comes from a pickle, which "
+                "holds no data. Build it anew with its loaders, HAMUCallback(forget=loader, ...); what it has done so "
+                "far is in the checkpoints of the Trainer, fit(ckpt_path=...)."
+            )
 
 
 def check_sketch(trainer: Trainer, sketch: int | None, *, verifies: bool) -> None:
@@ -115,6 +134,23 @@ def wrap_optimizer(module: LightningModule, base: Any, rule: Any, mask: Any = No
         return HAMUOptimizer(base, rule, named_parameters=module.named_parameters(), mask=mask, **options)
     except HAMUValueError as error:
         raise HAMUMisconfigurationError(str(error)) from error
+
+
+def warn_about_averages(trainer: Trainer) -> list[str]:
+    """Warn where another callback hands an average of the weights back; return the names of those that do."""
+    found = [
+        type(other).__name__
+        for other in trainer.callbacks  # type: ignore[attr-defined]
+        if any(re.search(r"Averag|EMA", base.__name__) for base in type(other).__mro__)
+    ]
+    for name in found:
+        rank_zero_warn(
+            f"{name} puts an average of the weights in the place of the model when the fit ends, and in validation. "
+            "Weights from before unlearning are part of it: the forget loss of that model is lower than what is logged "
+            "here, what stops the fit and what the summary says. Leave it out of this fit, or let the average begin "
+            "when unlearning is over, such as EMAWeightAveraging(update_starting_at_step=...)."
+        )
+    return found
 
 
 def best_checkpoints(trainer: Trainer) -> dict[str, str]:

@@ -73,11 +73,22 @@ def read_results(results: Any) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     return logged
 
 
+# Where unlearning's own numbers are logged.
+_OWN_HOOK = "on_train_batch_end"
+
+
 def withdraw_logged(trainer: Trainer, prefix: str) -> None:
-    """Let the names that begin so be absent from the loggers until they are logged again."""
+    """Let our names that begin so be absent from the loggers until they are logged again."""
     for item in trainer.fit_loop.epoch_loop._results.values():
-        if item.meta.name.startswith(prefix):
+        if item.meta.fx == _OWN_HOOK and item.meta.name.startswith(prefix):
             item.reset()
+
+
+def names_of_others(trainer: Trainer) -> set[str]:
+    """What the module logs, in training and in validation."""
+    loop = trainer.fit_loop.epoch_loop
+    items = [item for results in (loop._results, loop.val_loop._results) for item in results.values()]
+    return {item.meta.name for item in items if item.meta.fx != _OWN_HOOK}
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._account import Account
-from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_stale_best
+from hamu_lightning.callbacks._checks import best_checkpoints, check_data, warn_about_averages, warn_about_stale_best
 from hamu_lightning.callbacks._flow import Flow
-from hamu_lightning.callbacks._parts import Parts
+from hamu_lightning.callbacks._parts import Parts, Past
 from hamu_lightning.callbacks._settings import FitSettings
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ class Fit:
 
     Args:
         trainer: The trainer, with its strategy and optimizers set up.
+        callback: Ours: its hooks run before those of the others.
         settings: What the user asked for.
-        state: The state of an earlier run that this one continues, or an empty dict.
+        past: Earlier fits, which this one may continue.
 
     Attributes:
         parts: What the fit consists of, and its state.
@@ -29,22 +31,30 @@ class Fit:
         account: What is said at the end.
     """
 
-    def __init__(self, trainer: Trainer, settings: FitSettings, state: dict[str, Any]) -> None:
+    def __init__(self, trainer: Trainer, callback: Any, settings: FitSettings, past: Past) -> None:
         self._trainer = trainer
-        self.parts = parts = Parts(trainer, settings, state)
+        check_data(settings)
+        self.parts = parts = Parts(trainer, settings, past)
         self.flow, self.account = Flow(parts), Account(parts)
         self._best: dict[str, str] = {}
-        if parts.has_wrapped:
-            # Schedulers hold the base optimizer, whose groups the wrapper shares.
-            trainer.strategy.optimizers = [parts.optimizer]
-        self._let_decide()
-        self._patch = _compat.StepPatch(trainer.strategy, self.flow.around_step)
+        with ExitStack() as changes:  # what was changed is taken back if the next change fails
+            if parts.has_wrapped:
+                changes.callback(setattr, trainer.strategy, "optimizers", [parts.optimizer.base])
+                # Schedulers hold the base optimizer, whose groups the wrapper shares.
+                trainer.strategy.optimizers = [parts.optimizer]
+            changes.callback(self._release)
+            self._let_decide()
+            changes.callback(_compat.StepPatch(trainer.strategy, self.flow.around_step).remove)
+            self._changes = changes.pop_all()
+        lead(trainer, callback)
 
     def _let_decide(self) -> None:
         self.parts.optimizer.approve = self.flow.approve if self.parts.is_deciding else None
 
     def start(self) -> None:
         """Find the batches of all groups; the training loader is there now."""
+        if self._unlearns:
+            self.account.averages = warn_about_averages(self._trainer)
         self.parts.start()
         self.flow.start()
 
@@ -60,15 +70,29 @@ class Fit:
 
     def warn_about_stale_best(self) -> None:
         """Warn, after the fit, about a best checkpoint from before the last step."""
-        if self.parts.turns is not None or not self.parts.optimizer.rule.is_plain:
+        if self._unlearns:
             warn_about_stale_best(self._best, best_checkpoints(self._trainer))
+
+    @property
+    def _unlearns(self) -> bool:
+        return self.parts.turns is not None or not self.parts.optimizer.rule.is_plain
 
     def close(self) -> None:
         """Take back every change to the trainer, the module and its optimizer."""
-        optimizer = self.parts.optimizer
         self.flow.batchnorm.thaw()
-        self._patch.remove()
+        self._changes.close()
+
+    def _release(self) -> None:
+        optimizer = self.parts.optimizer
         optimizer.release_forget()
         optimizer.approve = optimizer.referee = optimizer.recompute = None
-        if self.parts.has_wrapped:
-            self._trainer.strategy.optimizers = [optimizer.base]
+
+
+def lead(trainer: Trainer, callback: Any) -> None:
+    """Put a callback before the others.
+
+    Another one that saves a checkpoint at the end of a batch then saves what belongs to the step that has ended. The
+    list is replaced: the trainer may be going through the one that was there.
+    """
+    others = [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
+    trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]

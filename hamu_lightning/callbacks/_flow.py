@@ -36,6 +36,7 @@ class Flow:
         self.preflight_report: PreflightReport | None = None
         self._preflight: FitPreflight | None = None
         self._watchdog: Watchdog | None = None
+        self._applied = parts.optimizer.applied_steps
         # The accumulation window: micro-batches so far, whether the last one gave a loss, whether the window will be
         # combined, and the retain losses, 0-d each.
         self._window, self._gave_loss, self._combines = 0, False, True
@@ -47,7 +48,8 @@ class Flow:
         parts = self._parts
         if parts.settings.preflight:
             self._preflight = FitPreflight(parts.trainer, parts.optimizer, parts.groups.loader, parts.settings.seed)
-        self._watchdog = Watchdog([p for group in parts.optimizer.param_groups for p in group["params"]])
+        self._watchdog = Watchdog(parts.trainer, parts.optimizer)
+        self._applied = parts.optimizer.applied_steps
 
     def start_epoch(self) -> None:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
@@ -96,6 +98,8 @@ class Flow:
 
     def _open_window(self) -> None:
         parts = self._parts
+        if self._watchdog is not None:
+            self._watchdog.check_optimizer()
         self._combines = parts.trainer.global_step % parts.settings.passes.every_n_steps == 0
         if parts.turns is not None:
             self._combines = parts.turns.open_window()
@@ -112,7 +116,9 @@ class Flow:
         """Measure what is to be measured before the step, then run the pass of each group."""
         parts, groups = self._parts, self._parts.groups
         if self._window == 1:
-            for group in groups.open_window(forget_step, args, kwargs):
+            leaving = groups.open_window(forget_step, args, kwargs)
+            self._stop_where_it_is_over()
+            for group in leaving:
                 self._say_done(group)
         if self._preflight is not None:
             self._run_preflight(self._preflight, forget_step, retain_step)
@@ -125,6 +131,14 @@ class Flow:
         for group in groups.present:
             loss = group.run_batch(steps[group.name], args, kwargs, batches.get(group.name))
             parts.journal.add_loss(group.name, loss)
+
+    def _stop_where_it_is_over(self) -> None:
+        """Let the coming step not pass where the targets are reached; the message has the levels that were measured."""
+        groups, stopper = self._parts.groups, self._parts.stopper
+        if groups.are_all_reached:
+            stopper.stop(StopReason.TARGET_REACHED, f"{groups.describe()}.")
+        if groups.are_lost:
+            stopper.stop(StopReason.NOT_FINITE, f"{groups.describe()}. Verified steps or a smaller radius prevent it.")
 
     def _run_preflight(
         self, preflight: FitPreflight, step: Callable[..., Any], retain_step: Callable[..., Any]
@@ -171,12 +185,8 @@ class Flow:
 
     def approve(self, report: StepReport) -> bool:
         """Whether a step is to be applied."""
-        groups, stopper = self._parts.groups, self._parts.stopper
-        if groups.are_all_reached:
-            stopper.stop(StopReason.TARGET_REACHED, f"{groups.describe()}.")
-        if groups.are_lost:
-            stopper.stop(StopReason.NOT_FINITE, f"{groups.describe()}. Verified steps or a smaller radius prevent it.")
-        return stopper.approves(report, self._retain_losses, groups.forget_losses, groups.target)
+        groups = self._parts.groups
+        return self._parts.stopper.approves(report, self._retain_losses, groups.forget_losses, groups.target)
 
     def end_batch(self) -> bool:
         """After a batch: log, stop, and open a new window where one has ended; return whether one has."""
@@ -186,8 +196,8 @@ class Flow:
         if _compat.is_accumulating(parts.trainer):
             return False
         parts.optimizer.drop_step()  # does nothing unless the loss scaler has left `step` out
-        if self._watchdog is not None and not self._watchdog.check(parts.optimizer.calls):
-            self._watchdog = None
+        if self._watchdog is not None:
+            self._watchdog.check_window(had_passes=self._combines and self._window > 0)
         self._report()
         if parts.turns is not None and self._window:
             parts.turns.close_window()
@@ -205,11 +215,21 @@ class Flow:
         if parts.verifier is not None:
             more |= parts.verifier.numbers()
         is_new = report is not self._reported
-        if report is not None and is_new and isinstance(report.coefficients, GroupCoefficients):
-            parts.prices.add(report.coefficients)
+        if report is not None and is_new:
+            applied = parts.optimizer.applied_steps
+            parts.journal.add_promises(report, applied - self._applied, parts.groups.without_target)
+            self._applied = applied
+            if isinstance(report.coefficients, GroupCoefficients):
+                parts.prices.add(report.coefficients)
         turn = {} if parts.turns is None else parts.turns.numbers()
         parts.journal.log_step(report if is_new else None, more, turn)
         self._reported = report
+
+    def publish(self) -> None:
+        """At the end of an epoch, give monitors the numbers that are logged at steps, and the means over the epoch."""
+        parts = self._parts
+        more = parts.stopper.numbers() | parts.groups.levels()
+        parts.journal.publish_epoch({f"hamu/{name}": value for name, value in more.items()})
 
     def _close_window(self) -> None:
         parts = self._parts

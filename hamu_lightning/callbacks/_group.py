@@ -37,6 +37,7 @@ class Group:
         approach: The way of its loss to a target; None without one.
         is_done: Whether it has left the problem.
         passes: How many of its batches have gone through the module.
+        before: How many of them in the run that this fit continues.
         losses: Of the present window, 0-d each.
     """
 
@@ -47,7 +48,7 @@ class Group:
         self._random = RandomStream(seed, _compat.data_rank(trainer), *own)
         self.run = ForgetPass(trainer, optimizer, self._random, partial(optimizer.group, name), guard)
         self.approach: Approach | None = None
-        self.is_done, self.passes = False, 0
+        self.is_done, self.passes, self.before = False, 0, 0
         self.losses: list[Tensor] = []
 
     def read(self, loader: Iterable[Any], state: Mapping[str, Any]) -> None:
@@ -65,14 +66,21 @@ class Group:
             self.approach.observe(loss)
         return loss
 
+    def describe_unseen(self) -> str:
+        """Which batches of a pass never went through the module, in words; empty where all did, or nobody knows."""
+        length = None if self.run.stream is None else self.run.stream.length
+        if not length or self.passes >= length:
+            return ""
+        return f"{self.passes} of {length} {self.name} batches were seen, the others never"
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and the counts."""
         stream = {} if self.run.stream is None else {"stream": self.run.stream.state_dict()}
         return {**stream, "passes": self.passes, "is_done": self.is_done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state_dict` returned; the stream is set by `read`."""
-        self.passes, self.is_done = state.get("passes", 0), state.get("is_done", False)
+        """Go on with what `state_dict` returned; the stream is set by `read`. Whether it is done is found out again."""
+        self.passes = self.before = state.get("passes", 0)
         self._random.draw = self.passes
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._group import Group, take_turns
+from hamu_lightning.callbacks._identity import identify
 from hamu_lightning.callbacks.goals import Approach
 from hamu_lightning.callbacks.passes import ModuleGuard, Recording, check_disjoint, find_loader, name_sources
 
@@ -73,11 +74,16 @@ class Groups:
         """How many batches have gone through the module."""
         return sum(group.passes for group in self._groups.values())
 
-    def start(self) -> None:
+    def find_loaders(self) -> None:
         """Find the loaders."""
         for name in self._groups:
-            self._start_group(name)
+            self._find_loader(name)
         self._check_disjoint()
+
+    def start(self) -> None:
+        """Begin to read them, from where `load_state_dict` left off."""
+        for name in self._groups:
+            self._start_group(name)
 
     def add(self, settings: FitSettings, name: str) -> None:
         """Take one more group in; `settings` and the optimizer's rule know of it already."""
@@ -85,8 +91,9 @@ class Groups:
         self._sources = name_sources(self._optimizer.rule, settings.forget, settings.protect)
         made = {**self._groups, name: self._make(name)}
         self._groups = {known: made[known] for known in self._sources}
-        self._start_group(name)
+        self._find_loader(name)
         self._check_disjoint()
+        self._start_group(name)
         self.take_all_next()
 
     def take_all_next(self) -> None:
@@ -97,14 +104,27 @@ class Groups:
         forgotten = {n: loader for n, loader in self._loaders.items() if n not in self._settings.protect}
         check_disjoint(forgotten, {n: self._loaders[n] for n in self._settings.protect if n in self._loaders})
 
-    def _start_group(self, name: str) -> None:
-        settings, group, state = self._settings, self._groups[name], self._state.get(name, {})
+    def _find_loader(self, name: str) -> None:
+        settings = self._settings
         is_forgotten = name not in settings.protect
         loader = find_loader(
             self._trainer, name, self._sources[name], settings.passes.batch_size, is_forgotten=is_forgotten
         )
         if loader is not None:
             self._loaders[name] = loader
+
+    def identify(self, salt: str | None = None) -> dict[str, Any]:
+        """Describe the data of the groups without holding it, see `identify`; all processes alike."""
+        train = _compat.train_loader_parts(self._trainer)
+        sources = {name: self._loaders[name] if name in self._loaders else train[name] for name in self._groups}
+        is_first = self._trainer.is_global_zero
+        found = identify(sources, self._settings.protect, salt) if is_first else {}
+        return self._trainer.strategy.broadcast(found)
+
+    def _start_group(self, name: str) -> None:
+        settings, group, state = self._settings, self._groups[name], self._state.get(name, {})
+        loader = self._loaders.get(name)
+        if loader is not None:
             group.read(_compat.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
             every = settings.passes.every_n_steps
@@ -207,6 +227,16 @@ class Groups:
             for name, approach in self._approaches.items()
             if not self._groups[name].is_done and not approach.is_at_target
         )
+
+    @property
+    def without_target(self) -> list[str]:
+        """The names of the groups to forget that no target leads."""
+        return [group.name for group in self._to_forget if group.approach is None]
+
+    def describe_unseen(self) -> str:
+        """Which batches have never gone through the module, in words."""
+        told = [found for group in self._groups.values() if (found := group.describe_unseen())]
+        return f" {'; '.join(told)}." if told else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the positions and counts of all groups."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,8 @@ from typing_extensions import Unpack, override
 
 from hamu_lightning.callbacks._checks import check_setup, check_strategy
 from hamu_lightning.callbacks._fit import Fit
+from hamu_lightning.callbacks._parts import Past
+from hamu_lightning.callbacks._record import Record
 from hamu_lightning.callbacks._refusal import refusing
 from hamu_lightning.callbacks._settings import (
     DeprecatedOptions,
@@ -24,14 +27,14 @@ from hamu_lightning.callbacks._settings import (
     take_deprecated,
 )
 from hamu_lightning.callbacks.forecast import PreflightReport
-from hamu_lightning.callbacks.goals import StopCondition, StopOn, StopReason, VerifySteps, as_conditions
+from hamu_lightning.callbacks.goals import StopCondition, StopOn, VerifySteps, as_conditions
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
 from hamu_lightning.rules import Quota, Rule, Schedule
 
 
-class HAMUCallback(Callback):
+class HAMUCallback(Record, Callback):
     """Makes a fit unlearn: each optimizer step also raises the loss on the data to forget, as the rule says.
 
     The Trainer's own loader is the retain stream; the module and its optimizer stay as they are. What happens:
@@ -150,6 +153,9 @@ class HAMUCallback(Callback):
         self._preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
         self._state: dict[str, Any] = {}
+        # Whether the state was loaded since the last fit, and the module of that fit.
+        self._is_loaded = False
+        self._module: Callable[[], LightningModule | None] = _no_module
         self._last_step: StepReport | None = None
 
     @override
@@ -181,41 +187,6 @@ class HAMUCallback(Callback):
         return "HAMUCallback"
 
     @property
-    def forget_passes(self) -> int:
-        """How many forget batches have gone through the module."""
-        return int(self.state_dict().get("forget_passes", 0))
-
-    @property
-    def combined_steps(self) -> int:
-        """How many optimizer steps have combined the two gradients and moved the weights."""
-        return int(self.state_dict().get("combined_steps", 0))
-
-    @property
-    def left_out_steps(self) -> int:
-        """How many combined steps were left out: non-finite numbers, overflow, learning rate 0, no retain loss."""
-        return int(self.state_dict().get("left_out_steps", 0))
-
-    @property
-    def turns(self) -> dict[str, int]:
-        """With a `schedule`: how many steps each of its rules was asked for, by the rule in words; else empty."""
-        if self.settings.schedule is None:
-            return {}
-        counts = self.state_dict().get("turns", {}).get("counts", ())
-        return dict(zip(map(str, self.settings.schedule.rules), counts, strict=False))
-
-    @property
-    def stop_reason(self) -> StopReason | None:
-        """Why unlearning ended by itself; None if it did not."""
-        reason = self.state_dict().get("stop", {}).get("reason")
-        return None if reason is None else StopReason(reason)
-
-    @property
-    def stop_message(self) -> str | None:
-        """The same in words, with numbers."""
-        message: str | None = self.state_dict().get("stop", {}).get("message")
-        return message
-
-    @property
     def last_step(self) -> StepReport | None:
         """What the last combined step did."""
         return self._fit.parts.optimizer.last_step if self._fit else self._last_step
@@ -245,7 +216,9 @@ class HAMUCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with refusing(trainer):
             check_setup(trainer, pl_module, self)
-            self._fit = Fit(trainer, self.settings, self._state)
+            past = Past(self._state, self._is_loaded, is_same_module=self._module() is pl_module)
+            self._fit = Fit(trainer, self, self.settings, past)
+            self._module = weakref.ref(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,6 +246,7 @@ class HAMUCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit, account = self._running, self._running.account
         fit.flow.batchnorm.thaw()
+        fit.parts.journal.publish_again()
         account.check_it_happened()
         account.warn_if_short()
         # Where processes were spawned, nothing but this comes back to the first one.
@@ -283,7 +257,14 @@ class HAMUCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running.flow.publish()
         self._running.account.draw_costs()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # `on_train_end` does not run where there was no batch.
+        if self._fit is not None:
+            self._fit.account.check_it_began()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -304,15 +285,19 @@ class HAMUCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = dict(state_dict)
+        self._state, self._is_loaded = dict(state_dict), True
         if self._fit is not None:
             self._fit.parts.load_state_dict(self._state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy holds the settings and the state, but nothing of a running fit (iterators, patches)."""
+        """A copy holds the settings and the state, but nothing of a running fit (iterators, patches).
+
+        Copies in this process hold the data as well; pickles hold a description of it, see `FitSettings`.
+        """
         return {
             **self.__dict__,
             "_fit": None,
+            "_module": _no_module,
             "_state": self.state_dict(),
             "_last_step": None,
             "_preflight_report": self.preflight_report,
@@ -332,5 +317,9 @@ class HAMUCallback(Callback):
             fit, parts = self._fit, self._fit.parts
             self._state, self._last_step = parts.state_dict(), parts.optimizer.last_step
             self._preflight_report = fit.flow.preflight_report or self._preflight_report
-            self._fit = None
+            self._fit, self._is_loaded = None, False
             fit.close()
+
+
+def _no_module() -> None:
+    """Stands for a reference to a module that is gone."""

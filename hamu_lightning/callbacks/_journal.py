@@ -1,20 +1,23 @@
-"""What a fit with unlearning tells: logged scalars, the progress bar, the summary."""
+"""What a fit with unlearning tells: logged scalars, the progress bar, numbers for monitors, the summary."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.metrics import RunningObjective
+from hamu_lightning.callbacks._course import Course, have_parted
 from hamu_lightning.optim import StepReport
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+# Promised and measured rise are compared every so many combined steps, until they have parted.
+_COMPARED_EVERY = 50
 
 
 class Journal:
@@ -28,14 +31,17 @@ class Journal:
 
     def __init__(self, trainer: Trainer, groups: Iterable[str], progress_bar: bool) -> None:
         self._trainer, self._progress_bar = trainer, progress_bar
-        self._objectives: dict[str, RunningObjective] = {}
+        self._courses: dict[str, Course] = {}
         self._ended: set[str] = set()
+        self._elsewhere: set[str] = set()
+        self._published: dict[str, Tensor] = {}
+        self._promises, self._is_warned = 0, False
         for group in groups:
             self.add_group(group)
 
     def add_group(self, name: str) -> None:
         """Follow one more group."""
-        self._objectives[name] = RunningObjective().to(self._trainer.strategy.root_device)
+        self._courses[name] = Course(self._trainer.strategy.root_device)
 
     def end_group(self, name: str) -> None:
         """Log a group no more that has left the problem."""
@@ -44,13 +50,39 @@ class Journal:
 
     def add_loss(self, group: str, loss: Tensor) -> None:
         """Add the loss of a batch."""
-        self._objectives[group].update(loss)
+        self._courses[group].add(loss)
+
+    def add_promises(self, report: StepReport, moved: Tensor, watched: Iterable[str]) -> None:
+        """Sum up what a step promised to those that it forgets; warn once where the losses do not follow.
+
+        Args:
+            report: The step.
+            moved: 0-d, 0 if it moved nothing.
+            watched: For which groups to warn: those that no target leads.
+        """
+        for name in report.coefficients.forgotten:
+            self._courses[name].add_promise(report.improvement(name), moved=moved)
+        self._promises += 1
+        if self._promises % _COMPARED_EVERY == 0 and not self._is_warned:
+            self._compare(watched)
+
+    def _compare(self, watched: Iterable[str]) -> None:
+        for name, numbers in self._numbers(watched).items():
+            if not self._is_warned and have_parted(*numbers):
+                self._is_warned = True
+                start, end, *_, promised = numbers
+                rank_zero_warn(
+                    f"After {self._promises} steps the {name} loss has changed by {end - start:+.3g}, and the steps "
+                    f"promised {promised:+.3g} in sum. A promise holds for the step's own batch and small steps: what "
+                    "one batch gains, the next steps may take back. Larger forget batches or `target=...`, which "
+                    "measures the whole set, prevent that; with an optimizer other than plain SGD also exact=True."
+                )
 
     def log_module(self, group: str, logged: dict[str, tuple[Tensor, dict[str, Any]]]) -> None:
         """Log again, as `forget/<name>`, what the module logged in the pass of a group (here: forget)."""
         for name, (value, arguments) in logged.items():
             if name != "loss":  # `forget/loss` is ours, and the same number
-                self._trainer.lightning_module.log(f"{group}/{name}", value, **arguments)
+                self._trainer.lightning_module.log(self._own_name(f"{group}/{name}"), value, **arguments)
 
     def log_step(self, report: StepReport | None, more: dict[str, Tensor], always: dict[str, Tensor]) -> None:
         """Log the step, the objectives (means since the last logging step) and more, with one read of the host.
@@ -66,10 +98,11 @@ class Journal:
                 return
         summary = {} if report is None else report.summary() | more
         numbers = {f"hamu/{name}": value for name, value in (summary | always).items()}
-        present = [n for n, o in self._objectives.items() if report is not None or o.update_called]
-        for name in set(self._objectives) - set(present):
+        windows = {name: course.windows for name, course in self._courses.items()}
+        present = [n for n, o in windows.items() if report is not None or o.update_called]
+        for name in set(windows) - set(present):
             _compat.withdraw_logged(self._trainer, f"{name}/")
-        losses = {f"{n}/loss": self._objectives[n].close_window() for n in present if n not in self._ended}
+        losses = {self._own_name(f"{n}/loss"): windows[n].close_window() for n in present if n not in self._ended}
         numbers |= losses
         shown = {"hamu/margin", *losses} - {"retain/loss"} if self._progress_bar else set()
         device = self._trainer.strategy.root_device
@@ -77,29 +110,74 @@ class Journal:
         for name, value in zip(numbers, values, strict=True):
             self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in shown)
 
+    def publish_epoch(self, numbers: Mapping[str, Tensor]) -> None:
+        """At the end of an epoch, give `callback_metrics` the means of the losses over it, and more numbers.
+
+        Monitors (`EarlyStopping`, `ModelCheckpoint`, `ReduceLROnPlateau`) find them there in each epoch, however rarely
+        steps are logged; loggers see nothing of it.
+        """
+        ended = {name: course.end_epoch() for name, course in self._courses.items() if name not in self._ended}
+        sums = self._trainer.strategy.reduce(torch.stack([*ended.values()]), reduce_op="sum")
+        losses = {self._own_name(f"{n}/loss"): s[0] / s[1] for n, s in zip(ended, sums, strict=True) if s[1] > 0}
+        self._published = {name: value.detach().float() for name, value in (losses | dict(numbers)).items()}
+        self.publish_again()
+
+    def publish_again(self) -> None:
+        """Give `callback_metrics` the last epoch's numbers once more, at the end of the fit."""
+        self._trainer.callback_metrics.update(self._published)
+
+    def _own_name(self, name: str) -> str:
+        """The name to log by: with `hamu/` before it where the module logs by the same name, so that both are kept."""
+        if name not in self._elsewhere and name in _compat.names_of_others(self._trainer):
+            self._elsewhere.add(name)
+            rank_zero_warn(
+                f"The module logs {name!r} itself, and so do unlearning's own numbers: those are in 'hamu/{name}'."
+            )
+        return f"hamu/{name}" if name in self._elsewhere else name
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the objectives have summed up, in tensors."""
-        return {name: objective.save() for name, objective in self._objectives.items()}
+        return {name: course.state_dict() for name, course in self._courses.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
-        for name, objective in self._objectives.items():
+        for name, course in self._courses.items():
             if name in state:
-                objective.load(state[name])
+                course.load_state_dict(state[name])
 
     def path(self, group: str) -> tuple[float, float]:
-        """The mean loss of a group over the first and over the last window; NaN without a batch."""
-        objective = self._objectives[group]
-        if objective.update_called:
-            objective.close_window()
-        ends = objective.start, objective.latest
-        return tuple(math.nan if end is None else float(end) for end in ends)  # type: ignore[return-value]
+        """The loss of a group at the start and at the end of this fit; NaN without a batch. All processes ask alike."""
+        start, end, *_ = self._numbers([group])[group]
+        return start, end
+
+    def _numbers(self, groups: Iterable[str]) -> dict[str, list[float]]:
+        """`Course.numbers` of groups, means over processes; one read of the host."""
+        names = list(groups)
+        if not names:
+            return {}
+        rows = torch.stack([self._courses[name].numbers() for name in names])
+        return dict(zip(names, self._trainer.strategy.reduce(rows, reduce_op="mean").tolist(), strict=True))
 
     def summary(self) -> str:
-        """The way of the losses, in words: means over the first and the last window."""
-        retain, *others = self._objectives
+        """The way of the losses in this fit, in words: means over a tenth of the batches, ten at most."""
+        for course in self._courses.values():
+            if course.windows.update_called:
+                course.windows.close_window()
+        retain, *others = self._courses
         return ", ".join(f"{name} loss {self._describe(name)}" for name in (*others, retain))
 
+    def describe_starts(self) -> str:
+        """Where the losses were when the run began that this fit continues, in words."""
+        starts = {name: course.windows.start for name, course in self._courses.items()}
+        return ", ".join(f"{name} loss {float(start):.4g}" for name, start in starts.items() if start is not None)
+
+    def describe_promises(self, groups: Iterable[str]) -> str:
+        """What the steps of this fit promised to each group that is forgotten, and what was measured; may be empty."""
+        seen = [name for name in groups if self._courses[name].batches]
+        found = {name: numbers for name, numbers in self._numbers(seen).items() if numbers[-1]}
+        told = [f"{n} loss {p:+.3g} (measured {end - start:+.3g})" for n, (start, end, *_, p) in found.items()]
+        return f" Promised in sum: {', '.join(told)}." if told else ""
+
     def _describe(self, group: str) -> str:
-        start, latest = self.path(group)
-        return "unknown (no batch)" if math.isnan(latest) else f"{start:.4g} -> {latest:.4g}"
+        start, end = self.path(group)
+        return f"{start:.4g} -> {end:.4g}" if self._courses[group].batches else "unknown (no batch)"

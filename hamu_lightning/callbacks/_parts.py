@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._checks import check_own_optimizer, check_sketch, check_target, wrap_optimizer
 from hamu_lightning.callbacks._groups import Groups
+from hamu_lightning.callbacks._identity import is_same_run
 from hamu_lightning.callbacks._journal import Journal
 from hamu_lightning.callbacks._prices import Prices
 from hamu_lightning.callbacks._settings import FitSettings
@@ -16,13 +20,39 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
+@dataclass(frozen=True)
+class Past:
+    """What a callback knows of earlier fits.
+
+    Args:
+        state: The state at the end, or of a checkpoint.
+        is_loaded: Whether it is of a checkpoint, with the weights and all: then the run goes on.
+        is_same_module: Whether it is of a fit of the same module object.
+    """
+
+    state: dict[str, Any] = field(default_factory=dict)
+    is_loaded: bool = False
+    is_same_module: bool = False
+
+    def choose(self) -> dict[str, Any]:
+        """What of the state holds in a fit with the same data. Conclusions do not: they are measured again."""
+        if self.is_loaded:
+            stop = self.state.get("stop", {})
+            ended: dict[str, Any] = {} if stop.get("reason") is None else {"stop": {}, "verifier": {}}
+            return {**self.state, **ended}
+        # Between two fits of one callback anything may have happened to the weights: what was done and read counts on.
+        kept = ("groups", "turns", "optimizer", *(["objectives"] if self.is_same_module else []))
+        state = {name: self.state[name] for name in kept if name in self.state}
+        return {**state, "optimizer": {**state["optimizer"], "aims": {}}} if "optimizer" in state else state
+
+
 class Parts:
     """The parts of a fit.
 
     Args:
         trainer: The trainer, with its strategy and optimizers set up.
         settings: What the user asked for.
-        state: The state of an earlier run that this one continues, or an empty dict.
+        past: Earlier fits, which this one may continue.
 
     Attributes:
         optimizer: The module's own, wrapped; or the HAMUOptimizer that the module made.
@@ -33,10 +63,12 @@ class Parts:
         turns: Whose turn it is, with a schedule.
         stopper: Ends the fit.
         verifier: Judges steps, once the fit has started.
-        before: What had been done (`counts`) by the run that this one continues.
+        before: What had been done (`counts`) before this fit.
+        is_resumed: Whether the fit goes on with the run of a checkpoint.
+        is_started: Whether there was a training batch to come.
     """
 
-    def __init__(self, trainer: Trainer, settings: FitSettings, state: dict[str, Any]) -> None:
+    def __init__(self, trainer: Trainer, settings: FitSettings, past: Past) -> None:
         self.trainer, self.settings = trainer, settings
         base, steps, reuses = trainer.optimizers[0], settings.steps, settings.passes.groups_per_step is not None
         check_sketch(trainer, steps.sketch, verifies=settings.verify is not None)
@@ -51,11 +83,19 @@ class Parts:
         schedule = settings.schedule
         self.turns = None if schedule is None else Turns(trainer, self.optimizer, schedule)
         self.verifier: Verifier | None = None
-        self.load_state_dict(state)
+        self.stopper = Stopper(trainer, self.optimizer, settings.stop_on, {})
+        self.before: dict[str, int] = {}
+        self.is_resumed = self.is_started = False
+        self._past = past
+        self._identity: dict[str, Any] = {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue an earlier run; some strategies load checkpoints after the fit has started."""
-        self._state = state
+        """Continue an earlier run; some strategies load checkpoints after `on_fit_start`."""
+        self._past = Past(state, is_loaded=True)
+        if self.is_started:
+            self._load(self._past.choose())
+
+    def _load(self, state: dict[str, Any]) -> None:
         if "optimizer" in state:
             self.optimizer.load_hamu_state_dict(state["optimizer"])
         self.groups.load_state_dict(state.get("groups", {}))
@@ -67,22 +107,42 @@ class Parts:
         for name, objective in self.settings.objectives.items():
             objective.load_state_dict(state.get("objectives", {}).get(name, {}))
         # Other settings may go on where these had to stop.
-        stopped = state["stop"] if state.get("stopped_under") == self._stopping_settings() else {}
+        stopped = state.get("stop", {}) if state.get("stopped_under") == self._stopping_settings() else {}
         self.stopper = Stopper(self.trainer, self.optimizer, self.settings.stop_on, stopped)
-
-    def start(self) -> None:
-        """Find the batches of all groups; the training loader is there now."""
-        self.groups.start()
         if self.settings.verify is not None:
             self.verifier = self.optimizer.referee = Verifier(self.trainer, self.settings.verify)
-            if "verifier" in self._state:
-                self.verifier.load_state_dict(self._state["verifier"])
+            if state.get("verifier"):
+                self.verifier.load_state_dict(state["verifier"])
+
+    def start(self) -> None:
+        """Find the batches of all groups, and go on where their run left off; the training loader is there now."""
+        self.groups.find_loaders()
+        state = self._recognise()
+        self.is_resumed = self._past.is_loaded and bool(state)
+        self._load(state)
+        self.is_started = True
+        self.groups.start()
+
+    def _recognise(self) -> dict[str, Any]:
+        """The state to go on with: none where it belongs to other data to forget."""
+        saved = self._past.state.get("identity")
+        self._identity = self.groups.identify(saved and saved["salt"])
+        if saved is None or is_same_run(saved, self._identity):
+            return self._past.choose()
+        self._identity = self.groups.identify()
+        source = "the checkpoint" if self._past.is_loaded else "an earlier fit of this callback"
+        rank_zero_info(
+            f"HAMU: what {source} says of unlearning is about other data to forget: counts, forget losses, prices and "
+            "the trust region start afresh."
+        )
+        return {}
 
     def add_request(self, settings: FitSettings, name: str) -> None:
         """Take one more group into the problem, between two epochs; `settings` know of it already."""
         assert settings.rule is not None
         self.settings, self.optimizer.rule = settings, settings.rule
         self.groups.add(settings, name)
+        self._identity = self.groups.identify(self._identity["salt"])
         self.journal.add_group(name)
 
     def release(self) -> None:
@@ -105,12 +165,15 @@ class Parts:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in tensors, numbers, strings, lists and dicts."""
+        if not self.is_started:
+            return dict(self._past.state)
         has_ended = _compat.has_ended(self.trainer)
         objectives = {
             name: objective.final_state_dict() if has_ended else objective.state_dict()
             for name, objective in self.settings.objectives.items()
         }
         return {
+            "identity": self._identity,
             "groups": self.groups.state_dict(),
             **({"objectives": objectives} if objectives else {}),
             "optimizer": self.optimizer.hamu_state_dict(),

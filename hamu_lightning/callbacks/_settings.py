@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 from torch import Tensor
 
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals import StopCondition, VerifySteps, as_target
-from hamu_lightning.callbacks.passes import name_sources
+from hamu_lightning.callbacks.passes import HoldsData, name_sources
 from hamu_lightning.checks import (
     check_choice,
     check_count,
@@ -158,8 +158,8 @@ def take_deprecated(
 
 
 @dataclass(frozen=True)
-class FitSettings:
-    """The arguments of HAMUCallback, as it uses them.
+class FitSettings(HoldsData):
+    """The arguments of HAMUCallback, as it uses them. Pickles hold a description in the place of the data.
 
     Raises:
         HAMUMisconfigurationError: If the rule and the data have different groups.
@@ -179,6 +179,7 @@ class FitSettings:
     preflight: bool
     progress_bar: bool
     seed: int
+    _data: ClassVar[tuple[str, ...]] = ("forget", "protect")
 
     def __post_init__(self) -> None:
         """Check them, and what depends on several of them."""
@@ -191,6 +192,7 @@ class FitSettings:
         store(self, protect=dict(check_type("protect", self.protect, Mapping, "a dict of loaders by name")))
         check_sources("forget", self.forget)
         check_sources("protect", self.protect)
+        check_group_names((*(() if self.rule is None else self.rule.groups), *self.protect))
         if self.rule is not None and (self.protect or isinstance(self.forget, Mapping)):
             name_sources(self.rule, self.forget, self.protect)
         check_objectives(self.objective, self.retain_objective)
@@ -268,6 +270,20 @@ def check_sources(name: str, sources: object) -> None:
             raise HAMUValueError(
                 f"Expected the data of `{name}` to be a DataLoader or a Dataset, but got {describe(source)}."
             )
+
+
+# What modules log begins with these, and what we log of a group with its name.
+_RESERVED = ("train", "training", "val", "valid", "validation", "test", "predict", "hamu")
+
+
+def check_group_names(names: Iterable[str]) -> None:
+    """Raise where a group has a name under which modules log their own values."""
+    found = [name for name in names if name in _RESERVED]
+    if found:
+        raise HAMUValueError(
+            f"Expected a name for each group that nobody logs by, but got {found[0]!r}: '{found[0]}/loss' is what many "
+            f"modules log. Choose another one, such as 'request-1'; reserved are {', '.join(_RESERVED)}."
+        )
 
 
 def check_objectives(objective: object, retain_objective: object) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer
+from hamu_lightning.callbacks import HAMUMisconfigurationError
 from hamu_lightning.callbacks._checks import MANUAL_RECIPE
 from hamu_lightning.rules import FineTune, RelativeRadius
 from tests.callbacks.modules import Base, WithDropout, build, fit, make_data
@@ -78,7 +79,7 @@ class Facade:
         return self
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda callbacks: pickle.loads(pickle.dumps(callbacks))])
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda callbacks: [*map(copy.copy, callbacks)]])
 def test_a_facade_that_copies_callbacks(copier: Any) -> None:
     """The copy unlearns; the original knows nothing of it, but `callback_metrics` does."""
     original = HAMUCallback(forget_loader(), RULE)
@@ -86,6 +87,14 @@ def test_a_facade_that_copies_callbacks(copier: Any) -> None:
     assert torch.equal(weights(direct.module), weights(copying.module))
     assert original.combined_steps == 0
     assert float(copying.trainer.callback_metrics["hamu/combined_steps"]) == 12
+
+
+def test_a_facade_that_pickles_callbacks() -> None:
+    """Pickles hold no data: nothing is unlearnt in silence."""
+    with pytest.raises(HAMUMisconfigurationError, match="Build it anew with its loaders"):
+        Facade(copier=lambda callbacks: pickle.loads(pickle.dumps(callbacks))).train(
+            [HAMUCallback(forget_loader(), RULE)]
+        )
 
 
 class Crashes(Callback):

@@ -132,6 +132,7 @@ def test_i1_beside_other_callbacks(name: str, is_first: bool, tmp_path: Path) ->
     assert watch(beside) == watch(alone)
 
 
+@pytest.mark.filterwarnings("ignore:StochasticWeightAveraging puts an average of the weights in the place")
 def test_swa_gathers_statistics_where_batchnorm_is_frozen() -> None:
     """Its last epoch, without backward passes, is not unlearning: no forget pass, and BatchNorm thaws."""
     module, callback = build(WithBatchNorm), HAMUCallback(forget_loader(), RULE)

@@ -6,11 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from hamu_lightning.callbacks.passes import HoldsData
 from hamu_lightning.checks import check_count, check_number, check_optional, describe, is_iterable, store
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 
@@ -44,7 +45,7 @@ class Target(ABC):
 
 
 @dataclass(frozen=True)
-class Holdout(Target):
+class Holdout(HoldsData, Target):
     """The model's own loss on data that it was never trained on.
 
     The right target for *samples*: forgotten samples should look like samples that the model never saw, no better and
@@ -68,6 +69,7 @@ class Holdout(Target):
 
     data: Iterable[Any] | Dataset[Any] = field(repr=False)
     every: int | None = 10
+    _data: ClassVar[tuple[str, ...]] = ("data",)
 
     def __post_init__(self) -> None:
         """Check the data."""

@@ -33,6 +33,7 @@ class Turns:
         self._first_epoch: int | None = None
         self._turn = 0
         self._counts = [0] * len(schedule.rules)
+        self._before = list(self._counts)
 
     def open_window(self) -> bool:
         """Set the rule of the window, and return whether it needs the gradients of the other groups."""
@@ -63,8 +64,9 @@ class Turns:
         return {"turn": torch.tensor(float(self._turn))}
 
     def describe(self) -> str:
-        """The counts in words."""
-        return "Steps by turns: " + ", ".join(f"{n} of {rule}" for rule, n in self.counts.items())
+        """The counts of this fit in words."""
+        pairs = zip(self.counts.items(), self._before, strict=True)
+        return "Steps by turns: " + ", ".join(f"{count - before} of {rule}" for (rule, count), before in pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the first epoch and the counts, in numbers."""
@@ -74,4 +76,4 @@ class Turns:
         """Go on with what `state_dict` returned; with another number of rules the counts begin anew."""
         self._first_epoch = state.get("first_epoch")
         if len(state.get("counts", ())) == len(self._counts):
-            self._counts = list(state["counts"])
+            self._counts, self._before = list(state["counts"]), list(state["counts"])

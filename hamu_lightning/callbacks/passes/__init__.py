@@ -1,5 +1,6 @@
 """A batch through the module without a trace: where batches come from, and what a pass leaves as it was."""
 
+from hamu_lightning.callbacks.passes._absent import AbsentData, HoldsData
 from hamu_lightning.callbacks.passes._bare_pass import BarePass, check_module, without_trainer
 from hamu_lightning.callbacks.passes._batchnorm import FrozenBatchNorm, batchnorm_frozen
 from hamu_lightning.callbacks.passes._forget_pass import (
@@ -18,11 +19,13 @@ from hamu_lightning.callbacks.passes._sources import check_disjoint, find_loader
 from hamu_lightning.callbacks.passes._streams import ForgetStream
 
 __all__ = [
+    "AbsentData",
     "BarePass",
     "ForgetPass",
     "ForgetStream",
     "FrozenBatchNorm",
     "MeasuringLoader",
+    "HoldsData",
     "ModuleGuard",
     "Recording",
     "batchnorm_frozen",
