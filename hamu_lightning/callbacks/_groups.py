@@ -208,6 +208,12 @@ class Groups:
             if not self._groups[name].is_done and not approach.is_at_target
         )
 
+    def close(self) -> None:
+        """Let the workers of the loaders go."""
+        for group in self._groups.values():
+            if group.run.stream is not None:
+                group.run.stream.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the positions and counts of all groups."""
         return {name: group.state_dict() for name, group in self._groups.items()}

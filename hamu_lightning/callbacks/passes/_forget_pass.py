@@ -166,6 +166,7 @@ class ForgetPass:
         stack.enter_context(self._guard.guarding())
         stack.enter_context(hidden_gradients(p for p in module.parameters() if id(p) not in owned))
         stack.enter_context(_compat.without_callbacks(self._trainer))
+        stack.enter_context(_compat.silent_loggers(self._trainer))
         self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch))
         return stack
 
