@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.callbacks.test_invariants import GradientsAreEqual, SameRandomState
+from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState
 
 from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks import PassOptions

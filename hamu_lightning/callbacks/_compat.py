@@ -69,6 +69,8 @@ def read_results(results: Any) -> dict[str, tuple[Tensor, dict[str, Any]]]:
             # An explicit `logger=True` would warn where there is no logger.
             logger = None if item.meta.logger else False
             levels = {"on_step": item.meta.on_step, "on_epoch": item.meta.on_epoch, "logger": logger}
+            if item.is_tensor:  # a metric gives its value of the batch, of which the mean is taken
+                levels["reduce_fx"] = item.meta.reduce_fx
             logged[item.meta.name] = (value.detach().clone(), {**levels, "batch_size": results.batch_size or 1})
     return logged
 
@@ -104,6 +106,34 @@ def without_callbacks(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+class _Silent:
+    """In the place of a logger, or of what it writes to: tells what the other one is, and writes nothing."""
+
+    def __init__(self, other: Any) -> None:
+        self._other = other
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._other)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._other, name)
+        if name == "experiment":
+            return _Silent(value)
+        return (lambda *_, **__: None) if callable(value) else value
+
+
+@contextmanager
+def silent_loggers(trainer: Trainer) -> Iterator[None]:
+    """Let loggers write nothing: a module may call them in its `training_step`."""
+    loggers = trainer.loggers
+    trainer.loggers = [_Silent(logger) for logger in loggers]  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 @contextmanager

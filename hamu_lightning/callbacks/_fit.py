@@ -84,6 +84,7 @@ class Fit:
 
     def _release(self) -> None:
         optimizer = self.parts.optimizer
+        self.parts.groups.close()
         optimizer.release_forget()
         optimizer.approve = optimizer.referee = optimizer.recompute = None
 

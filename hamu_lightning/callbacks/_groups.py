@@ -238,6 +238,12 @@ class Groups:
         told = [found for group in self._groups.values() if (found := group.describe_unseen())]
         return f" {'; '.join(told)}." if told else ""
 
+    def close(self) -> None:
+        """Let the workers of the loaders go."""
+        for group in self._groups.values():
+            if group.run.stream is not None:
+                group.run.stream.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the positions and counts of all groups."""
         return {name: group.state_dict() for name, group in self._groups.items()}

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hamu_lightning.errors import HAMUStateError
+
 
 class FrozenBatchNorm:
     """Keeps BatchNorm layers in evaluation mode, however often something puts them into another, until `thaw()`."""
@@ -39,3 +41,24 @@ def batchnorm_frozen(module: nn.Module, is_frozen: bool) -> Iterator[None]:
         yield
     finally:
         layers.thaw()
+
+
+@contextmanager
+def explaining_single_samples() -> Iterator[None]:
+    """Say what to do where BatchNorm has a batch of one sample, of which there is no variance.
+
+    Raises:
+        HAMUStateError: Then.
+    """
+    try:
+        yield
+    except ValueError as error:
+        # torch/nn/functional.py `_verify_batch_size`
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise HAMUStateError(
+            "Expected forget batches of two samples or more, since a BatchNorm layer takes its statistics from the "
+            "batch, but one has a single sample. Set PassOptions(batchnorm='freeze') where the layer has running "
+            "statistics, choose a `batch_size` that leaves no remainder of one, or give a shuffling DataLoader with "
+            "drop_last=True."
+        ) from error

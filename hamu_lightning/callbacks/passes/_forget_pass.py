@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks.passes._batches import comparing, count_samples, counted
+from hamu_lightning.callbacks.passes._batchnorm import explaining_single_samples
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import copied
 from hamu_lightning.callbacks.passes._objective import is_wrapped
@@ -166,6 +167,7 @@ class ForgetPass:
         stack.enter_context(self._guard.guarding())
         stack.enter_context(hidden_gradients(p for p in module.parameters() if id(p) not in owned))
         stack.enter_context(_compat.without_callbacks(self._trainer))
+        stack.enter_context(_compat.silent_loggers(self._trainer))
         self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch))
         return stack
 
@@ -184,7 +186,7 @@ class ForgetPass:
                 samples = count_samples(batch)
             share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
-            with explaining:
+            with explaining, explaining_single_samples():
                 output = step(batch, *args[1:], **kwargs)
             loss = _compat.split_step_output(output)
             if loss is None:

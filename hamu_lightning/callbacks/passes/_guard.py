@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import random
+import sys
+import sysconfig
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-# Tensors up to this size are always saved; larger ones, and all parameters, only once they were seen to change.
-_SMALL = 65_536
+from hamu_lightning.callbacks.passes._saved import (
+    HUGE,
+    Mark,
+    SavedArray,
+    SavedTensor,
+    save_container,
+    save_data,
+    save_slots,
+    save_state,
+)
+
 # Longer containers are saved, but their elements are not looked at one by one.
 _LONG = 1_000
 # torch's own attributes of a module that a training step does not change (hooks); the others are looked at.
@@ -28,7 +38,9 @@ _SKIPPED = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffe
 # Data and optimizers may hang on a module; a training step does not own them.
 _NOT_OWNED = (Dataset, DataLoader, Optimizer)
 _CONSTANTS = (int, float, str, bytes, bool, complex, type(None), type, torch.dtype, torch.device, torch.Size)
-_FRAMEWORKS = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "builtins"})
+_FRAMEWORKS = frozenset(
+    {"hamu_lightning", "torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "builtins"}
+)
 
 _Place = tuple[int, Any]
 
@@ -37,14 +49,16 @@ class ModuleGuard:
     """Undoes what happens to a module inside `with guard.guarding():`.
 
     Covered are buffers, parameters (an average kept through `.data` among them), the states of torchmetrics, and the
-    plain attributes of all submodules: numbers, lists, dicts, tensors, arrays, random generators, and objects of
-    classes from the packages that the module's own classes come from.
+    plain attributes of all submodules and of the datamodule: numbers, lists, dicts, tensors, arrays, random generators,
+    queues, and objects of classes of one's own: from the packages that the module's classes come from, or from a file
+    that is in no installed package.
 
-    Copying everything at every pass would cost a copy of the model. So large tensors and parameters are copied at a
-    *look* only: during the first three windows (steps of the optimizer: what follows the weights rests until they have
-    moved), and again after each `look_again()`. Those that changed are saved from then on.
-    A large tensor that starts to change between two looks is noticed by its version counter, with a warning, and saved
-    from the next pass on. Copies made at a look live in host memory.
+    Copying everything at every pass would cost a copy of the model. So large tensors and arrays, and parameters, are
+    copied at a *look* only: during the first three windows (steps of the optimizer: what follows the weights rests
+    until they have moved), and, where something has written them since, after each `look_again()`. Those that changed
+    are saved from then on. Huge frozen parameters are copied only if a trained one has their shape, as in an average.
+    What is not copied and starts to change is noticed (by its version counter, at looks by a sample of its contents),
+    with a warning, and saved from the next pass on. Copies made at a look live in host memory.
 
     Args:
         module: The module.
@@ -55,20 +69,21 @@ class ModuleGuard:
         self._packages = {type(m).__module__.partition(".")[0] for m in module.modules()} - _FRAMEWORKS
         self._packages |= {base.__module__.partition(".")[0] for base in type(module).__mro__} - _FRAMEWORKS
         self._changing: set[_Place] = set()
-        self._looks = 3
+        self._marks: dict[_Place, Mark] = {}
+        self._looks = self._first_looks = 3
 
     def look_again(self) -> None:
-        """Compare everything again in the next window: the module may have started to change something else."""
+        """Compare again in the next window: the module may have started to change something else."""
         self._looks = max(self._looks, 1)
 
     def end_window(self) -> None:
         """Say that the optimizer has stepped."""
-        self._looks = max(self._looks - 1, 0)
+        self._looks, self._first_looks = max(self._looks - 1, 0), max(self._first_looks - 1, 0)
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """Undo, at the end, every change to the module; after an exception too."""
-        snapshot = _Snapshot(self._packages, self._changing, is_look=self._looks > 0)
+        snapshot = _Snapshot(self._packages, self._changing, self._marks, self._looks > 0, self._first_looks > 0)
         snapshot.take(self._module)
         try:
             yield
@@ -77,114 +92,135 @@ class ModuleGuard:
 
 
 class _Snapshot:
-    """The state of a module, as far as it is worth saving."""
+    """The state of a module, as far as it is worth saving.
 
-    def __init__(self, packages: set[str], changing: set[_Place], is_look: bool) -> None:
-        self._packages, self._changing, self._is_look = packages, changing, is_look
+    Args:
+        packages: From which the classes of objects are taken for the module's own.
+        changing: Places that were seen to change; takes more in.
+        marks: Of the places at the last look; takes the present ones.
+        is_look: Whether to find out what changes.
+        is_first: Whether what rests may do so only because the weights have not moved.
+    """
+
+    def __init__(
+        self, packages: set[str], changing: set[_Place], marks: dict[_Place, Mark], is_look: bool, is_first: bool
+    ) -> None:
+        self._packages, self._changing, self._marks = packages, changing, marks
+        self._is_look, self._is_first = is_look, is_first
         self._seen: set[int] = set()
-        self._containers: list[tuple[Any, Any]] = []
-        self._tensors: list[tuple[_Place, Tensor, Tensor | None, int]] = []
+        self._data: list[tuple[_Place, SavedTensor | SavedArray, bool, Mark]] = []
         self._undo: list[Callable[[], object]] = []
 
     def take(self, root: nn.Module) -> None:
-        """Walk over everything that hangs on the module."""
+        """Walk over everything that hangs on the module and its datamodule."""
+        trained = [p for p in root.parameters() if p.requires_grad and not is_lazy(p)]
+        self._trained, self._shapes = {id(p) for p in trained}, {p.shape for p in trained}
+        datamodule = getattr(getattr(root, "_trainer", None), "datamodule", None)
         todo: list[tuple[_Place, Any]] = [((0, None), root)]
+        if datamodule is not None:
+            todo += self._save_container(datamodule.__dict__)
         while todo:
             place, value = todo.pop()
             if isinstance(value, _CONSTANTS) or id(value) in self._seen:
                 continue
             self._seen.add(id(value))
-            todo.extend(self._save(place, value))
+            with suppress(Exception):  # of a class with its own mind about attributes and copies
+                todo.extend(self._save(place, value))
 
     def _save(self, place: _Place, value: Any) -> list[tuple[_Place, Any]]:
         """Save one value; return what hangs on it."""
         if isinstance(value, _NOT_OWNED):
             return []
-        if isinstance(value, Tensor):
-            self._save_tensor(place, value)
+        if (data := save_data(value, self._trained)) is not None:
+            self._save_data(place, data)
+        elif isinstance(value, nn.Module):
+            return self._save_container(value.__dict__, skipped=_SKIPPED)
         elif isinstance(value, dict | list | set | deque):
             return self._save_container(value)
         elif isinstance(value, tuple):
             return [((id(value), i), v) for i, v in enumerate(value)] if len(value) <= _LONG else []
-        elif isinstance(value, nn.Module):
-            return self._save_container(value.__dict__, skipped=_SKIPPED)
-        elif (undo := _make_undo(value)) is not None:
+        elif (undo := save_state(value)) is not None:
             self._undo.append(undo)
-        elif type(value).__module__.partition(".")[0] in self._packages and hasattr(value, "__dict__"):
-            return self._save_container(value.__dict__)
+        elif type(value).__module__.partition(".")[0] in self._packages or _is_own(type(value).__module__):
+            return self._save_object(value)
         return []
 
+    def _save_object(self, value: Any) -> list[tuple[_Place, Any]]:
+        slots = save_slots(value)
+        self._undo += [partial(object.__setattr__, value, name, held) for name, held in slots.items()]
+        held = [((id(value), name), part) for name, part in slots.items()]
+        return held + (self._save_container(value.__dict__) if hasattr(value, "__dict__") else [])
+
     def _save_container(self, container: Any, skipped: frozenset[str] = frozenset()) -> list[tuple[_Place, Any]]:
-        # `dict(...)` rather than `.copy()`: subclasses give that method other meanings.
-        self._containers.append((container, dict(container) if isinstance(container, dict) else container.copy()))
+        undo = save_container(container)
+        assert undo is not None
+        self._undo.append(undo)
         if len(container) > _LONG:
             return []
-        items = container.items() if isinstance(container, dict) else enumerate(container)
+        items = dict.items(container) if isinstance(container, dict) else enumerate(container)
         return [((id(container), key), value) for key, value in items if key not in skipped]
 
-    def _save_tensor(self, place: _Place, tensor: Tensor) -> None:
-        if tensor.is_inference():
-            return  # left by an earlier validation; torch lets nobody change it in place while training
-        is_small = tensor.numel() <= _SMALL and not isinstance(tensor, nn.Parameter)
-        copy = None
-        if is_small or place in self._changing:
-            copy = tensor.detach().clone()
+    def _save_data(self, place: _Place, data: SavedTensor | SavedArray) -> None:
+        is_kept, mark = data.is_small or place in self._changing, None
+        if is_kept:
+            is_kept = data.save(is_on_host=False)
         elif self._is_look:
-            copy = tensor.detach().to("cpu", copy=True)
-        self._tensors.append((place, tensor, copy, tensor._version))
+            mark = data.mark(is_thorough=True)
+            if self._may_change(place, data, mark):
+                is_kept = data.save(is_on_host=True)
+            self._marks[place] = mark
+        if not is_kept and mark is None:
+            mark = data.mark(is_thorough=False)
+        self._data.append((place, data, is_kept, mark))
+
+    def _may_change(self, place: _Place, data: SavedTensor | SavedArray, mark: Mark) -> bool:
+        """Whether something is worth a copy, to see whether the pass changes it."""
+        if not self._is_first:
+            return mark is None or self._marks.get(place) != mark
+        is_frozen = isinstance(data, SavedTensor) and isinstance(data.tensor, nn.Parameter)
+        if not is_frozen or id(data.tensor) in self._trained or data.tensor.numel() <= HUGE:  # type: ignore[union-attr]
+            return True
+        return data.tensor.shape in self._shapes  # type: ignore[union-attr]
 
     def restore(self) -> None:
         """Put everything back."""
-        for container, copy in self._containers:
-            _restore_container(container, copy)
         for undo in self._undo:
-            undo()
-        for place, tensor, copy, version in self._tensors:
-            self._restore_tensor(place, tensor, copy, version)
-
-    def _restore_tensor(self, place: _Place, tensor: Tensor, copy: Tensor | None, version: int) -> None:
-        if copy is None:
-            if tensor._version != version:
-                self._changing.add(place)
+            with suppress(Exception):
+                undo()
+        for place, data, is_kept, mark in self._data:
+            try:
+                has_changed = data.restore(is_sure=data.is_small or place in self._changing)
+            except Exception as error:
                 warnings.warn(
-                    f"The forget pass changed a tensor of shape {list(tensor.shape)} of the module for the first time "
-                    "in this epoch. This one change could not be undone; it is from the next pass on.",
+                    f"The forget pass changed {data.kind} of the module, which cannot be put back: {error}",
                     stacklevel=2,
                 )
+                continue
+            if not is_kept:
+                self._notice(place, data, mark)
+            elif has_changed:
+                self._changing.add(place)
+
+    def _notice(self, place: _Place, data: SavedTensor | SavedArray, mark: Mark) -> None:
+        """Warn of a change to what was not saved."""
+        is_thorough = self._is_look and place in self._marks
+        now = data.mark(is_thorough)
+        if mark is None or now is None or now == mark:
             return
-        if self._is_look and place not in self._changing:
-            if torch.equal(tensor.detach().to(copy.device), copy):
-                return
-            self._changing.add(place)
-        # `.data` leaves the version counter alone: a graph that the user keeps may refer to this tensor.
-        tensor.data.copy_(copy)
+        self._changing.add(place)
+        warnings.warn(
+            f"The forget pass changed {data.kind} of the module for the first time in this epoch. This "
+            "one change could not be undone; it is from the next pass on.",
+            stacklevel=2,
+        )
 
 
-def _restore_container(container: Any, copy: Any) -> None:
-    if isinstance(container, dict):
-        if container.keys() != copy.keys() or any(container[key] is not value for key, value in copy.items()):
-            # Not by assignment: dict subclasses (and modules) attach meaning to that.
-            dict.clear(container)
-            dict.update(container, copy)
-    elif isinstance(container, set):
-        if container != copy:
-            container.clear()
-            container.update(copy)
-    elif len(container) != len(copy) or any(a is not b for a, b in zip(container, copy, strict=True)):
-        container.clear()
-        container.extend(copy)
-
-
-def _make_undo(value: Any) -> Callable[[], object] | None:
-    """For an array or a random generator: a function that puts its present contents back."""
-    if isinstance(value, np.ndarray):
-        return partial(np.copyto, value, value.copy())
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if isinstance(value, np.random.RandomState):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, np.random.Generator):
-        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    return None
+@cache
+def _is_own(module: str) -> bool:
+    """Whether a Python module is somebody's own file: in no installed package, and not of Python itself."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    installed = [path for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")]
+    is_installed = (
+        file is None or "site-packages" in file or "dist-packages" in file or file.startswith(tuple(installed))
+    )
+    return module == "__main__" or not (is_installed or module.partition(".")[0] in _FRAMEWORKS)

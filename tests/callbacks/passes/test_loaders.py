@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks.passes import MeasuringLoader
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.randomness import RandomStream
+from tests.callbacks.modules import Base, build, fit, make_data
+from tests.callbacks.setups import RULE
 
 
 class Noisy(Dataset[Any]):
@@ -61,6 +64,14 @@ def test_workers_stay_and_draw_anew() -> None:
     fresh = MeasuringLoader(DataLoader(Noisy(), 3, shuffle=True, num_workers=2))
     assert read(fresh, 2) == second
     fresh.close()
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_no_worker_outlives_the_fit() -> None:
+    before = set(multiprocessing.active_children())
+    forget = DataLoader(make_data(40, seed=9), batch_size=16, num_workers=1, persistent_workers=True)
+    fit(build(Base), HAMUCallback(forget, RULE), max_epochs=1, limit_train_batches=2)
+    assert set(multiprocessing.active_children()) == before
 
 
 @pytest.mark.parametrize("workers", [0, 1])

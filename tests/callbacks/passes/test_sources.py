@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from hamu_lightning import HAMUCallback
+from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.callbacks.passes import ForgetStream, copied
 from hamu_lightning.callbacks.passes._batches import BatchSizes, comparing, count_samples, counted
 from hamu_lightning.errors import HAMUError
 from hamu_lightning.loaders import load_like, set_epoch
 from hamu_lightning.randomness import RandomStream
-from tests.callbacks.modules import Base, build, fit, make_data
+from tests.callbacks.modules import Base, WithBatchNorm, build, fit, make_data
 from tests.callbacks.setups import RULE
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
@@ -89,6 +90,12 @@ def test_what_holds_no_batches_is_refused_before_the_first_step(forget: Any, mes
     with pytest.raises(HAMUError, match=message):
         fit(build(Base), callback)
     assert callback.forget_passes == 0
+
+
+def test_a_remainder_of_one_under_batchnorm() -> None:
+    callback = HAMUCallback(make_data(17), RULE, passes=PassOptions(batchnorm="retain"))
+    with pytest.raises(HAMUError, match=r"one has a single sample. Set PassOptions\(batchnorm='freeze'\).*drop_last"):
+        fit(build(WithBatchNorm), callback)
 
 
 def prepare(_: int) -> None:
