@@ -44,7 +44,7 @@ def test_numbers_of_all_kinds_become_floats(value: Any) -> None:
     assert type(found) is float and found == float(value)
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=str)
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=[type(value).__name__ for value in NO_NUMBERS])
 @pytest.mark.parametrize("check", [check_number, check_count])
 def test_what_is_no_number_is_refused(check: Callable[..., Any], value: Any) -> None:
     with pytest.raises(HAMUValueError, match="Expected `x` to be .*number, but got "):
@@ -107,7 +107,7 @@ def test_nothing_of_the_data_is_told() -> None:
         "a dict of length 1": {"Jane Doe": 1.25},
         "text of 19 characters": "Jane Doe, born 1980",
         "a Tensor of shape [2] and torch.float32": torch.tensor([1.25, 7.5]),
-        "an ndarray of shape [2] and float64": np.array([1.25, 7.5]),
+        "an array of shape [2] and float64": np.array([1.25, 7.5]),
         "the class int": int,
         "a function": lambda: 1.25,
         "an integer of 1329 bits": 10**400,

@@ -90,7 +90,10 @@ DOORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"rule": RULE, "named_parameters": None, "exact": False, "track_actual": False, "reuse_groups": False}
         | {"sketch": None, "mask": None},
     ),
-    "HAMUOptimizer, base": (lambda base: HAMUOptimizer(base, RULE), {"base": torch.optim.SGD([torch.ones(1)], lr=0.1)}),
+    "HAMUOptimizer, base": (
+        lambda base: HAMUOptimizer(base, RULE),
+        {"base": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)},
+    ),
     "PassOptions": (
         callbacks.PassOptions,
         {"batch_size": 1, "batchnorm": "freeze", "every_n_steps": 1, "groups_per_step": 1},
