@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState
 
 from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.callbacks.passes import ForgetPass, copied
 from hamu_lightning.rules import FineTune
 from tests.callbacks.modules import Recorder
+from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState
 
 # Seeds, builds a new model, trains it with these callbacks, and returns its LightningModule.
 Run = Callable[[list[Any]], torch.nn.Module]

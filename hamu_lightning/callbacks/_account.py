@@ -107,11 +107,11 @@ class Account:
     def _describe_run(self) -> str:
         """What was done by the whole run, of which this fit is a part."""
         parts, counts = self._parts, self._parts.counts()
-        starts = parts.journal.describe_starts()
+        way = parts.journal.describe_run()
         return (
             f" With the run that this fit continues: {counts['combined_steps']} combined steps "
             f"({counts['left_out_steps']} left out)"
-            + (f", from {starts}" if starts else "")
+            + (f", {way}" if way else "")
             + ("." if parts.verifier is None else f". {parts.verifier.describe()}.")
         )
 

@@ -166,10 +166,11 @@ class Journal:
         retain, *others = self._courses
         return ", ".join(f"{name} loss {self._describe(name)}" for name in (*others, retain))
 
-    def describe_starts(self) -> str:
-        """Where the losses were when the run began that this fit continues, in words."""
-        starts = {name: course.windows.start for name, course in self._courses.items()}
-        return ", ".join(f"{name} loss {float(start):.4g}" for name, start in starts.items() if start is not None)
+    def describe_run(self) -> str:
+        """The way of the losses in the run that this fit continues, in words: means between logging steps."""
+        ends = {name: (course.windows.start, course.windows.latest) for name, course in self._courses.items()}
+        told = {n: f"{float(a):.4g} -> {float(b):.4g}" for n, (a, b) in ends.items() if a is not None and b is not None}
+        return ", ".join(f"{name} loss {way}" for name, way in told.items())
 
     def describe_promises(self, groups: Iterable[str]) -> str:
         """What the steps of this fit promised to each group that is forgotten, and what was measured; may be empty."""
