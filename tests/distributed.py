@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,24 +25,18 @@ TIMEOUT = 120.0
 IMPORTS = ["hamu_lightning.callbacks", "hamu_lightning.metrics", "torch.distributed.tensor", "pytest"]
 
 
-def run_ranks(
-    fn: Callable[..., Any],
-    world_size: int = 2,
-    *args: Any,
-    timeout: float = TIMEOUT,
-    start_method: Literal["forkserver", "spawn"] = "forkserver",
-) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """Run `fn(rank, *args)` in `world_size` processes that form a gloo process group, and return what they returned.
 
-    The ranks find each other through a file, so that no port is taken, and talk over the loopback interface.
+    The ranks find each other through a file, so that no port is taken, and talk over the loopback interface. They are
+    forked from one process that has imported Lightning, and so iterate over a set of strings in the same order.
+    `tests/callbacks/test_spawn.py` looks at ranks of which each is an interpreter of its own.
 
     Args:
         fn: A function at module level (the processes import it by name). Its result is pickled.
         world_size: Number of processes.
         *args: Further arguments of `fn`, pickled.
         timeout: Seconds until the processes are ended.
-        start_method: "forkserver" forks each rank from one process that has imported Lightning. "spawn" starts an
-            interpreter per rank, seconds each, and the ranks iterate over sets of strings in different orders.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: With the traceback of the first process that failed.
@@ -51,7 +45,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         mp.get_context("forkserver").set_forkserver_preload(IMPORTS)
         context = mp.start_processes(
-            _run, (fn, world_size, folder, timeout, args), world_size, join=False, start_method=start_method
+            _run, (fn, world_size, folder, timeout, args), world_size, join=False, start_method="forkserver"
         )
         deadline = time.monotonic() + timeout
         try:

@@ -87,7 +87,7 @@ def run_cases(rank: int) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(run_cases, 2, timeout=300, start_method="spawn")  # which would show an order that differs
+    return run_ranks(run_cases, 2, timeout=300)
 
 
 def to_tensor(weights: list[Any]) -> Tensor:

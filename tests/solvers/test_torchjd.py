@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import cvxpy as cp
@@ -197,21 +198,26 @@ def through_a_checkpoint(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@cache
+def walk_from_the_start(make: Callable[[], Any], blocks: Any) -> Tensor:
+    return walk(FromTorchJD(make(), blocks=blocks), 0, 8)
+
+
 @stateful
 @pytest.mark.parametrize("blocks", ["global", "tensor"])
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_the_state_survives_a_checkpoint(make: Callable[[], Any], blocks: Any, steps: int) -> None:
-    whole = walk(FromTorchJD(make(), blocks=blocks), 0, 8)
+    whole = walk_from_the_start(make, blocks)
     first = FromTorchJD(make(), blocks=blocks)
     walk(first, 0, steps)
     state = first.state_dict()
     saved = through_a_checkpoint(state)
     assert torch.equal(walk(copy.deepcopy(first), steps, 8), whole[steps:])
     assert torch.equal(walk(first, steps, 8), whole[steps:])
+    stranger = FromTorchJD(make(), blocks=blocks)
+    walk(stranger, 90, 93)  # what it remembers before is forgotten
     for checkpoint in (saved, state, state):  # what was returned and loaded does not change with the steps after that
-        fresh, used = FromTorchJD(make(), blocks=blocks), FromTorchJD(make(), blocks=blocks)
-        walk(used, 90, 93)  # what it remembers before is forgotten
-        for resumed in (fresh, used):
+        for resumed in (FromTorchJD(make(), blocks=blocks), copy.deepcopy(stranger)):
             resumed.load_state_dict(checkpoint)
             assert torch.equal(walk(resumed, steps, 8), whole[steps:])
 
