@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ["loader_options", "own_generators", "transfer_by_hooks"]
+__all__ = ["length_of", "loader_options", "own_generators", "stop_workers", "transfer_by_hooks"]
 
 
 def loader_options(like: Any) -> dict[str, Any]:
@@ -39,6 +39,32 @@ def own_generators(loader: Any) -> list[torch.Generator]:
     holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def length_of(loader: Any) -> int | None:
+    """Return how many batches a loader says it has; None where it does not.
+
+    Example:
+        >>> length_of(DataLoader([1, 2, 3], batch_size=2)), length_of(iter([1]))
+        (2, None)
+    """
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def stop_workers(loader: Any) -> None:
+    """End the persistent workers of a DataLoader, if it has any; its next pass starts new ones.
+
+    Args:
+        loader: A DataLoader; others are left alone.
+    """
+    iterator = getattr(loader, "_iterator", None) if isinstance(loader, DataLoader) else None
+    if iterator is not None:
+        # torch offers no other way (lightning/pytorch/utilities/combined_loader.py does the same at the end of a fit)
+        getattr(iterator, "_shutdown_workers", lambda: None)()
+        loader._iterator = None
 
 
 def transfer_by_hooks(owner: Any, batch: Any, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ from hamu_lightning.callbacks.passes._forget_pass import (
     split_batch,
 )
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
-from hamu_lightning.callbacks.passes._loaders import copied, twin_loader
+from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
 from hamu_lightning.callbacks.passes._objective import wrap_step
 from hamu_lightning.callbacks.passes._samples import count_shared_samples, split_forget
 from hamu_lightning.callbacks.passes._sources import check_disjoint, find_loader, name_sources
@@ -21,6 +21,7 @@ __all__ = [
     "ForgetPass",
     "ForgetStream",
     "FrozenBatchNorm",
+    "MeasuringLoader",
     "ModuleGuard",
     "Recording",
     "batchnorm_frozen",
