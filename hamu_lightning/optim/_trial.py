@@ -65,14 +65,34 @@ class Snapshot:
         """Put everything back, bit by bit."""
         for parameter, weight in zip(self._parameters, self.weights, strict=True):
             parameter.copy_(weight)
-        self._optimizer.state.clear()
-        self._optimizer.state.update(_copied(self._state))
+        self._put_back_state()
         for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
-            group.update(settings)
+            group.update(copy.deepcopy(settings))
+
+    def _put_back_state(self) -> None:
+        """In place where it can be: after a failure for want of memory there is none for a second copy."""
+        state = self._optimizer.state
+        for parameter in [p for p in state if p not in self._state]:
+            del state[parameter]
+        for parameter, kept in self._state.items():
+            values = state[parameter]
+            for name in [n for n in values if n not in kept]:
+                del values[name]
+            for name, value in kept.items():
+                values[name] = _overwritten(values.get(name), value)
+
+
+def _overwritten(present: Any, kept: Any) -> Any:
+    """What was kept, in the memory of what is there now."""
+    if not isinstance(kept, Tensor):
+        return copy.deepcopy(kept)
+    if not isinstance(present, Tensor) or (present.shape, present.dtype) != (kept.shape, kept.dtype):
+        return kept.clone()
+    return present.copy_(kept)
 
 
 def _copied(state: Any) -> dict[Any, dict[str, Any]]:
     return {
-        parameter: {name: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for name, v in values.items()}
+        parameter: {name: _overwritten(None, value) for name, value in values.items()}
         for parameter, values in state.items()
     }
