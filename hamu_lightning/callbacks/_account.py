@@ -40,8 +40,11 @@ class Account:
 
     def warn_if_short(self) -> None:
         """Say so if there is a target and the fit has ended before it."""
+        if self._parts.stopper.reason is not None:
+            return
+        self._parts.groups.conclude()
         short = self._parts.groups.describe_short()
-        if short and self._parts.stopper.reason is None:
+        if short:
             rank_zero_warn(
                 f"The fit has ended before the target: {short}. "
                 "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."

@@ -68,6 +68,7 @@ class Fit:
         optimizer = self.parts.optimizer
         self.flow.batchnorm.thaw()
         self._patch.remove()
+        self.parts.groups.close()
         optimizer.release_forget()
         optimizer.approve = optimizer.referee = optimizer.recompute = None
         if self.parts.has_wrapped:

@@ -108,7 +108,8 @@ class Groups:
             group.read(_compat.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
             every = settings.passes.every_n_steps
-            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every)
+            kept = state.get("approach")
+            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, kept)
 
     def open_window(self, *step: Any) -> list[Group]:
         """Measure what has to be measured before a step, and choose its groups; return those that leave now."""
@@ -147,6 +148,17 @@ class Groups:
     def close_window(self) -> None:
         """End it."""
         self._turn, self._has_begun = self._turn + 1, True
+
+    def conclude(self) -> None:
+        """Measure, at the end of the fit, how far the losses came that have not reached their target."""
+        for group in self._active:
+            if group.approach is not None:
+                group.approach.conclude()
+
+    def close(self) -> None:
+        """Let the workers go that read for measurements."""
+        for approach in self._approaches.values():
+            approach.close()
 
     @property
     def _active(self) -> list[Group]:
