@@ -27,6 +27,9 @@ class Account:
         done = {name: count - parts.before[name] for name, count in parts.counts().items()}
         if parts.turns is not None and parts.before["combined_steps"]:
             return  # this fit went on with what was left: the repair
+        is_rest = parts.before["combined_steps"] and parts.settings.passes.every_n_steps > 1
+        if is_rest and not done["forget_passes"] and not done["left_out_steps"]:
+            return  # of a run that was resumed before its last plain steps
         is_excused = parts.stopper.reason is not None or (_compat.is_trial(parts.trainer) and done["left_out_steps"])
         missing = "forget passes" if not done["forget_passes"] else "combined steps"
         if done["forget_passes"] and (done["combined_steps"] or is_excused):

@@ -178,6 +178,14 @@ class Engine:
     def _combine_and_step(self) -> None:
         gradients = self._gather(self.groups or self.rule.groups, self.update_layout())
         self.counters.steps += 1
+        try:
+            self._decide_and_step(gradients)
+        except BaseException:
+            self.counters.undone_steps += 1
+            raise
+
+    def _decide_and_step(self, gradients: StepGradients) -> None:
+        """Ask the rule, and those who decide about its answer."""
         if not self.rule.is_plain and is_at_rest(self.base.param_groups):
             self.counters.zero_lr_steps += 1
             return
@@ -226,7 +234,9 @@ class Engine:
         targets = {name: quota for name, quota in rule.target_quotas.items() if name in groups}
         known |= rule.step_arguments(groups, {n: self.find_aim(n).resolve(quota) for n, quota in targets.items()})
         lr = layout.learning_rates(self.base.param_groups)
-        return StepReport(gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels)
+        return StepReport(
+            gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels, self.applier.moves_by_d
+        )
 
     def _take_step_on_trial(self, gradients: StepGradients, referee: Referee) -> bool:
         """Apply the step, and take it back as long as the referee does not accept it; return whether it did at last."""
@@ -235,7 +245,6 @@ class Engine:
             return self._try_until_judged(gradients, referee, before)
         except BaseException:  # an interrupt too: nobody has judged where the weights are now
             before.restore()
-            self.counters.undone_steps += 1
             raise
 
     def _try_until_judged(self, gradients: StepGradients, referee: Referee, before: Snapshot) -> bool:
@@ -246,6 +255,7 @@ class Engine:
                 return True  # it has moved nothing, and is counted: the promise is not to blame
             if not self.applier.moves_by_d:
                 before.shorten_step(referee.region)
+            if not self.applier.moves_by_d or gradients.layout.rounds:
                 self.last_step = replace(self.last_step, actual_changes=gradients.measure(before.weights))
             verdict = referee.judge(self.last_step)
             if verdict == "accept":

@@ -13,7 +13,14 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.optim._aim import Aim
-from hamu_lightning.optim._checks import check_base, check_can_move, check_reads_grad, check_sketch, warn_about_base
+from hamu_lightning.optim._checks import (
+    check_base,
+    check_can_move,
+    check_reads_grad,
+    check_sketch,
+    warn_about_base,
+    warn_about_rounding,
+)
 from hamu_lightning.optim._counters import CountedSteps, Counters
 from hamu_lightning.optim._engine import Engine
 from hamu_lightning.optim._layout import collect_names
@@ -126,7 +133,9 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
             self._core.sketch = Sketch(sketch)
         if mask is not None:
             self._core.mask = make_mask(mask, names, self._core.parameters)
-        check_can_move(self._core.update_layout(), rule)
+        layout = self._core.update_layout()
+        check_can_move(layout, rule)
+        warn_about_rounding(layout, rule)
         if not exact:
             check_reads_grad(base)
             warn_about_base(base, rule)

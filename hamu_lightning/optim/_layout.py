@@ -53,6 +53,11 @@ class Layout:
             return self.parameters
         return [self.mask.hide(p, p) for p in self.parameters]
 
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are so coarse (16 bits or less) that small steps are rounded away."""
+        return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters)
+
     def weight_norms(self) -> Tensor:
         """The L2 norm of each block's weights that may move, `[B]`."""
         weights = self.weights

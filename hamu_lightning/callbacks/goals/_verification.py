@@ -213,7 +213,7 @@ class Verifier:
         for name, (loss, promised, due, new) in zip(self._recordings, numbers, strict=True):
             is_forgotten = name in step.forgotten
             change = new - loss if is_forgotten else loss - new
-            outcomes[name] = GroupOutcome(is_forgotten, loss, promised, due, change)
+            outcomes[name] = GroupOutcome(is_forgotten, loss, promised, due, change, report.follows_rule)
         return Outcome(outcomes)
 
     def _write(self, outcome: Outcome, verdict: Verdict) -> None:
