@@ -109,9 +109,9 @@ def warn_about_rounding(layout: Layout, rule: Rule) -> None:
     if layout.rounds and not rule.is_plain:
         kinds = sorted({str(p.dtype).removeprefix("torch.") for p in layout.parameters if p.dtype.itemsize < 4})
         warnings.warn(
-            f"The weights are {', '.join(kinds)}: a step that moves a weight by less than half the distance to the next "
-            "number (in bfloat16 0.2 to 0.4 % of it) is rounded away, and its promise with it. Keep the weights in "
-            "float32: Trainer(precision='bf16-mixed'), or '16-mixed'.",
+            f"The weights are {', '.join(kinds)}: a step that moves a weight by less than half the distance to the "
+            "next number (in bfloat16 0.2 to 0.4 % of it) is rounded away, and its promise with it. Keep the weights "
+            "in float32: Trainer(precision='bf16-mixed'), or '16-mixed'.",
             stacklevel=3,
         )
 

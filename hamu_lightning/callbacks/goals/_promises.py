@@ -18,8 +18,8 @@ class GroupOutcome:
     """What a step promised for the loss of one group, and what it did, in loss units.
 
     Improvements count positive where they serve: a loss to forget rises, any other one falls. `due` is what the actual
-    change of the weights should do, to first order: the promise, with plain SGD. `loss` is from before the step. Where the
-    weights `follow` the rule's own step, only rounding can make less of it.
+    change of the weights should do, to first order: the promise, with plain SGD. `loss` is from before the step. Where
+    the weights `follow` the rule's own step, only rounding can make less of it.
     """
 
     is_forgotten: bool

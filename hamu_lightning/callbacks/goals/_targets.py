@@ -93,8 +93,8 @@ class Chance(Target):
     retrained model on it has no bound, since that model is confidently wrong (31.8 on the digits), and to be as wrong
     is not the aim; a model that guesses has forgotten.
 
-    For cross-entropy over classes, and for yes-or-no labels (several per sample too), where a guess costs log 2 per label.
-    A regression has no guess.
+    For cross-entropy over classes, and for yes-or-no labels (several per sample too), where a guess costs log 2 per
+    label. A regression has no guess.
 
     Args:
         num_classes: None to count them in the module's own output on a batch: of `module(inputs)` for a batch
@@ -194,8 +194,8 @@ def are_answers(labels: Any, logits: Tensor) -> bool:
         return False  # a class for each sample, or for each place
     if labels.is_complex() or not is_one_each or not bool(((labels >= 0) & (labels <= 1)).all()):
         raise HAMUStateError(
-            "Expected labels with Chance(), the loss of a guess among classes, but they are numbers, as in a regression: "
-            "there is no guess. Give the loss where the forget set should end, or Holdout(loader)."
+            "Expected labels with Chance(), the loss of a guess among classes, but they are numbers, as in a "
+            "regression: there is no guess. Give the loss where the forget set should end, or Holdout(loader)."
         )
     is_sure = bool(((labels == 0) | (labels == 1)).all())
     is_shared_out = logits.ndim > 1 and logits.shape[1] > 1 and bool((labels.sum(dim=1) - 1).abs().max() < 1e-3)
