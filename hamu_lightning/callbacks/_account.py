@@ -36,6 +36,9 @@ class Account:
         done = self._done()
         if parts.turns is not None and parts.is_resumed and parts.before["combined_steps"]:
             return  # this fit went on with what was left: the repair
+        is_rest = parts.before["combined_steps"] and parts.settings.passes.every_n_steps > 1
+        if is_rest and not done["forget_passes"] and not done["left_out_steps"]:
+            return  # of a run that was resumed before its last plain steps
         is_excused = parts.stopper.reason is not None or (_compat.is_trial(parts.trainer) and done["left_out_steps"])
         missing = "forget passes" if not done["forget_passes"] else "combined steps"
         if done["forget_passes"] and (done["combined_steps"] or is_excused):
@@ -63,8 +66,11 @@ class Account:
 
     def warn_if_short(self) -> None:
         """Say so if there is a target and the fit has ended before it."""
+        if self._parts.stopper.reason is not None:
+            return
+        self._parts.groups.conclude()
         short = self._parts.groups.describe_short()
-        if short and self._parts.stopper.reason is None:
+        if short:
             rank_zero_warn(
                 f"The fit has ended before the target: {short}. "
                 "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."

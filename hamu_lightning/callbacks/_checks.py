@@ -131,7 +131,7 @@ def wrap_optimizer(module: LightningModule, base: Any, rule: Any, mask: Any = No
             "It can be left out only when `configure_optimizers` returns a HAMUOptimizer."
         )
     try:
-        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters(), mask=mask, **options)
+        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters, mask=mask, **options)
     except HAMUValueError as error:
         raise HAMUMisconfigurationError(str(error)) from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,6 +145,28 @@ def hook_name(module: LightningModule, name: str) -> Iterator[None]:
         yield
     finally:
         module._current_fx_name = before
+
+
+def without_sync(trainer: Trainer) -> AbstractContextManager[Any]:
+    """Let a forward pass be one that no backward pass follows (lightning/pytorch/strategies/parallel.py)."""
+    block = getattr(trainer.strategy, "block_backward_sync", None)
+    return nullcontext() if block is None else block()
+
+
+@contextmanager
+def buffers_due(trainer: Trainer) -> Iterator[None]:
+    """Let DistributedDataParallel send the buffers of the first process round when it would have without us.
+
+    That is due once after each synchronised backward pass, and a pass between would use it up
+    (torch/nn/parallel/distributed.py `require_forward_param_sync`).
+    """
+    model, name = trainer.strategy.model, "require_forward_param_sync"
+    before = getattr(model, name, None)
+    try:
+        yield
+    finally:
+        if isinstance(before, bool):
+            setattr(model, name, before)
 
 
 def transfer_batch(trainer: Trainer, batch: Any) -> Any:

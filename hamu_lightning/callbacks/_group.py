@@ -76,7 +76,8 @@ class Group:
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and the counts."""
         stream = {} if self.run.stream is None else {"stream": self.run.stream.state_dict()}
-        return {**stream, "passes": self.passes, "is_done": self.is_done}
+        approach = {} if self.approach is None else {"approach": self.approach.state_dict()}
+        return {**stream, "passes": self.passes, "is_done": self.is_done, **approach}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` returned; the stream is set by `read`. Whether it is done is found out again."""

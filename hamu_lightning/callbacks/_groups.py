@@ -128,7 +128,8 @@ class Groups:
             group.read(_compat.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
             every = settings.passes.every_n_steps
-            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every)
+            kept = state.get("approach")
+            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, kept)
 
     def open_window(self, *step: Any) -> list[Group]:
         """Measure what has to be measured before a step, and choose its groups; return those that leave now."""
@@ -167,6 +168,12 @@ class Groups:
     def close_window(self) -> None:
         """End it."""
         self._turn, self._has_begun = self._turn + 1, True
+
+    def conclude(self) -> None:
+        """Measure, at the end of the fit, how far the losses came that have not reached their target."""
+        for group in self._active:
+            if group.approach is not None:
+                group.approach.conclude()
 
     @property
     def _active(self) -> list[Group]:
@@ -239,7 +246,9 @@ class Groups:
         return f" {'; '.join(told)}." if told else ""
 
     def close(self) -> None:
-        """Let the workers of the loaders go."""
+        """Let the workers of the loaders go, and those that read for measurements."""
+        for approach in self._approaches.values():
+            approach.close()
         for group in self._groups.values():
             if group.run.stream is not None:
                 group.run.stream.close()

@@ -245,10 +245,10 @@ class HAMUCallback(Record, Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit, account = self._running, self._running.account
-        fit.flow.batchnorm.thaw()
         fit.parts.journal.publish_again()
         account.check_it_happened()
         account.warn_if_short()
+        fit.flow.batchnorm.thaw()
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(account.totals())
         self._summary, self._costs = account.summary(), account.mean_costs()

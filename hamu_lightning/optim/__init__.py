@@ -7,7 +7,7 @@ from hamu_lightning.optim._mask import NamedMasks, keep_largest
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import unscale_unseen_
 from hamu_lightning.optim._slots import GradientSlot, hidden_gradients
-from hamu_lightning.optim._trial import Referee, Verdict
+from hamu_lightning.optim._trial import Referee, Snapshot, Verdict
 
 __all__ = [
     "Aim",
@@ -16,6 +16,7 @@ __all__ = [
     "NamedMasks",
     "Referee",
     "Plan",
+    "Snapshot",
     "StepReport",
     "Verdict",
     "hidden_gradients",

@@ -74,10 +74,11 @@ class Aim:
         self.level = self.level + torch.where(promised.isfinite(), promised, 0).to(self.level)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the level and the counts."""
-        return {"level": self.level, "observed": self.observed, "taken": self.taken, "target": self.target}
+        """Return the level, the target, the counts and the plan."""
+        counts = {"observed": self.observed, "taken": self.taken, "steps": self.steps}
+        return {"level": self.level, "target": self.target, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
         self.level, self.observed, self.taken = state["level"], state["observed"], state["taken"]
-        self.target = state["target"]
+        self.target, self.steps = state["target"], state.get("steps")

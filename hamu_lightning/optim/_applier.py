@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim._checks import is_plain_sgd
 from hamu_lightning.optim._mask import Mask
 
@@ -24,6 +26,7 @@ class Applier:
     base: Optimizer
     exact: bool = False
     _plain: Optimizer | None = field(default=None, init=False)
+    _has_moved: bool = field(default=False, init=False)
 
     @property
     def moves_by_d(self) -> bool:
@@ -42,9 +45,30 @@ class Applier:
             plain["lr"] = 1.0 if takes_d else group["lr"]
         return self._plain
 
+    def move_(self, optimizer: Optimizer, mask: Mask | None, parameters: Sequence[Tensor]) -> None:
+        """Let an optimizer move the weights; those outside of the mask rest, whatever it does on its own.
+
+        Raises:
+            HAMUStateError: If it cannot make its first step from `.grad` alone.
+        """
+        try:
+            apply_(optimizer, mask, parameters)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._has_moved:
+                raise
+            raise HAMUStateError(
+                f"Expected {type(optimizer).__name__} to step on what `.grad` holds, without a closure, but its first "
+                f"step raised {type(error).__name__}. An optimizer that evaluates the loss by itself (SAM), or reads "
+                "gradients elsewhere, cannot be given a combined one. Use SGD, AdamW or another first-order optimizer, "
+                "or `exact=True`, which takes the learning rates from it and nothing else."
+            ) from error
+        self._has_moved = True
+
 
 def apply_(optimizer: Optimizer, mask: Mask | None, parameters: Sequence[Tensor]) -> None:
-    """Let an optimizer move the weights; those outside of the mask rest, whatever it does on its own."""
+    """Step, and put the weights outside of the mask back."""
     if mask is None or is_plain_sgd(optimizer):  # which moves nothing where the gradient is zero
         optimizer.step()
     else:

@@ -42,10 +42,28 @@ def check_group(base: Optimizer, group: Mapping[str, Any]) -> None:
     settings = {**base.defaults, **group}
     if "lr" not in settings:
         raise HAMUValueError("Expected each parameter group of `base` to have a learning rate 'lr', but one has none.")
+    if settings["lr"] is None:
+        raise HAMUValueError(
+            f"Expected each parameter group of `base` to have a learning rate, but that of {type(base).__name__} is "
+            "None: it finds the size of its steps by itself, and no rule can know how far they go. Give it a learning "
+            "rate, such as lr=1e-3 (with Adafactor also relative_step=False)."
+        )
     if settings.get("maximize"):
         raise HAMUValueError(
             f"Expected `maximize=False`, but a parameter group of {type(base).__name__} has maximize=True. "
             "The rule already gives the direction of both objectives."
+        )
+
+
+def check_reads_grad(base: Optimizer) -> None:
+    """Raise where the weights have gradients beside `.grad`, which the optimizer is likely to read instead."""
+    tensors = [p for group in base.param_groups for p in group["params"]]
+    found = next((name for name in ("grad_sample", "main_grad") for p in tensors if hasattr(p, name)), None)
+    if found is not None:
+        raise HAMUValueError(
+            f"Expected {type(base).__name__} to read `.grad`, but the weights also have `{found}`, where the gradients "
+            "of both passes mix and a combined one never arrives. Train without it here, or set `exact=True`, which "
+            "takes the learning rates from the optimizer and nothing else (no clipping or noise per sample)."
         )
 
 
@@ -84,6 +102,18 @@ def check_sketch(rule: Rule, needs_gradients: bool) -> None:
             "Expected `sketch` to go with a rule for blocks='global', and without `track_actual`, `reuse_groups` and "
             f"`mask`, but got {describe(rule)}: projections of many blocks take more memory than they save, and "
             "the others need the gradients. FeasibleDirection has global blocks by default."
+        )
+
+
+def warn_about_rounding(layout: Layout, rule: Rule) -> None:
+    """Warn where steps may be lost in the rounding of the weights."""
+    if layout.rounds and not rule.is_plain:
+        kinds = sorted({str(p.dtype).removeprefix("torch.") for p in layout.parameters if p.dtype.itemsize < 4})
+        warnings.warn(
+            f"The weights are {', '.join(kinds)}: a step that moves a weight by less than half the distance to the "
+            "next number (in bfloat16 0.2 to 0.4 % of it) is rounded away, and its promise with it. Keep the weights "
+            "in float32: Trainer(precision='bf16-mixed'), or '16-mixed'.",
+            stacklevel=3,
         )
 
 

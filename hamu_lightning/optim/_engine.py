@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.optim._aim import Aim
-from hamu_lightning.optim._applier import Applier, apply_
+from hamu_lightning.optim._applier import Applier
 from hamu_lightning.optim._checks import check_all_present, is_at_rest, is_plain_sgd
 from hamu_lightning.optim._counters import Counters
 from hamu_lightning.optim._gradients import StepGradients
-from hamu_lightning.optim._layout import Layout, make_layout
+from hamu_lightning.optim._layout import Layout, collect_names, make_layout
 from hamu_lightning.optim._mask import Mask
 from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscalings
@@ -39,6 +39,7 @@ class Engine:
     base: Optimizer
     rule: Rule
     names: dict[Tensor, str]
+    find_names: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
     exact: bool = False
     track_actual: bool = False
     reuse_groups: bool = False
@@ -61,6 +62,10 @@ class Engine:
     def __post_init__(self) -> None:
         """Make what moves the weights."""
         self.applier = Applier(self.base, self.exact)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is asked by nobody: who decides about the steps belongs to a fit, with its trainer and its loaders."""
+        return {**self.__dict__, "approve": None, "referee": None, "recompute": None, "find_names": None}
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -108,8 +113,15 @@ class Engine:
         """The layout, made again when the set of trainable tensors has changed."""
         trainable = tuple(p for p in self.parameters if p.requires_grad)
         if self.layout is None or [*map(id, self.layout.parameters)] != [*map(id, trainable)]:
+            self._learn_names(trainable)
             self.layout = make_layout(self.base.param_groups, self.names, self.rule.blocks, self.mask)
         return self.layout
+
+    def _learn_names(self, trainable: Sequence[Tensor]) -> None:
+        """Look for the names of tensors that were added since the optimizer was made."""
+        if any(p not in self.names for p in trainable):
+            found = () if self.find_names is None else self.find_names()
+            self.names.update(collect_names(self.base.param_groups) | {parameter: name for name, parameter in found})
 
     def notice_overflow(self) -> None:
         """Drop the gradients of a step that the scaler has ended without calling `step()`."""
@@ -153,11 +165,11 @@ class Engine:
         """Take a plain step of the base on what `.grad` holds."""
         optimizer, parameters = self.applier.choose(takes_d=False), self.parameters
         if self.mask is None:
-            optimizer.step()
+            self.applier.move_(optimizer, None, parameters)
             return
         masked = self.mask.hide_all([p.grad for p in parameters], parameters)
         with pointed_gradients(parameters, masked):
-            apply_(optimizer, self.mask, parameters)
+            self.applier.move_(optimizer, self.mask, parameters)
 
     def _is_initialisation(self) -> bool:
         """Whether this step only makes the base's state: torch's `get_optimizer_state_dict` takes one at lr 0."""
@@ -166,6 +178,14 @@ class Engine:
     def _combine_and_step(self) -> None:
         gradients = self._gather(self.groups or self.rule.groups, self.update_layout())
         self.counters.steps += 1
+        try:
+            self._decide_and_step(gradients)
+        except BaseException:
+            self.counters.undone_steps += 1
+            raise
+
+    def _decide_and_step(self, gradients: StepGradients) -> None:
+        """Ask the rule, and those who decide about its answer."""
         if not self.rule.is_plain and is_at_rest(self.base.param_groups):
             self.counters.zero_lr_steps += 1
             return
@@ -214,11 +234,20 @@ class Engine:
         targets = {name: quota for name, quota in rule.target_quotas.items() if name in groups}
         known |= rule.step_arguments(groups, {n: self.find_aim(n).resolve(quota) for n, quota in targets.items()})
         lr = layout.learning_rates(self.base.param_groups)
-        return StepReport(gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels)
+        return StepReport(
+            gramian, rule.coefficients(gramian, lr=lr, **known), lr, layout.labels, self.applier.moves_by_d
+        )
 
     def _take_step_on_trial(self, gradients: StepGradients, referee: Referee) -> bool:
         """Apply the step, and take it back as long as the referee does not accept it; return whether it did at last."""
         before = Snapshot(self.applier.choose(takes_d=True), gradients.layout.parameters)
+        try:
+            return self._try_until_judged(gradients, referee, before)
+        except BaseException:  # an interrupt too: nobody has judged where the weights are now
+            before.restore()
+            raise
+
+    def _try_until_judged(self, gradients: StepGradients, referee: Referee, before: Snapshot) -> bool:
         while True:
             self._take_step(gradients, keeps_last=True)
             assert self.last_step is not None
@@ -226,6 +255,7 @@ class Engine:
                 return True  # it has moved nothing, and is counted: the promise is not to blame
             if not self.applier.moves_by_d:
                 before.shorten_step(referee.region)
+            if not self.applier.moves_by_d or gradients.layout.rounds:
                 self.last_step = replace(self.last_step, actual_changes=gradients.measure(before.weights))
             verdict = referee.judge(self.last_step)
             if verdict == "accept":
@@ -269,4 +299,4 @@ class Engine:
             # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.
             if not is_plain_sgd(optimizer) and not bool(is_finite):
                 return
-        apply_(optimizer, self.mask, self.parameters)
+        self.applier.move_(optimizer, self.mask, self.parameters)

@@ -14,7 +14,14 @@ from typing_extensions import override
 from hamu_lightning.checks import check_flag, check_type
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.optim._aim import Aim
-from hamu_lightning.optim._checks import check_base, check_can_move, check_sketch, warn_about_base
+from hamu_lightning.optim._checks import (
+    check_base,
+    check_can_move,
+    check_reads_grad,
+    check_sketch,
+    warn_about_base,
+    warn_about_rounding,
+)
 from hamu_lightning.optim._counters import CountedSteps, Counters
 from hamu_lightning.optim._engine import Engine
 from hamu_lightning.optim._layout import collect_names
@@ -63,7 +70,8 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
         base: Any torch optimizer with a learning rate per group; not LBFGS, not with `maximize=True`.
         rule: A rule from `hamu_lightning.rules`.
         named_parameters: Names and tensors as from `module.named_parameters()`: labels of the blocks, needed for
-            `blocks="layer"` or a function unless the base was built from named parameters.
+            `blocks="layer"` or a function unless the base was built from named parameters. The method itself,
+            `module.named_parameters`, is asked again for tensors that are added later.
         exact: Take the learning rates from the base, and nothing else: every step moves the weights by `d`, as with
             plain SGD. Momentum, weight decay and the step hooks of the base do not act, and its state stays empty.
         track_actual: Measure `g_f·dw` and `-g_r·dw` of the weights' actual change `dw`, in loss units: the `actual`
@@ -103,7 +111,7 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
         self,
         base: Optimizer,
         rule: Rule,
-        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        named_parameters: Iterable[tuple[str, Tensor]] | Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
         *,
         exact: bool = False,
         track_actual: bool = False,
@@ -117,15 +125,19 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
         check_type("rule", rule, Rule, "a rule such as HAMUQ(quota=1e-3)")
         exact, track_actual = check_flag("exact", exact), check_flag("track_actual", track_actual)
         reuse_groups = check_flag("reuse_groups", reuse_groups)
-        names = collect_names(base.param_groups, named_parameters)
-        self.__setstate__({"_core": Engine(base, rule, names, exact, track_actual, reuse_groups)})
+        find_names = named_parameters if callable(named_parameters) else None
+        names = collect_names(base.param_groups, named_parameters() if callable(named_parameters) else named_parameters)
+        self.__setstate__({"_core": Engine(base, rule, names, find_names, exact, track_actual, reuse_groups)})
         if sketch is not None:
             check_sketch(rule, track_actual or reuse_groups or mask is not None)
             self._core.sketch = Sketch(sketch)
         if mask is not None:
             self._core.mask = make_mask(mask, names, self._core.parameters)
-        check_can_move(self._core.update_layout(), rule)
+        layout = self._core.update_layout()
+        check_can_move(layout, rule)
+        warn_about_rounding(layout, rule)
         if not exact:
+            check_reads_grad(base)
             warn_about_base(base, rule)
 
     @property
@@ -216,6 +228,9 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the retain gradient (inside `forget()` or `group(name)`: that one). The others are kept."""
+        for slot in self._core.slots.values():
+            if slot.is_open:
+                slot.release()
         self._core.base.zero_grad(set_to_none)
 
     @property

@@ -56,10 +56,16 @@ class Layout:
             return self.parameters
         return [self.mask.hide(p, p) for p in self.parameters]
 
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are so coarse (16 bits or less) that small steps are rounded away."""
+        return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters)
+
     def weight_norms(self) -> Tensor:
         """The L2 norm of each block's weights that may move, `[B]`."""
         weights = self.weights
-        if any(type(p) not in (Tensor, torch.nn.Parameter) or p.is_complex() for p in weights):
+        usual = (Tensor, torch.nn.Parameter)
+        if any(type(p) not in usual or p.is_complex() or p.dtype != weights[0].dtype for p in weights):
             return compute_gramian(weights, blocks=self.blocks).view(-1).sqrt()  # it knows about shards
         norms = torch.stack([norm.to(self.device) for norm in _tensor_norms(weights)]).to(widest_float(self.device))
         index = torch.tensor(self.blocks, device=self.device)

@@ -23,6 +23,7 @@ class StepReport:
         coefficients: What the rule answered.
         lr: `[B]`, learning rates.
         labels: The names of the blocks.
+        follows_rule: Whether the weights move by the rule's own step, but for rounding: with plain SGD, or exactly.
         actual_changes: `[n]`, `g_k·dw` of each group for the weights' actual change `dw`; None unless
             `track_actual=True`. They differ from the predicted ones by what the base optimizer does on its own.
     """
@@ -31,6 +32,7 @@ class StepReport:
     coefficients: Coefficients
     lr: Tensor
     labels: tuple[str, ...]
+    follows_rule: bool = False
     actual_changes: Tensor | None = None
 
     def __repr__(self) -> str:

@@ -101,11 +101,8 @@ class SketchSlot(GradientSlot):
         """Let a gradient accumulate, and add its projection to what is there: projecting is linear."""
         parameters = list(parameters)
         with hidden_gradients(parameters):
-            try:
+            with self._open():
                 yield
-            except BaseException:
-                self.release()
-                raise
             layout = self._find_layout()
             grads = [p.grad for p in layout.parameters]
             if all(grad is None for grad in grads):

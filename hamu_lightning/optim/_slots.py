@@ -16,13 +16,14 @@ class GradientSlot:
     At the end of the block `.grad` points at what it pointed at before.
 
     Attributes:
+        is_open: Whether a gradient is being accumulated here.
         is_fresh: Whether the slot holds a gradient of the present step.
         share: Of a gradient of an earlier step: which share of the mean over its window it is.
     """
 
     def __init__(self) -> None:
         self._grads: dict[Tensor, Tensor] = {}
-        self.is_fresh, self.share = False, 1.0
+        self.is_open, self.is_fresh, self.share = False, False, 1.0
 
     @property
     def is_filled(self) -> bool:
@@ -49,13 +50,22 @@ class GradientSlot:
         if not self.is_fresh:
             self.release()
         with pointed_gradients(parameters, [self._grads.get(p) for p in parameters]):
-            try:
+            with self._open():
                 yield
-            except BaseException:
-                self.release()
-                raise
-            self._grads.update({p: _owned(p.grad) for p in parameters if p.grad is not None})
+            # A new dict: what was cleared inside, by `zero_grad()`, is gone.
+            self._grads = {p: _owned(p.grad) for p in parameters if p.grad is not None}
             self.is_fresh = self.is_filled
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        self.is_open = True
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            self.is_open = False
 
 
 @contextmanager

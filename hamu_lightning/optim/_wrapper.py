@@ -22,6 +22,12 @@ class OptimizerWrapper(Optimizer):
     def base(self) -> Optimizer:
         """The wrapped optimizer."""
 
+    def __getattr__(self, name: str) -> Any:
+        """What only the base has, such as the `train()` and `eval()` of an optimizer without a schedule."""
+        if name.startswith("_") or name == "base":  # torch's own, and what a half-made copy lacks
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state, nothing else."""

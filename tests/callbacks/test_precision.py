@@ -21,6 +21,7 @@ from tests.callbacks.setups import Manual
 from tests.callbacks.test_hamu_callback import loss_on
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:The weights are (bfloat16|float16)"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:The base optimizer AdamW has weight_decay"),
 ]

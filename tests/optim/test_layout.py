@@ -23,6 +23,14 @@ def test_weight_norms_and_sizes(dtype: torch.dtype) -> None:
     assert (layout.labels, layout.sizes, layout.groups) == (("a", "b"), (18, 15), (0, 1))
 
 
+@pytest.mark.parametrize("first", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_of_several_types(first: torch.dtype) -> None:
+    parameters = [nn.Parameter(torch.randn(4, 3).to(dtype)) for dtype in (first, torch.float64, torch.float32)]
+    layout = make_layout([{"params": parameters, "lr": 0.1}], {}, "tensor")
+    expected = torch.stack([p.detach().double().norm() for p in parameters])
+    torch.testing.assert_close(layout.weight_norms(), expected, rtol=1e-6, atol=0)  # float32
+
+
 def test_learning_rates_may_be_tensors() -> None:
     parameter = nn.Parameter(torch.ones(1))
     groups = [{"params": [parameter], "lr": torch.tensor(0.5)}]

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
+from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.optim._trial import Snapshot
+from tests.optim.doors import RULE, make_model
+from tests.optim.doors import take_step as take_combined_step
 
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9, "nesterov": True}, "RMSprop": {"momentum": 0.9}}
 # LBFGS cannot be wrapped, and SparseAdam takes no dense gradients.
@@ -51,3 +54,36 @@ def test_everything_is_put_back(name: str, past: int) -> None:
         snapshot.restore()
         torch.testing.assert_close((model.state_dict(), optimizer.state_dict()), before, rtol=0, atol=0)
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+class Fails:
+    """Judges each step, and fails at the third."""
+
+    is_due, region = True, 1.0
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.calls = error, 0
+
+    def judge(self, report: Any) -> Any:
+        self.calls += 1
+        if self.calls == 3:
+            raise self.error
+        return "accept"
+
+
+@pytest.mark.filterwarnings("ignore:The base optimizer")
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError(), OSError("no space")])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_failure_leaves_what_was_judged_last(error: BaseException, base: Any) -> None:
+    model = make_model()
+    optimizer = HAMUOptimizer(base(model.parameters(), lr=0.1), RULE)
+    optimizer.referee = Fails(error)
+    for seed in range(2):
+        take_combined_step(optimizer, model, seed)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    memory = [value.data_ptr() for state in optimizer.state.values() for value in state.values()]
+    with pytest.raises(type(error)):
+        take_combined_step(optimizer, model, 2)
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()), before, rtol=0, atol=0)
+    assert [value.data_ptr() for state in optimizer.state.values() for value in state.values()] == memory
+    assert (int(optimizer.applied_steps), optimizer.undone_steps) == (2, 1)

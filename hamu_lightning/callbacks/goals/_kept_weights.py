@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from hamu_lightning.optim import HAMUOptimizer
+from hamu_lightning.optim import HAMUOptimizer, Snapshot
+
+# What learning rate schedulers write into parameter groups; it follows the steps of the trainer, not the weights.
+_SCHEDULED = ("lr", "momentum", "betas")
 
 
 class KeptWeights:
-    """A copy of the weights that an optimizer trains, where they are.
+    """A copy of the weights that an optimizer trains and of its state, where they are.
 
     Args:
         optimizer: The optimizer.
@@ -17,15 +21,41 @@ class KeptWeights:
 
     def __init__(self, optimizer: HAMUOptimizer) -> None:
         self._optimizer = optimizer
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept: Snapshot | None = None
+
+    @property
+    def are_there(self) -> bool:
+        """Whether there is something to go back to."""
+        return self._kept is not None
 
     def keep(self) -> None:
-        """Copy the present weights, in place of those that were kept before."""
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._kept = [(p, p.detach().clone()) for p in parameters]
+        """Copy the present weights and state, in place of those that were kept before."""
+        self._kept = Snapshot(self._optimizer, self._parameters)
 
-    @torch.no_grad()
+    def release(self) -> None:
+        """Let the copy go."""
+        self._kept = None
+
     def restore(self) -> None:
-        """Go back to the kept weights; without any the weights stay."""
-        for parameter, copy in self._kept:
-            parameter.copy_(copy)
+        """Go back to what was kept; without it everything stays. Numbers of schedulers stay as well."""
+        if self._kept is None:
+            return
+        groups = self._optimizer.param_groups
+        scheduled = [{name: group[name] for name in _SCHEDULED if name in group} for group in groups]
+        self._kept.restore()
+        for group, numbers in zip(groups, scheduled, strict=True):
+            group.update(numbers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the copy in tensors and numbers; nothing of sharded weights, of which each process has a part."""
+        if self._kept is None or any(hasattr(p, "device_mesh") for p in self._parameters):
+            return {}
+        return self._kept.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep what `state_dict` returned."""
+        self._kept = Snapshot.from_state_dict(self._optimizer, self._parameters, state) if state else None
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]

@@ -18,7 +18,8 @@ class GroupOutcome:
     """What a step promised for the loss of one group, and what it did, in loss units.
 
     Improvements count positive where they serve: a loss to forget rises, any other one falls. `due` is what the actual
-    change of the weights should do, to first order: the promise, with plain SGD. `loss` is from before the step.
+    change of the weights should do, to first order: the promise, with plain SGD. `loss` is from before the step. Where
+    the weights `follow` the rule's own step, only rounding can make less of it.
     """
 
     is_forgotten: bool
@@ -26,11 +27,14 @@ class GroupOutcome:
     promised: float
     due: float
     measured: float
+    follow: bool = False
 
     def is_kept(self, tolerance: float, slack: float) -> bool:
         """Whether the step kept its promise to the group; see `VerifySteps`. NaN breaks it."""
         if not self.is_forgotten:
             return -self.measured <= 1.5 * max(-self.promised, 0.0) + 0.1 * abs(self.loss) + slack
+        if self.follow and self.due < tolerance * self.promised:
+            return False  # the weights are too coarse for the step
         due = min(self.promised, self.due)
         # Past a target less than nothing is due: the loss may fall by that much.
         least = due * (tolerance if due > 0 else 2 - tolerance) - slack

@@ -48,6 +48,8 @@ class Stopper:
             self._monitor.load_state_dict(state["steps"])
             self.reason = None if state["reason"] is None else StopReason(state["reason"])
             self.message = state["message"]
+            if self.reason is None and self._has_ceiling:
+                self._kept.load_state_dict(state.get("kept", {}))
 
     def approves(
         self, report: StepReport, retain_losses: list[Tensor], forget_losses: list[Tensor], target: Tensor | None
@@ -71,6 +73,8 @@ class Stopper:
         if found is not None:
             reason, message = found
             conflict = report.coefficients.conflict() if reason is StopReason.INFEASIBLE else ()
+            if reason in CEILINGS:
+                message += f" {_BACK if self._kept.are_there else _NO_WAY_BACK}"
             self.stop(reason, message + (f" In the way: {', '.join(conflict)}." if conflict else ""))
         elif self._has_ceiling:
             self._kept.keep()
@@ -88,6 +92,7 @@ class Stopper:
             return
         if self.reason in CEILINGS:
             self._kept.restore()
+        self._kept.release()
         waits = "" if _compat.can_stop(trainer) else " Nothing changes until `min_steps` and `min_epochs` are over."
         rank_zero_info(f"HAMU stops at step {trainer.global_step}, {self.reason.value}: {self.message}{waits}")
         trainer.should_stop = True
@@ -97,9 +102,14 @@ class Stopper:
         return {} if self._score is None else {"score": torch.tensor(self._score, dtype=torch.float64)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the reason and the last steps, in strings and numbers."""
-        reason = None if self.reason is None else self.reason.value
-        return {"reason": reason, "message": self.message, "steps": self._monitor.state_dict()}
+        """Return the reason, the last steps, and the weights to go back to while that may come, in plain values."""
+        reason, kept = None if self.reason is None else self.reason.value, self._kept.state_dict()
+        numbers = {"reason": reason, "message": self.message, "steps": self._monitor.state_dict()}
+        return {**numbers, "kept": kept} if kept else numbers
+
+
+_BACK = "The model goes back to where it was below."
+_NO_WAY_BACK = "There was no step below it: the model stays as it is."
 
 
 class StopMonitor:

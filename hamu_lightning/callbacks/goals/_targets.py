@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from hamu_lightning.callbacks.passes import HoldsData
 from hamu_lightning.checks import check_count, check_number, check_optional, describe, is_iterable, store
@@ -36,7 +37,8 @@ class Target(ABC):
         Args:
             module: The module, in the mode that it trains in.
             mean_loss: Gives the module's own training loss on the batches of a loader, mean over samples, without
-                leaving a trace.
+                leaving a trace. A Dataset is loaded like the training data; None stands for the Trainer's validation
+                data.
             batch: A batch of the retain stream, on the device.
 
         Returns:
@@ -56,7 +58,8 @@ class Holdout(HoldsData, Target):
     that is forgotten as a whole see `Chance`.
 
     Args:
-        data: A DataLoader, another iterable of batches, or a Dataset (in batches of 256).
+        data: A DataLoader, another iterable of batches, or a Dataset (loaded like the training data, in batches of the
+            same size); None for the Trainer's validation loader.
         every: Measured again after so many combined steps.
 
     Raises:
@@ -67,7 +70,7 @@ class Holdout(HoldsData, Target):
         20
     """
 
-    data: Iterable[Any] | Dataset[Any] = field(repr=False)
+    data: Iterable[Any] | Dataset | None = field(default=None, repr=False)  # type: ignore[type-arg]  # for LightningCLI
     every: int | None = 10
     _data: ClassVar[tuple[str, ...]] = ("data",)
 
@@ -81,14 +84,9 @@ class Holdout(HoldsData, Target):
                 f"Expected held-out data to measure the target on, but the {type(self.data).__name__} is empty."
             )
 
-    @property
-    def loader(self) -> Iterable[Any]:
-        """The batches."""
-        return DataLoader(self.data, batch_size=256) if isinstance(self.data, Dataset) else self.data
-
-    def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor:
+    def measure(self, module: nn.Module, mean_loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
         """Return the mean loss on the held-out data."""
-        return mean_loss(self.loader)
+        return mean_loss(self.data)
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,12 @@ class Chance(Target):
     retrained model on it has no bound, since that model is confidently wrong (31.8 on the digits), and to be as wrong
     is not the aim; a model that guesses has forgotten.
 
+    For cross-entropy over classes, and for yes-or-no labels (several per sample too), where a guess costs log 2 per
+    label. A regression has no guess.
+
     Args:
         num_classes: None to count them in the module's own output on a batch: of `module(inputs)` for a batch
-            `(inputs, labels)`, of `module(**batch).logits` for a dict.
+            `(inputs, labels)`, of `module(**batch).logits` for a dict. 2 for yes-or-no labels.
 
     Raises:
         HAMUValueError: If `num_classes` is less than 2.
@@ -159,12 +160,17 @@ def count_classes(module: nn.Module, batch: Any) -> int:
         HAMUStateError: If that cannot be told.
     """
     try:
-        output = module(**batch) if isinstance(batch, Mapping) else module(_inputs(batch))
+        with torch.no_grad():
+            output = module(**batch) if isinstance(batch, Mapping) else module(_inputs(batch))
     except Exception as error:
         raise HAMUStateError(f"{UNKNOWN_CLASSES} The module raised {error!r}.") from error
     logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise HAMUStateError(f"{UNKNOWN_CLASSES} The output was {type(output).__name__}.")
+    if are_answers(_labels(batch), logits):
+        return 2
+    if logits.ndim < 2:
+        raise HAMUStateError(f"{UNKNOWN_CLASSES} The output has the shape {list(logits.shape)}.")
     if logits is output:
         return max(int(logits.shape[1]), 2)  # [N, C, ...], as for cross-entropy; one logit tells two classes apart
     return max(int(logits.shape[-1]), 2)
@@ -174,6 +180,40 @@ UNKNOWN_CLASSES = (
     "Expected to count classes in the output of `module(inputs)`, logits `[N, C, ...]`, but could not. "
     "Pass Chance(num_classes=...)."
 )
+
+
+def are_answers(labels: Any, logits: Tensor) -> bool:
+    """Whether labels say yes or no for each logit; False where each sample has a class, or nothing is known of them.
+
+    Raises:
+        HAMUStateError: If they are numbers, as in a regression, or it cannot be told what they are.
+    """
+    if not isinstance(labels, Tensor):
+        return False
+    is_one_each = labels.numel() == logits.numel() and labels.shape[:1] == logits.shape[:1]
+    if not is_one_each and not labels.is_floating_point():
+        return False  # a class for each sample, or for each place
+    if labels.is_complex() or not is_one_each or not bool(((labels >= 0) & (labels <= 1)).all()):
+        raise HAMUStateError(
+            "Expected labels with Chance(), the loss of a guess among classes, but they are numbers, as in a "
+            "regression: there is no guess. Give the loss where the forget set should end, or Holdout(loader)."
+        )
+    is_sure = bool(((labels == 0) | (labels == 1)).all())
+    is_shared_out = logits.ndim > 1 and logits.shape[1] > 1 and bool((labels.sum(dim=1) - 1).abs().max() < 1e-3)
+    if is_shared_out and not is_sure:
+        return False  # shares of classes, as label smoothing and mixtures make them
+    if is_shared_out or not is_sure:
+        raise HAMUStateError(
+            "Expected to see what labels mean, for Chance(), but theirs could be a class in one-hot form, several "
+            "answers, or numbers. Say it: Chance(num_classes=2) for yes-or-no labels, else the number of classes."
+        )
+    return True
+
+
+def _labels(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return next((batch[name] for name in ("labels", "label", "targets", "target", "y") if name in batch), None)
+    return batch[1] if isinstance(batch, Sequence) and len(batch) == 2 else None
 
 
 def _inputs(batch: Any) -> Any:

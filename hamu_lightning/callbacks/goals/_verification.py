@@ -48,8 +48,8 @@ class VerifySteps:
     "The same batches" means: as they were before the module edited them, with the same random numbers. What a module
     carries from batch to batch (a hidden state) is what it is after the step.
 
-    Costs two forward passes per try, without gradients, and copies of the weights, of the optimizer's state, and of the
-    step's batches.
+    Costs two forward passes per try, and copies of the weights, of the optimizer's state, and of the step's batches. An
+    interrupt or an error while a step is judged takes it back first.
 
     Args:
         every: Verify every so many combined steps.
@@ -183,13 +183,16 @@ class Verifier:
         return self.region < _SMALLEST_REGION
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the size of the region, and the counts."""
-        return {name: getattr(self, name) for name in _STATE}
+        """Return the size of the region, the counts, and the place in the ledger."""
+        ledger = {} if self._ledger is None else {"ledger": self._ledger.state_dict()}
+        return {name: getattr(self, name) for name in _STATE} | ledger
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
         for name in _STATE:
             setattr(self, name, state[name])
+        if self._ledger is not None and "ledger" in state:
+            self._ledger.load_state_dict(state["ledger"], self._trainer.global_step)
 
     @property
     def _any_pass(self) -> ForgetPass:
@@ -210,7 +213,7 @@ class Verifier:
         for name, (loss, promised, due, new) in zip(self._recordings, numbers, strict=True):
             is_forgotten = name in step.forgotten
             change = new - loss if is_forgotten else loss - new
-            outcomes[name] = GroupOutcome(is_forgotten, loss, promised, due, change)
+            outcomes[name] = GroupOutcome(is_forgotten, loss, promised, due, change, report.follows_rule)
         return Outcome(outcomes)
 
     def _write(self, outcome: Outcome, verdict: Verdict) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class ForgetPass:
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
         logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
+        not_finite: The numbers of the batches whose loss was not finite in the last measurement.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ForgetPass:
         self.stream: ForgetStream | None = None
         self.records: Callable[[Recording], None] | None = None
         self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+        self.not_finite: list[int] = []
         self._group = _compat.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
 
@@ -138,9 +140,11 @@ class ForgetPass:
                 raise HAMUStateError("Expected a loss on the held-out data of the target, but it has no batch.")
             # Where one of them is not known, all count the same.
             weights = torch.tensor(sizes if all(map(math.isfinite, sizes)) else [1.0] * len(sizes)).to(losses[0])
-            return torch.stack(losses) @ weights / weights.sum()
+            all_losses = torch.stack(losses)
+            self.not_finite = (~all_losses.isfinite()).nonzero().flatten().tolist()
+            return all_losses @ weights / weights.sum()
 
-        with self._isolated(args[0]), torch.no_grad():
+        with self._isolated(args[0]), self._as_in_training():
             return torch.as_tensor(level(self._trainer.lightning_module, mean_loss, copied(args[0]))).detach()
 
     def clip(self) -> None:
@@ -168,8 +172,25 @@ class ForgetPass:
         stack.enter_context(hidden_gradients(p for p in module.parameters() if id(p) not in owned))
         stack.enter_context(_compat.without_callbacks(self._trainer))
         stack.enter_context(_compat.silent_loggers(self._trainer))
+        stack.enter_context(_compat.buffers_due(self._trainer))
         self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch))
         return stack
+
+    @contextmanager
+    def _as_in_training(self) -> Iterator[None]:
+        """With gradients, which a module may take inside of its step; those that it leaves in `.grad` are dropped.
+
+        No backward pass follows: processes are not told to wait for one.
+        """
+        module = self._trainer.lightning_module
+        owned = {p for group in self._optimizer.param_groups for p in group["params"]}
+        with (
+            hidden_gradients({*module.parameters(), *owned}),
+            _compat.without_sync(self._trainer),
+            _compat.hook_name(module, "training_step"),
+            torch.enable_grad(),
+        ):
+            yield
 
     def _run_once(
         self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any
@@ -207,9 +228,9 @@ class ForgetPass:
         return [value for value in values if isinstance(value, torch.Generator)]
 
     def replay(self, step: Callable[..., Any], recording: Recording) -> Tensor:
-        """Run a batch again at the present weights, without gradients and without a trace; return its loss."""
+        """Run a batch again at the present weights, without a trace; return its loss."""
         batch = copied(recording.batch)
-        with self._isolated(batch), torch.no_grad():
+        with self._isolated(batch), self._as_in_training():
             restore_random(recording.random, self.generators)
             loss = detached_loss(step(batch, *recording.args, **recording.kwargs))
         if loss is None:

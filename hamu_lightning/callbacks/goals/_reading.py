@@ -1,0 +1,145 @@
+"""The data that levels are measured on: read beside the passes of the fit, as the training data are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks.passes import MeasuringLoader
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.loaders import loader_options
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+# While a target is under way, so many batches of a larger set are measured, at equal distances in a pass.
+_MOST_BATCHES = 32
+
+
+class Reader:
+    """Opens data, each once, and lets their workers go at the end.
+
+    Args:
+        trainer: The trainer, with its loaders set up.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._open: dict[int, tuple[Any, Iterable[Any]]] = {}
+
+    def open(self, data: Any) -> Iterable[Any]:
+        """The batches of a loader, of a Dataset (in those of the training data), or (None) of the validation data.
+
+        Raises:
+            HAMUMisconfigurationError: If there are no validation data, or nothing says how large a batch is.
+        """
+        if id(data) not in self._open:
+            loader = self.find(data)
+            try:
+                batches: Iterable[Any] = MeasuringLoader(loader)
+            except HAMUValueError:
+                batches = loader  # nobody else reads it
+            self._open[id(data)] = data, batches
+        return self._open[id(data)][1]
+
+    def find(self, data: Any) -> Any:
+        """The loader that is read, where there is one for the data."""
+        if data is None:
+            return self._validation_loader()
+        return self._load_as_in_training(data) if is_dataset(data) else data
+
+    def close(self) -> None:
+        """Let all workers go."""
+        for _, batches in self._open.values():
+            if isinstance(batches, MeasuringLoader):
+                batches.close()
+
+    def _validation_loader(self) -> Any:
+        loaders = self._trainer.val_dataloaders
+        if isinstance(loaders, list | tuple) and len(loaders) == 1:
+            loaders = loaders[0]
+        if loaders is None or isinstance(loaders, list | tuple | Mapping):
+            found = "has none" if loaders is None else f"has {len(loaders)} validation loaders"
+            raise HAMUMisconfigurationError(
+                f"Expected one validation loader for Holdout() without data, but the Trainer {found} in this fit. "
+                "Pass trainer.fit(..., val_dataloaders=loader), or Holdout(data)."
+            )
+        return loaders
+
+    def _load_as_in_training(self, data: Any) -> DataLoader[Any]:
+        train = _compat.train_loader_parts(self._trainer)
+        like = train.get("retain") if isinstance(train, Mapping) else train
+        size = getattr(like, "batch_size", None)
+        if size is None:
+            raise HAMUMisconfigurationError(
+                "Expected to load held-out data in batches of the training loader's size, on which a loss may depend, "
+                "but it has none to follow. Pass Holdout(DataLoader(data, batch_size=...))."
+            )
+        return DataLoader(data, batch_size=size, **loader_options(like))
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether something holds samples, which a loader makes batches of, rather than batches."""
+    if isinstance(data, Dataset):
+        return True
+    holds_batches = isinstance(data, list | tuple | Mapping | DataLoader)
+    return not holds_batches and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Some batches of a loader that are spread over a pass, anew at each `iter()`.
+
+    Args:
+        loader: The loader.
+    """
+
+    loader: MeasuringLoader
+
+    @property
+    def is_all(self) -> bool:
+        """Whether those are all there are, or nothing is known of how many there are."""
+        return self.loader.length is None or self.loader.length <= _MOST_BATCHES
+
+    @property
+    def samples(self) -> float:
+        """How many samples the last batch had; NaN where that cannot be told."""
+        return self.loader.samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader) if self.is_all else self.loader.batches(_MOST_BATCHES)
+
+
+def read_beside(loader: Any) -> MeasuringLoader | HAMUValueError:
+    """A second reader of a loader that others read as well; the reason where there can be none."""
+    try:
+        return MeasuringLoader(loader)
+    except HAMUValueError as error:
+        return error
+
+
+def in_order(loader: Any) -> tuple[Iterable[Any], int] | None:
+    """The samples behind a loader in the order of their Dataset, and how many are in a batch; None where unknown."""
+    is_loader = isinstance(loader, DataLoader)
+    if not is_loader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return None
+    options = {**loader_options(loader), "num_workers": 0}
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, **options), loader.batch_size
+
+
+def one_by_one(loader: DataLoader[Any], positions: Iterable[int]) -> Iterable[Any]:
+    """These samples of the Dataset behind a loader, each in a batch of its own."""
+    options = {**loader_options(loader), "num_workers": 0}
+    return DataLoader(Subset(loader.dataset, [*positions]), batch_size=1, **options)
+
+
+def shorten(positions: list[int]) -> str:
+    """A list of positions in words, the first ones of many."""
+    more = f" and {len(positions) - 10} more" if len(positions) > 10 else ""
+    return ", ".join(map(str, islice(positions, 10))) + more
