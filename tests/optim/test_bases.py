@@ -17,7 +17,7 @@ from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.rules import HAMUQ, FineTune, FixedRadius
 from tests.optim.doors import BASES, RULE, Wrap, make_losses, make_model, take_step, weights, wrap_directly
 
-pytestmark = pytest.mark.filterwarnings("ignore:The base optimizer")
+pytestmark = pytest.mark.filterwarnings("ignore:The base optimizer", "ignore:The weights are bfloat16")
 
 
 class Averages(SGD):

@@ -47,6 +47,7 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten().double() for p in model.parameters()])
 
 
+@pytest.mark.filterwarnings("ignore:The weights are (bfloat16|float16)")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_the_weights_move_by_the_step(dtype: torch.dtype) -> None:
     """And the step keeps all its promises on the actual gradients."""

@@ -18,7 +18,7 @@ from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.rules import Branch, FineTune, Rule
 from tests.optim.doors import RULE, CountHostReads, Wrap, expected_step, make_losses, make_model, take_step, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:The base optimizer")
+pytestmark = pytest.mark.filterwarnings("ignore:The base optimizer", "ignore:The weights are float16")
 BASES: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1),
     "adamw": lambda p: AdamW(p, lr=0.01),

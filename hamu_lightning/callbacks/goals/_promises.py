@@ -33,7 +33,7 @@ class GroupOutcome:
         """Whether the step kept its promise to the group; see `VerifySteps`. NaN breaks it."""
         if not self.is_forgotten:
             return -self.measured <= 1.5 * max(-self.promised, 0.0) + 0.1 * abs(self.loss) + slack
-        if self.follow and self.due < tolerance * self.promised:
+        if self.follow and self.promised > 0 and self.due < tolerance * self.promised:
             return False  # the weights are too coarse for the step
         due = min(self.promised, self.due)
         # Past a target less than nothing is due: the loss may fall by that much.
