@@ -55,8 +55,8 @@ class ModuleGuard:
 
     Copying everything at every pass would cost a copy of the model. So large tensors and arrays, and parameters, are
     copied at a *look* only: during the first three windows (steps of the optimizer: what follows the weights rests
-    until they have moved), and, where something has written them since, after each `look_again()`. Those that changed
-    are saved from then on. Huge frozen parameters are copied only if a trained one has their shape, as in an average.
+    until they have moved), and after each `look_again()`. Those that changed are saved from then on. Huge frozen
+    parameters are copied only if a trained one has their shape, as in an average.
     What is not copied and starts to change is noticed (by its version counter, at looks by a sample of its contents),
     with a warning, and saved from the next pass on. Copies made at a look live in host memory.
 
@@ -70,7 +70,7 @@ class ModuleGuard:
         self._packages |= {base.__module__.partition(".")[0] for base in type(module).__mro__} - _FRAMEWORKS
         self._changing: set[_Place] = set()
         self._marks: dict[_Place, Mark] = {}
-        self._looks = self._first_looks = 3
+        self._looks = 3
 
     def look_again(self) -> None:
         """Compare again in the next window: the module may have started to change something else."""
@@ -78,12 +78,12 @@ class ModuleGuard:
 
     def end_window(self) -> None:
         """Say that the optimizer has stepped."""
-        self._looks, self._first_looks = max(self._looks - 1, 0), max(self._first_looks - 1, 0)
+        self._looks = max(self._looks - 1, 0)
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """Undo, at the end, every change to the module; after an exception too."""
-        snapshot = _Snapshot(self._packages, self._changing, self._marks, self._looks > 0, self._first_looks > 0)
+        snapshot = _Snapshot(self._packages, self._changing, self._marks, self._looks > 0)
         snapshot.take(self._module)
         try:
             yield
@@ -99,14 +99,11 @@ class _Snapshot:
         changing: Places that were seen to change; takes more in.
         marks: Of the places at the last look; takes the present ones.
         is_look: Whether to find out what changes.
-        is_first: Whether what rests may do so only because the weights have not moved.
     """
 
-    def __init__(
-        self, packages: set[str], changing: set[_Place], marks: dict[_Place, Mark], is_look: bool, is_first: bool
-    ) -> None:
+    def __init__(self, packages: set[str], changing: set[_Place], marks: dict[_Place, Mark], is_look: bool) -> None:
         self._packages, self._changing, self._marks = packages, changing, marks
-        self._is_look, self._is_first = is_look, is_first
+        self._is_look = is_look
         self._seen: set[int] = set()
         self._data: list[tuple[_Place, SavedTensor | SavedArray, bool, Mark]] = []
         self._undo: list[Callable[[], object]] = []
@@ -166,17 +163,15 @@ class _Snapshot:
             is_kept = data.save(is_on_host=False)
         elif self._is_look:
             mark = data.mark(is_thorough=True)
-            if self._may_change(place, data, mark):
+            if self._may_change(data):
                 is_kept = data.save(is_on_host=True)
             self._marks[place] = mark
         if not is_kept and mark is None:
             mark = data.mark(is_thorough=False)
         self._data.append((place, data, is_kept, mark))
 
-    def _may_change(self, place: _Place, data: SavedTensor | SavedArray, mark: Mark) -> bool:
+    def _may_change(self, data: SavedTensor | SavedArray) -> bool:
         """Whether something is worth a copy, to see whether the pass changes it."""
-        if not self._is_first:
-            return mark is None or self._marks.get(place) != mark
         is_frozen = isinstance(data, SavedTensor) and isinstance(data.tensor, nn.Parameter)
         if not is_frozen or id(data.tensor) in self._trained or data.tensor.numel() <= HUGE:  # type: ignore[union-attr]
             return True
