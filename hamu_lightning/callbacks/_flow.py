@@ -119,7 +119,7 @@ class Flow:
             leaving = groups.open_window(forget_step, args, kwargs)
             self._stop_where_it_is_over()
             for group in leaving:
-                self._say_done(group)
+                self._say_moved(group)
         if self._preflight is not None:
             self._run_preflight(self._preflight, forget_step, retain_step)
         protected = parts.settings.protect
@@ -148,14 +148,13 @@ class Flow:
         self.preflight_report = preflight.run(step, retain_step)
         rank_zero_info(f"\n{self.preflight_report}")  # not behind a progress bar
 
-    def _say_done(self, group: Group) -> None:
-        """A group has met its target, and others have not."""
+    def _say_moved(self, group: Group) -> None:
+        """A group has met its target, and others have not; or its loss has fallen again since it left."""
         assert group.approach is not None
-        self._parts.journal.end_group(group.name)
-        rank_zero_info(
-            f"HAMU: {group.name!r} leaves the problem at step {self._parts.trainer.global_step}: "
-            f"{group.approach.describe()}."
-        )
+        journal, step = self._parts.journal, self._parts.trainer.global_step
+        (journal.end_group if group.is_done else journal.begin_group)(group.name)
+        what = "leaves the problem" if group.is_done else "comes back into the problem"
+        rank_zero_info(f"HAMU: {group.name!r} {what} at step {step}: {group.approach.describe()}.")
 
     def _note_retain(self, loss: Tensor | None) -> None:
         """Count the retain loss, and tell the optimizer what its next step is to do."""

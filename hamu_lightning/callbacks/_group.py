@@ -36,6 +36,7 @@ class Group:
         run: Runs its batches through the module without a trace.
         approach: The way of its loss to a target; None without one.
         is_done: Whether it has left the problem.
+        stays: Whether it leaves no more before all do: it has come back once, since the others undid it.
         passes: How many of its batches have gone through the module.
         before: How many of them in the run that this fit continues.
         losses: Of the present window, 0-d each.
@@ -49,6 +50,7 @@ class Group:
         self.run = ForgetPass(trainer, optimizer, self._random, partial(optimizer.group, name), guard)
         self.approach: Approach | None = None
         self.is_done, self.passes, self.before = False, 0, 0
+        self.stays = False
         self.losses: list[Tensor] = []
 
     def read(self, loader: Iterable[Any], state: Mapping[str, Any]) -> None:
@@ -66,6 +68,13 @@ class Group:
             self.approach.observe(loss)
         return loss
 
+    def look_after(self, *step: Any) -> None:
+        """After it has left: measure its loss again, and come back, to stay, where that has fallen below the target."""
+        assert self.approach is not None
+        self.approach.look_after(*step)
+        self.is_done = self.approach.is_reached
+        self.stays = not self.is_done
+
     def describe_unseen(self) -> str:
         """Which batches of a pass never went through the module, in words; empty where all did, or nobody knows."""
         length = None if self.run.stream is None else self.run.stream.length
@@ -77,11 +86,12 @@ class Group:
         """Return the position in the stream, and the counts."""
         stream = {} if self.run.stream is None else {"stream": self.run.stream.state_dict()}
         approach = {} if self.approach is None else {"approach": self.approach.state_dict()}
-        return {**stream, "passes": self.passes, "is_done": self.is_done, **approach}
+        return {**stream, "passes": self.passes, "is_done": self.is_done, "stays": self.stays, **approach}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` returned; the stream is set by `read`. Whether it is done is found out again."""
         self.passes = self.before = state.get("passes", 0)
+        self.stays = state.get("stays", False)
         self._random.draw = self.passes
 
 

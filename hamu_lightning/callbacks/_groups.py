@@ -132,11 +132,13 @@ class Groups:
             group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, kept)
 
     def open_window(self, *step: Any) -> list[Group]:
-        """Measure what has to be measured before a step, and choose its groups; return those that leave now."""
+        """Measure what has to be measured before a step, and choose its groups; return those that leave or return."""
         for group in self._active:
             if group.approach is not None:
                 group.approach.look(*step, lands=self._is_single)
-        leaving = [group for group in self._active if group.approach is not None and group.approach.is_reached]
+        reached = [group for group in self._active if group.approach is not None and group.approach.is_reached]
+        leaving = [group for group in reached if not group.stays]
+        back = self._look_after_done(*step) if self.are_all_reached else []
         if self.are_all_reached:
             leaving = []  # the fit ends before the step
         for group in leaving:
@@ -146,7 +148,17 @@ class Groups:
         self.present = take_turns(self._active, per_step, self._turn)
         for group in self.present:
             group.losses.clear()
-        return leaving
+        return leaving + back
+
+    def _look_after_done(self, *step: Any) -> list[Group]:
+        """Measure the groups again that have left; return those whose loss has fallen since, to be forgotten again."""
+        done = [group for group in self._groups.values() if group.is_done and group.approach is not None]
+        for group in done:
+            group.look_after(*step)
+        back = [group for group in done if not group.is_done]
+        if back:
+            self.take_all_next()
+        return back
 
     def record(self, steps: Mapping[str, Callable[..., Any]]) -> Callable[[str], None]:
         """Keep the batches of the present window; return what runs those of a group again with their backward passes.
@@ -170,7 +182,8 @@ class Groups:
         self._turn, self._has_begun = self._turn + 1, True
 
     def conclude(self) -> None:
-        """Measure, at the end of the fit, how far the losses came that have not reached their target."""
+        """Measure, at the end of the fit, how far the losses came."""
+        self._look_after_done()
         for group in self._active:
             if group.approach is not None:
                 group.approach.conclude()

@@ -48,6 +48,10 @@ class Journal:
         self._ended.add(name)
         _compat.withdraw_logged(self._trainer, f"{name}/")
 
+    def begin_group(self, name: str) -> None:
+        """Log a group again that has come back."""
+        self._ended.discard(name)
+
     def add_loss(self, group: str, loss: Tensor) -> None:
         """Add the loss of a batch."""
         self._courses[group].add(loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -101,22 +102,55 @@ def test_groups_in_turn() -> None:
     assert hamu.last_step is not None and hamu.last_step.coefficients.groups == ("retain", "rare", "a", "b")
 
 
-def test_a_request_leaves_when_it_has_met_its_target() -> None:
-    """The other goes on without it, and the fit ends with the last one."""
+def test_a_request_leaves_when_it_has_met_its_target(caplog: pytest.LogCaptureFixture) -> None:
+    """The other goes on without it; the fit ends where the losses of both are there, at the same weights."""
     targets = {"a": TargetQuota(1.4, steps=15), "b": TargetQuota(1.8, steps=15)}
     rule = FeasibleDirection(targets, {"rare": 0.0}, radius=FixedRadius(0.2))
     module = build(Base)
     hamu = make_callback(rule)
-    fit(module, hamu, max_epochs=40)
+    with caplog.at_level("INFO"):
+        fit(module, hamu, max_epochs=40)
     state = hamu.state_dict()["groups"]
     assert hamu.stop_reason is StopReason.TARGET_REACHED
     assert hamu.stop_message is not None and hamu.stop_message.startswith("a: forget loss 1.")
-    assert [state[name]["is_done"] for name in ("a", "b")].count(True) == 1
-    first, last = ("a", "b") if state["a"]["is_done"] else ("b", "a")
-    assert state[first]["passes"] < state[last]["passes"]
-    x, y = DATA[last].tensors
-    loss = float(nn.functional.cross_entropy(module(x), y).detach())
-    assert loss == pytest.approx(targets[last].target, rel=0.15)
+    assert "'a' leaves the problem" in caplog.text
+    assert state["a"]["passes"] < state["rare"]["passes"]
+    assert_all_reached(module, targets)
+
+
+def assert_all_reached(module: Base, targets: dict[str, TargetQuota]) -> None:
+    for name, quota in targets.items():
+        x, y = DATA[name].tensors
+        loss = float(nn.functional.cross_entropy(module(x), y).detach())
+        assert 0.95 * quota.target <= loss <= 1.15 * quota.target  # type: ignore[operator]
+
+
+def test_a_request_that_fell_back_is_forgotten_again(caplog: pytest.LogCaptureFixture) -> None:
+    """The steps for the others can undo it: all are reached only where all are, at the same weights."""
+    targets = {"a": TargetQuota(1.4, steps=15), "b": TargetQuota(1.8, steps=15)}
+    module = build(Base)
+    hamu, before = (
+        make_callback(FeasibleDirection(targets, {"rare": 0.0}, radius=FixedRadius(0.2))),
+        copy.deepcopy(module.state_dict()),
+    )
+
+    class Relapse(Callback):
+        """Puts the first weights back, once, after a request has left."""
+
+        has_happened = False
+
+        @override
+        def on_train_batch_end(self, *_: Any) -> None:
+            groups = hamu.state_dict()["groups"]
+            if not self.has_happened and any(groups[name]["is_done"] for name in targets):
+                self.has_happened = True
+                module.load_state_dict(before)
+
+    with caplog.at_level("INFO"):
+        fit(module, hamu, Relapse(), max_epochs=60)
+    assert hamu.stop_reason is StopReason.TARGET_REACHED
+    assert "comes back into the problem" in caplog.text
+    assert_all_reached(module, targets)
 
 
 def test_a_request_is_added_between_epochs() -> None:
@@ -139,6 +173,7 @@ def test_a_request_is_added_between_epochs() -> None:
     assert twin.state_dict()["groups"]["a"] == hamu.state_dict()["groups"]["a"]
 
 
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target")  # 1.228 of 1.3
 def test_a_request_alone_lands_until_another_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near its target a request keeps the weights of each step, to go back to; not where a step is others' as well."""
     hamu = HAMUCallback({"a": loader("a")}, FeasibleDirection({"a": TargetQuota(1.3)}, radius=RADIUS))

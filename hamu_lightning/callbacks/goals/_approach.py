@@ -152,6 +152,20 @@ class Approach:
         elif self._last_step is not None and self._level_at != self._aim.taken:
             self._know(self._measure(self._mean_loss_on(self._forget), *self._last_step))
 
+    def look_after(self, *step: Any) -> None:
+        """Measure a loss again that had reached its target: steps for other groups have moved the weights since.
+
+        Args:
+            step: As for `look`; those of the last call by default.
+        """
+        step = step or self._last_step or ()
+        if self._forget is not None and step:
+            level = self._measure(self._mean_loss_on(self._forget), *step)
+            self._know(level)
+            self._aim.level = level
+            self._check(level, "the forget loss", self._given, step)
+        self.is_reached = not self.is_lost and self.is_at_target
+
     def close(self) -> None:
         """Let the workers go that read for measurements."""
         self._reader.close()
