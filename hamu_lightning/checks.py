@@ -69,7 +69,7 @@ def describe(value: object) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, FunctionType):
         return "a function"
-    name = type(value).__name__
+    name = type(value).__name__.replace("ndarray", "array")
     name = f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{name} of shape {list(value.shape)} and {value.dtype}"

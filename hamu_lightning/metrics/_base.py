@@ -32,9 +32,9 @@ class HAMUMetric(Metric):
         try:
             super().__init__(**options)
         except ValueError as error:
+            given = ", ".join(f"{name}={describe(value)}" for name, value in options.items())
             raise HAMUValueError(
-                f"Expected only options of torchmetrics.Metric besides those of {type(self).__name__}, but it says: "
-                f"{error}"
+                f"Expected options of torchmetrics.Metric, but one is none of them: {given}."
             ) from error
 
     @override

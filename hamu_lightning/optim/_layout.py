@@ -121,7 +121,7 @@ def collect_names(param_groups: Sequence[Mapping[str, Any]], given: Any = None) 
     }
     if given is not None and not is_iterable(given):
         raise HAMUValueError(f"Expected `named_parameters` to be {_PAIRS}, but got {describe(given)}.")
-    for pair in given or ():
+    for pair in () if given is None else given:
         match pair:
             case (str(name), Tensor() as parameter):
                 names[parameter] = name
