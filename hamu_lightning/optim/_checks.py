@@ -27,7 +27,7 @@ def is_plain_sgd(base: Optimizer) -> bool:
 def check_base(base: Optimizer) -> None:
     """Raise unless the optimizer can be wrapped."""
     if not isinstance(base, Optimizer):
-        raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {describe(base)}.")
+        raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {type(base).__name__}.")
     if isinstance(base, LBFGS):
         raise HAMUValueError(
             "Expected `base` to take one gradient per step, but got LBFGS, which evaluates its closure several times. "

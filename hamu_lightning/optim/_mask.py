@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hamu_lightning.checks import check_number, describe
+from hamu_lightning.checks import check_number
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 
 NamedMasks: TypeAlias = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
@@ -103,7 +103,7 @@ def make_mask(given: NamedMasks, names: Mapping[Tensor, str], known: Sequence[Te
         if parameter is None or (parameter not in names and not any(parameter is p for p in known)):
             raise HAMUValueError(
                 f"Expected the keys of `mask` to be tensors of the optimizer or their names, but got "
-                f"{describe(key)}. Pass "
+                f"{key if isinstance(key, str) else type(key).__name__!r}. Pass "
                 "`named_parameters=module.named_parameters()`, and the names as they are there."
             )
         check_fits(mask, parameter, names.get(parameter, "a tensor"))

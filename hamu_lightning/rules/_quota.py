@@ -82,8 +82,9 @@ class RelativeQuota(Quota):
 
     def __post_init__(self) -> None:
         """Check the number."""
+        share = check_number("fraction", self.fraction, least=0, kind="a share of the capacity")
         cure = "No step inside the trust region can give more than the capacity; a larger radius can."
-        share = check_number("fraction", self.fraction, least=0, most=1, kind="a share of the capacity", cure=cure)
+        check_number("fraction", share, most=1, cure=cure)
         store(self, fraction=share)
 
     def compute(self, capacity: Tensor, given: Tensor | None) -> Tensor:
