@@ -204,7 +204,7 @@ def check_number(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
-    kind: str = "a finite number",
+    wanted: str = "",
     cure: str = "",
 ) -> float:
     """Raise unless a value is a finite number in a range; return it as a float.
@@ -216,7 +216,7 @@ def check_number(
         above: It must be more.
         most: It must not be more.
         below: It must be less.
-        kind: What it is a number of, in words.
+        wanted: What it should be, in words; default: what the range says.
         cure: What to do, a sentence.
 
     Raises:
@@ -241,16 +241,17 @@ def check_number(
         )
         if limit is not None
     ]
-    wanted = " and ".join(words for words, _, _ in limits)
-    if None not in (above, below) or None not in (least, most):
-        wanted = "between " + " and ".join(f"{limit}" for _, limit, _ in limits)
+    is_between = None not in (above, below) or None not in (least, most)
+    between = " and ".join(f"{limit}" for _, limit, _ in limits)
+    in_range = wanted or (f"between {between}" if is_between else " and ".join(words for words, _, _ in limits))
     number = _as_float(value)
     if number is None:
-        raise _refusal(name, f"{wanted}, {kind}" if wanted else kind, value, _YAML if isinstance(value, str) else cure)
+        kind = wanted or ", ".join(filter(None, (in_range, "a finite number")))
+        raise _refusal(name, kind, value, _YAML if isinstance(value, str) else cure)
     if not math.isfinite(number):
-        raise _refusal(name, wanted or kind, number, cure or "It has to be finite.")
+        raise _refusal(name, in_range or "a finite number", number, cure or "It has to be finite.")
     if not all(holds(number, limit) for _, limit, holds in limits):
-        raise _refusal(name, wanted, number, cure)
+        raise _refusal(name, in_range, number, cure)
     return number
 
 

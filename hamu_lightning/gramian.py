@@ -136,7 +136,7 @@ def _check_lists(grads: Sequence[Sequence[Tensor | None]], blocks: Sequence[int]
     lengths = [None if grad is None else len(grad) for grad in lists]
     if not grads or None in lengths or len(set(lengths)) > 1:
         raise HAMUValueError(
-            f"Expected `grads` to be lists of equal length, but got {', '.join(map(describe, grads)) or 'none'}. "
+            f"Expected `grads` to be lists of equal length, but got lengths {lengths}. "
             "Give one list per objective, with None where a tensor has no gradient."
         )
     if blocks is None:

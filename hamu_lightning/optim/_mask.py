@@ -143,7 +143,7 @@ def keep_largest(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]
     """
     if not scores:
         raise HAMUValueError("Expected some parameter that requires grad, but got none. Unfreeze what should change.")
-    keep = check_number("keep", keep, above=0, most=1, kind="a share")
+    keep = check_number("keep", keep, above=0, most=1, wanted="a share in (0, 1]")
     first = next(iter(scores.values()))
     flat = torch.cat([score.reshape(-1).to(first.device) for score in scores.values()])
     if not bool(flat.isfinite().all()):

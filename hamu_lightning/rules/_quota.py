@@ -82,7 +82,7 @@ class RelativeQuota(Quota):
 
     def __post_init__(self) -> None:
         """Check the number."""
-        share = check_number("fraction", self.fraction, least=0, kind="a share of the capacity")
+        share = check_number("fraction", self.fraction, least=0, wanted="a share of the capacity, at least 0")
         cure = "No step inside the trust region can give more than the capacity; a larger radius can."
         check_number("fraction", share, most=1, cure=cure)
         store(self, fraction=share)
@@ -121,7 +121,7 @@ class TargetQuota(Quota):
     def __post_init__(self) -> None:
         """Check the numbers."""
         if isinstance(self.target, type) or not callable(getattr(self.target, "measure", self.target)):
-            store(self, target=check_number("target", self.target, kind="a finite loss"))
+            store(self, target=check_number("target", self.target, wanted="a finite loss"))
         store(self, steps=check_optional(check_count, "steps", self.steps))
 
     def resolve(self, level: Tensor, target: Tensor, *, step: int, steps: int) -> Tensor:
@@ -175,4 +175,4 @@ def check_quota(name: str, value: object) -> float:
     Raises:
         HAMUValueError: If it is negative or not finite.
     """
-    return check_number(name, value, least=0, kind="a finite number of loss units per step")
+    return check_number(name, value, least=0, wanted="a finite number, not negative, in loss units per step")

@@ -110,7 +110,7 @@ class RelativeRadius(Radius):
     def __post_init__(self) -> None:
         """Check the shares."""
         fraction = check_positive("fraction", self.fraction)
-        floor = check_number("floor", self.floor, least=0, kind="a share of the root mean square")
+        floor = check_number("floor", self.floor, least=0, wanted="a share of the root mean square (not negative)")
         store(self, fraction=fraction, floor=floor)
 
     def compute(

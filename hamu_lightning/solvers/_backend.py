@@ -12,7 +12,7 @@ import numpy as np
 import qpsolvers
 from scipy import sparse
 
-from hamu_lightning.checks import describe
+from hamu_lightning.checks import check_type
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.solvers._projection import Array, Projected, Projection, make_exact, project_exactly
 
@@ -43,10 +43,11 @@ class Backend:
 
     def __post_init__(self) -> None:
         """Look whether it is installed."""
-        if not isinstance(self.name, str) or self.name not in qpsolvers.available_solvers:
+        check_type("solver", self.name, str, "the name of a solver of qpsolvers")
+        if self.name not in qpsolvers.available_solvers:
             raise HAMUValueError(
                 f"Expected `solver` to be one of the installed ones, {', '.join(qpsolvers.available_solvers)}, but got "
-                f"{describe(self.name)}. `pip install 'qpsolvers[NAME]'` installs one that qpsolvers knows."
+                f"{self.name!r}. `pip install 'qpsolvers[{self.name}]'` installs it if qpsolvers knows it."
             )
 
     def project(self, questions: Sequence[Projection]) -> list[Projected | None]:

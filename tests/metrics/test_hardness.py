@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import compute_gramian
-from hamu_lightning.metrics import Hardness
+from hamu_lightning.metrics import Hardness, MembershipAUC, RunningObjective
+from hamu_lightning.metrics._base import HAMUMetric
 from tests.distributed import run_ranks
 
 
@@ -157,3 +161,36 @@ def test_sums_are_reduced_over_processes() -> None:
     for case, value in zip(cases, of_ranks[0], strict=True):
         expected = expected_value([make_gramian(seed) for share in case for seed in share])
         assert value == pytest.approx(expected, rel=1e-12)  # sums in another order
+
+
+@pytest.mark.parametrize("kind", [Hardness, MembershipAUC, RunningObjective])
+@pytest.mark.parametrize("option", ["sync_on_compute", "dist_sync_on_step", "compute_on_cpu", "compute_with_cache"])
+def test_torchmetrics_own_options_are_taken(kind: type[HAMUMetric], option: str) -> None:
+    assert getattr(kind(**{option: True}), option) is True
+    with pytest.raises(HAMUValueError, match=f"Expected options of torchmetrics.Metric, but .*: {option}=3"):
+        kind(**{option: 3})
+    with pytest.raises(HAMUValueError, match="Expected options of torchmetrics.Metric, but .*: nonsense=True"):
+        kind(nonsense=True)
+
+
+def test_metrics_draw_themselves() -> None:
+    hardness, auc, running = Hardness(), MembershipAUC(), RunningObjective()
+    hardness.update(torch.eye(2).expand(3, 2, 2))
+    auc.update([0.1, 0.2, 0.9], np.array([True, False, False]))
+    running.update(1.0)
+    for metric, lines in ((hardness, 3), (auc, 1), (running, 2)):
+        for value in (None, [metric.compute(), metric.compute()]):
+            figure, axes = metric.plot(value)
+            assert len(axes.get_lines()) == lines
+            plt.close(figure)
+
+
+def test_one_number_for_a_logger() -> None:
+    for name in ("kappa", "cosine", "conflicting"):
+        one, all_of_them = Hardness(of=name), Hardness()
+        for metric in (one, all_of_them):
+            metric.update(torch.tensor([[[1.0, 0.5], [0.5, 1.0]]]))
+        assert torch.equal(one.compute(), getattr(all_of_them.compute(), name))
+    found = MetricCollection({"a": Hardness(of="kappa"), "b": Hardness(of="cosine")})
+    found.update(torch.tensor([[[4.0, 1.0], [1.0, 1.0]]]))
+    assert {name: float(value) for name, value in found.compute().items()} == {"a": 1.0, "b": 0.5}

@@ -117,12 +117,12 @@ def test_log_classes_is_the_value_of_a_guess() -> None:
         (lambda: DPO(beta=float("nan")), "Expected `beta` to be positive, but got nan"),
         (lambda: UNDIAL(0.0), "Expected `strength` to be positive"),
         (lambda: ReferenceKL(temperature=0.0), "Expected `temperature` to be positive"),
-        (lambda: ReferenceKL(direction="backward"), "Expected `direction` to be 'forward' or 'reverse'"),  # type: ignore[arg-type]
+        (lambda: ReferenceKL(direction="backward"), "Expected `direction` to be one of 'forward', 'reverse'"),  # type: ignore[arg-type]
         (lambda: BadTeacher(temperature=-1.0), "Expected `temperature` to be positive"),
         (lambda: RMU("body", 0.0), "Expected `coefficient` to be positive"),
         (lambda: IdkDPO([[]]), "Expected `answers` to be lists of token ids"),
         (lambda: WeightedSum(), "Expected pairs of a positive weight and an objective"),
-        (lambda: WeightedSum((-1.0, CrossEntropy())), "Expected pairs of a positive weight and an objective"),
+        (lambda: WeightedSum((-1.0, CrossEntropy())), "Expected `weight` to be positive, but got -1.0. Give what"),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Callable[[], Objective], message: str) -> None:

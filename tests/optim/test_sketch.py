@@ -124,7 +124,7 @@ def test_gradients_are_let_go() -> None:
 
 def test_what_cannot_be() -> None:
     model = make_model()
-    with pytest.raises(HAMUValueError, match="Expected `sketch` to be at least 1, but got 0. It is the number of buckets"):
+    with pytest.raises(HAMUValueError, match="`sketch` to be at least 1, but got 0. It is the number of buckets"):
         HAMUOptimizer(SGD(model.parameters(), lr=0.1), RULE, sketch=0)
     with pytest.raises(HAMUValueError, match="Expected `sketch` to go with a rule for blocks='global'"):
         HAMUOptimizer(SGD(model.parameters(), lr=0.1), HAMUQ(0.1, radius=FixedRadius(0.1)), sketch=64)
