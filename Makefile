@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALL_INTEGRATION := $(VENV)-integration/bin/python -m pip install --quiet --disable-pip-version-check \
 	-c constraints-integration.txt
+INSTALL_LOWEST := $(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt
 
-.PHONY: quickstart test test-integration bench clean
+.PHONY: quickstart test test-lowest test-integration bench clean
 
 quickstart: $(VENV)/.examples
 	$(BIN)/python examples/quickstart.py
@@ -18,6 +19,12 @@ test: $(VENV)/.dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+# The core with the lowest versions that setup.cfg names. Other versions warn of other things.
+test-lowest: $(VENV)-lowest/.ready
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n 2 --dist worksteal -o filterwarnings=default \
+		-m "not slow" tests/test_checks.py tests/test_gramian.py tests/rules tests/optim tests/solvers/test_rule.py \
+		tests/objectives tests/metrics tests/callbacks/passes
+
 # Other projects with their own dependencies, so in an environment of their own.
 test-integration: $(VENV)-integration/.ready
 	OMP_NUM_THREADS=1 $(VENV)-integration/bin/python -m pytest -q -n 2 --dist worksteal -o filterwarnings=default integration
@@ -26,7 +33,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-integration
+	rm -rf $(VENV) $(VENV)-integration $(VENV)-lowest
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +50,12 @@ $(VENV)/.examples: $(VENV)/.torch setup.cfg
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.examples
+
+$(VENV)-lowest/.ready: constraints.txt constraints-lowest.txt setup.cfg
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(INSTALL_LOWEST) $$(grep '^torch==' constraints.txt)
+	$(INSTALL_LOWEST) -e '.[lowest]'
+	touch $@
 
 # pytorch-tabular comes without its dependencies: it asks for torchmetrics<1.9, where we need 1.9, and works with it.
 $(VENV)-integration/.ready: constraints.txt constraints-integration.txt setup.cfg

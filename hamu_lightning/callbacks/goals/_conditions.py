@@ -217,7 +217,7 @@ def as_conditions(stop_on: Iterable[StopOn | StopCondition]) -> tuple[StopCondit
         HAMUValueError: If something is neither.
     """
     named = {"collateral_damage": CollateralDamage, "infeasible": Infeasible, "not_finite": NotFinite}
-    wanted = f"a list of some of {get_args(StopOn)} or of conditions such as RetainAbove(0.4)"
+    wanted = f"a list of some of {get_args(StopOn)} or conditions such as RetainAbove(0.4)"
     given: list[Any] = list(stop_on) if is_iterable(stop_on) else [stop_on]
     conditions = [named[c]() if isinstance(c, str) and c in named else c for c in given]
     unknown = [c for c in conditions if not isinstance(c, StopCondition)]

@@ -145,7 +145,7 @@ def as_target(target: Any) -> Target | float:
         return target
     if callable(target) and not isinstance(target, type):
         return Measured(target)
-    wanted = "a loss, Holdout(loader), Chance(), or a function of the module"
+    wanted = "a finite loss, Holdout(loader), Chance(), or a function of the module"
     cure = "A loss that can be negative has no target: give a quota, HAMUQ(quota=1e-3)."
     return check_number("target", check_number("target", target, wanted=wanted), least=0, cure=cure)
 

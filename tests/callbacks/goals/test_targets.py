@@ -145,7 +145,7 @@ def test_classes_that_cannot_be_counted(output: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: HAMUCallback(FORGET, target="low"), "Expected `target` to be a loss, Holdout"),
+        (lambda: HAMUCallback(FORGET, target="low"), "Expected `target` to be a finite loss, Holdout"),
         (lambda: HAMUCallback(FORGET, target=math.inf), "Expected `target` to be a finite loss"),
         (lambda: Holdout([]), "Expected held-out data .* but the list is empty"),
         (lambda: Holdout(HELD_OUT, every=0), "Expected `every` to be at least 1"),
