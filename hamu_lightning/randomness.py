@@ -54,12 +54,18 @@ class RandomStream:
 
     def reseed(self) -> None:
         """Begin the random numbers of the present draw; only while the stream is active."""
-        words = np.random.SeedSequence((*self._key, self.draw)).generate_state(2, np.uint64)
-        torch.manual_seed(int(words[0] >> 1))
-        random.seed(int(words[1]))
-        np.random.seed(int(words[1] % 2**32))
+        sequence = np.random.SeedSequence((*self._key, self.draw))
+        # As Python's numbers: those of numpy mean other things in its versions 1 and 2.
+        seed, other = (int(word) for word in sequence.generate_state(2, np.uint64))
+        seed >>= 1
+        # Not `torch.manual_seed`: before CUDA is in use, that leaves a seed for later behind.
+        torch.default_generator.manual_seed(seed)
+        if _uses_cuda():
+            torch.cuda.manual_seed_all(seed)
+        random.seed(other)
+        np.random.seed(other % 2**32)
         for offset, generator in enumerate(self.generators, start=1):
-            generator.manual_seed(int(words[0] >> 1) ^ offset)
+            generator.manual_seed(seed ^ offset)
 
 
 def capture_random(generators: Sequence[torch.Generator] = ()) -> tuple[Any, ...]:
