@@ -267,8 +267,8 @@ def check_sources(name: str, sources: object) -> None:
     """Raise unless something, or all that it maps names to, can be data."""
     for source in sources.values() if isinstance(sources, Mapping) else [sources]:
         if source is not None and not is_iterable(source):
-            raise HAMUValueError(
-                f"Expected the data of `{name}` to be a DataLoader or a Dataset, but got {describe(source)}."
+            raise HAMUMisconfigurationError(
+                f"Expected the data of {name!r} to be a DataLoader or a Dataset, but got {describe(source)}."
             )
 
 

@@ -186,7 +186,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batchnorm": "eval"}, "Expected `batchnorm` to be 'freeze' or 'retain'"),
+        ({"batchnorm": "eval"}, "Expected `batchnorm` to be one of 'freeze', 'retain'"),
         ({"every_n_steps": 0}, "Expected `every_n_steps` to be at least 1"),
         ({"batch_size": 0}, "Expected `batch_size` to be at least 1"),
         ({"groups_per_step": 0}, "Expected `groups_per_step` to be at least 1"),

@@ -214,12 +214,14 @@ def as_conditions(stop_on: Iterable[StopOn | StopCondition]) -> tuple[StopCondit
         HAMUValueError: If something is neither.
     """
     named = {"collateral_damage": CollateralDamage, "infeasible": Infeasible, "not_finite": NotFinite}
-    wanted = f"a list of some of {get_args(StopOn)} or conditions such as RetainAbove(0.4)"
     given: list[Any] = list(stop_on) if is_iterable(stop_on) else [stop_on]
     conditions = [named[c]() if isinstance(c, str) and c in named else c for c in given]
     unknown = [c for c in conditions if not isinstance(c, StopCondition)]
     if unknown:
-        raise HAMUValueError(f"Expected `stop_on` to be {wanted}, but got {', '.join(map(describe, unknown))}.")
+        raise HAMUValueError(
+            f"Expected `stop_on` to hold some of {get_args(StopOn)} or conditions such as RetainAbove(0.4), "
+            f"but got {', '.join(map(describe, unknown))}."
+        )
     return tuple(c for c in conditions if isinstance(c, StopCondition))
 
 

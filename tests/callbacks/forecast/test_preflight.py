@@ -106,7 +106,7 @@ def one_shot() -> Iterator[Any]:
         (Base, {"rule": TARGET}, HAMUValueError, "Expected a number as target and a number of steps"),
         (Base, {"batches": 0}, HAMUValueError, "Expected `batches` to be at least 1"),
         (Base, {"lr": 0.0}, HAMUValueError, "Expected a learning rate above 0"),
-        (Base, {"batchnorm": "eval"}, HAMUValueError, "Expected `batchnorm` to be 'freeze' or 'retain'"),
+        (Base, {"batchnorm": "eval"}, HAMUValueError, "Expected `batchnorm` to be one of 'freeze', 'retain'"),
         (Base, {"retain_loader": make_data()}, HAMUValueError, "A Dataset becomes one by DataLoader"),
         (Base, {"forget_loader": []}, HAMUValueError, "`forget_loader` to hold at least one batch, but it is empty"),
         (Base, {"forget_loader": one_shot()}, HAMUValueError, "got a generator, which can be iterated only once"),
