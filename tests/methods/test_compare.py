@@ -288,7 +288,7 @@ def test_a_lightning_datamodule_is_set_up_and_its_hooks_are_used(tmp_path: Path)
         ([SSD()], {"seeds": ()}, "Expected different `seeds`, at least one"),
         ([SSD()], {"seeds": (1, 1)}, "Expected different `seeds`, at least one"),
         ([SSD()], {"trials": 0}, "Expected `trials` to be at least 1"),
-        ([SSD()], {"tune_by": "test"}, "Expected `tune_by` to be 'retrained' or 'validation'"),
+        ([SSD()], {"tune_by": "test"}, "Expected `tune_by` to be one of 'retrained', 'validation'"),
     ],
 )
 def test_wrong_arguments(methods: Any, settings: Any, message: str, tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_what_does_not_act_on_gramians_is_refused(method: Any) -> None:
     with pytest.raises(HAMUValueError, match="Expected `weighting` to be a TorchJD weighting that acts on Gramians"):
         FromTorchJD(method)
     if isinstance(method, MeanWeighting):
-        with pytest.raises(HAMUValueError, match="acts on Gramians, but got CRMOGMWeighting"):
+        with pytest.raises(HAMUValueError, match="acts on Gramians, but got a CRMOGMWeighting"):
             FromTorchJD(CRMOGMWeighting(method))
 
 
