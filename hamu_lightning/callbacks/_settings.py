@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 from torch import Tensor
 
+from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals import StopCondition, VerifySteps, as_target
-from hamu_lightning.callbacks.passes import HoldsData, name_sources
+from hamu_lightning.callbacks.passes import HoldsData, check_can_be_read, name_sources
 from hamu_lightning.checks import (
     check_choice,
     check_count,
@@ -20,7 +21,6 @@ from hamu_lightning.checks import (
     check_seed,
     check_type,
     describe,
-    is_iterable,
     store,
 )
 from hamu_lightning.errors import HAMUValueError
@@ -266,10 +266,8 @@ def choose_verification(verify: Any, *, has_target: bool) -> VerifySteps | None:
 def check_sources(name: str, sources: object) -> None:
     """Raise unless something, or all that it maps names to, can be data."""
     for source in sources.values() if isinstance(sources, Mapping) else [sources]:
-        if source is not None and not is_iterable(source):
-            raise HAMUMisconfigurationError(
-                f"Expected the data of {name!r} to be a DataLoader or a Dataset, but got {describe(source)}."
-            )
+        if source is not None:
+            check_can_be_read(name, _compat.without_indices(source))
 
 
 # What modules log begins with these, and what we log of a group with its name.

@@ -60,7 +60,7 @@ def test_the_table_at_the_end() -> None:
 
 def test_it_stops_where_the_constraints_cannot_hold_together() -> None:
     """What is to be forgotten and what is protected are the same samples, which nobody could see."""
-    twin = TensorDataset(*DATA["a"].tensors)
+    twin = TensorDataset(*(tensor.clone() for tensor in DATA["a"].tensors))  # the same samples, not seen to be
     rule = FeasibleDirection({"a": 0.01, "b": 0.001}, {"twin": 0.0}, radius=RADIUS)
     hamu = HAMUCallback(
         {"a": loader("a", 40), "b": loader("b")},

@@ -145,7 +145,7 @@ def test_refusals() -> None:
         compute_saliency_mask(nn.Linear(2, 2), forget_loader())
     with pytest.raises(HAMUValueError, match="Expected `forget_loader` to have a length"):
         compute_saliency_mask(module, _Endless())
-    with pytest.raises(HAMUValueError, match="Expected `batchnorm` to be 'freeze' or 'retain', but got 'thaw'"):
+    with pytest.raises(HAMUValueError, match="Expected `batchnorm` to be one of 'freeze', 'retain', but got 'thaw'"):
         compute_saliency_mask(module, forget_loader(), batchnorm="thaw")  # type: ignore[arg-type]
     with pytest.raises(HAMUStateError, match="it returned None for all forget data"):
         compute_saliency_mask(build(Silent), forget_loader(16))

@@ -77,7 +77,7 @@ class Holdout(HoldsData, Target):
     def __post_init__(self) -> None:
         """Check the data."""
         store(self, every=check_optional(check_count, "every", self.every))
-        if not is_iterable(self.data):
+        if self.data is not None and not is_iterable(self.data):
             raise HAMUValueError(f"Expected `data` to be a DataLoader or a Dataset, but got {describe(self.data)}.")
         if isinstance(self.data, Sized) and len(self.data) == 0:
             raise HAMUValueError(

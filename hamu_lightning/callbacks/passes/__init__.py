@@ -15,7 +15,7 @@ from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, tw
 from hamu_lightning.callbacks.passes._objective import wrap_step
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
 from hamu_lightning.callbacks.passes._samples import split_forget
-from hamu_lightning.callbacks.passes._sources import check_disjoint, find_loader, name_sources
+from hamu_lightning.callbacks.passes._sources import check_can_be_read, check_disjoint, find_loader, name_sources
 from hamu_lightning.callbacks.passes._streams import ForgetStream
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ModuleGuard",
     "Recording",
     "batchnorm_frozen",
+    "check_can_be_read",
     "check_disjoint",
     "check_loss",
     "check_module",

@@ -266,7 +266,7 @@ def test_refusals() -> None:
         fit(build(Base), HAMUCallback(forget_loader(), schedule=Strange()))
     rules = {"forget": FeasibleDirection({"a": 0.1}), "retain": FeasibleDirection({"a": 0.0})}
     hamu = HAMUCallback({"a": forget_loader()}, schedule=Alternate(1, **rules))
-    with pytest.raises(MisconfigurationException, match="to add a request to, but got Alternate"):
+    with pytest.raises(MisconfigurationException, match="to add a request to, but got an Alternate"):
         hamu.add_request("b", forget_loader(), 0.1)
 
 

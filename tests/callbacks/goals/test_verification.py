@@ -270,7 +270,7 @@ def test_a_retried_step_counts_once_on_the_way_to_a_target(monkeypatch: pytest.M
     ("arguments", "message"),
     [
         ({"every": 0}, "Expected `every` to be at least 1, but got 0"),
-        ({"tolerance": 1.5}, "Expected `tolerance` to be in"),
+        ({"tolerance": 1.5}, "Expected `tolerance` to be between 0 and 1"),
         ({"shrink": 1.0}, "Expected `shrink` to be between"),
         ({"grow": 0.5}, "Expected `grow` to be at least 1"),
         ({"max_tries": 0}, "Expected `max_tries` to be at least 1"),

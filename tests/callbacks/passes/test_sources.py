@@ -86,10 +86,14 @@ DATA = make_data(8)
     ],
 )
 def test_what_holds_no_batches_is_refused_before_the_first_step(forget: Any, message: str) -> None:
-    callback = HAMUCallback(forget, RULE)
+    passes = 0
     with pytest.raises(HAMUError, match=message):
-        fit(build(Base), callback)
-    assert callback.forget_passes == 0
+        callback = HAMUCallback(forget, RULE)
+        try:
+            fit(build(Base), callback)
+        finally:
+            passes = callback.forget_passes
+    assert passes == 0
 
 
 def test_a_remainder_of_one_under_batchnorm() -> None:
