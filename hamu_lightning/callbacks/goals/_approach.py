@@ -16,7 +16,7 @@ from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
 from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, in_order, one_by_one, read_beside, shorten
 from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, as_target
-from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader, count_shared_samples
+from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
@@ -98,7 +98,7 @@ class Approach:
         self.is_reached = self.is_lost = False
         self._load(state or {})
         if isinstance(self._target, Holdout):
-            warn_about_shared_samples(self._reader.find(self._target.data), forget)
+            self._reader.warn_about_shared_samples(self._target.data, forget)
         if not isinstance(read, MeasuringLoader):
             rank_zero_warn(
                 f"The target of {group!r} is judged by the mean loss over a whole pass, as it was seen while the "
@@ -327,13 +327,3 @@ def plan_steps(trainer: Trainer, quota: TargetQuota, taken: int, every_n_steps: 
             "has neither `max_steps` nor `max_epochs`. Set one of them, or TargetQuota(target, steps=...)."
         )
     return math.ceil((taken + left) * _APPROACH)
-
-
-def warn_about_shared_samples(holdout: Any, forget: Any) -> None:
-    """Warn where held-out data is to be forgotten as well, as far as it can be seen."""
-    shared = count_shared_samples(holdout, forget)
-    if shared:
-        rank_zero_warn(
-            f"The held-out data of the target and the forget set share {shared} samples of one Dataset: the target "
-            "will run away as the model forgets. Hold other samples out."
-        )

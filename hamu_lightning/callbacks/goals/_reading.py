@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
-from hamu_lightning.callbacks.passes import MeasuringLoader
+from hamu_lightning.callbacks.passes import MeasuringLoader, count_shared_samples, is_data
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import loader_options
+from hamu_lightning.loaders import load_like, loader_options
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -52,7 +53,7 @@ class Reader:
         """The loader that is read, where there is one for the data."""
         if data is None:
             return self._validation_loader()
-        return self._load_as_in_training(data) if is_dataset(data) else data
+        return self._load_as_in_training(data) if is_data(data) else data
 
     def close(self) -> None:
         """Let all workers go."""
@@ -72,24 +73,37 @@ class Reader:
             )
         return loaders
 
-    def _load_as_in_training(self, data: Any) -> DataLoader[Any]:
+    def warn_about_shared_samples(self, data: Any, forget: Any) -> None:
+        """Warn where held-out data is trained on or to be forgotten as well, as far as it can be seen.
+
+        Args:
+            data: The held-out data, as for `open`.
+            forget: The loader of what is to be forgotten.
+        """
+        for name, other, effect in (
+            ("forget set", forget, "the target will run away as the model forgets"),
+            ("training data", self._retain_loader(), "the target is lower than the loss of samples never seen"),
+        ):
+            shared = count_shared_samples(self.find(data), other)
+            if shared:
+                rank_zero_warn(
+                    f"The held-out data of the target and the {name} share {shared} samples of one Dataset: {effect}. "
+                    "Hold other samples out."
+                )
+
+    def _retain_loader(self) -> Any:
         train = _compat.train_loader_parts(self._trainer)
-        like = train.get("retain") if isinstance(train, Mapping) else train
+        return train.get("retain") if isinstance(train, Mapping) else train
+
+    def _load_as_in_training(self, data: Any) -> DataLoader[Any]:
+        like = self._retain_loader()
         size = getattr(like, "batch_size", None)
         if size is None:
             raise HAMUMisconfigurationError(
                 "Expected to load held-out data in batches of the training loader's size, on which a loss may depend, "
                 "but it has none to follow. Pass Holdout(DataLoader(data, batch_size=...))."
             )
-        return DataLoader(data, batch_size=size, **loader_options(like))
-
-
-def is_dataset(data: Any) -> bool:
-    """Whether something holds samples, which a loader makes batches of, rather than batches."""
-    if isinstance(data, Dataset):
-        return True
-    holds_batches = isinstance(data, list | tuple | Mapping | DataLoader)
-    return not holds_batches and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        return load_like(data, like, batch_size=size)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, tw
 from hamu_lightning.callbacks.passes._objective import wrap_step
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
 from hamu_lightning.callbacks.passes._samples import split_forget
-from hamu_lightning.callbacks.passes._sources import check_can_be_read, check_disjoint, find_loader, name_sources
+from hamu_lightning.callbacks.passes._sources import (
+    check_can_be_read,
+    check_disjoint,
+    find_loader,
+    is_data,
+    name_sources,
+)
 from hamu_lightning.callbacks.passes._streams import ForgetStream
 
 __all__ = [
@@ -37,6 +43,7 @@ __all__ = [
     "count_shared_samples",
     "detached_loss",
     "find_loader",
+    "is_data",
     "name_sources",
     "split_batch",
     "split_forget",

@@ -211,6 +211,16 @@ def test_warnings_name_numbers(target: TargetQuota, message: str) -> None:
     assert any(message in str(warning.message) for warning in caught)
 
 
+def test_held_out_data_that_is_trained_on_is_noticed() -> None:
+    data = make_data()
+    hamu = HAMUCallback(FORGET, target=Holdout(Subset(data, range(90, 96))))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(trained(), hamu, loader=DataLoader(data, batch_size=16), max_steps=1)
+    message = "the training data share 6 samples of one Dataset: the target is lower"
+    assert any(message in str(warning.message) for warning in caught)
+
+
 def test_preflight_knows_the_target() -> None:
     hamu = reach(trained(), Chance(), preflight=True)
     report = hamu.preflight_report
