@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from hamu_lightning.checks import describe
 from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.loaders import length_of
 
 
 def split_forget(dataset: Dataset[Any], indices: Iterable[int] | Tensor) -> tuple[Subset[Any], Subset[Any]]:
@@ -26,8 +28,8 @@ def split_forget(dataset: Dataset[Any], indices: Iterable[int] | Tensor) -> tupl
         `(retain, forget)`: two disjoint subsets that together are the dataset, in its order.
 
     Raises:
-        HAMUValueError: If an index is no integer, out of range, occurs twice, or if one of the two subsets would be
-            empty.
+        HAMUValueError: If the dataset has no length, or an index is no integer, out of range, occurs twice, or if one
+            of the two subsets would be empty.
 
     Example:
         >>> import torch
@@ -36,7 +38,12 @@ def split_forget(dataset: Dataset[Any], indices: Iterable[int] | Tensor) -> tupl
         >>> retain.indices, forget.indices
         ([0, 2, 4], [1, 3])
     """
-    size = len(dataset)  # type: ignore[arg-type]
+    size = length_of(dataset)
+    if size is None or not hasattr(dataset, "__getitem__"):
+        raise HAMUValueError(
+            f"Expected `dataset` to be a Dataset with a length and samples by position, but got {describe(dataset)}. "
+            "Of a stream, filter what is to be forgotten into one of its own."
+        )
     chosen = _positions(indices, size)
     outside = [i for i in chosen if not 0 <= i < size]
     if outside:

@@ -160,3 +160,9 @@ def test_split(indices: Any, positions: list[int]) -> None:
 def test_bad_splits(indices: Any, message: str) -> None:
     with pytest.raises(HAMUValueError, match=message):
         split_forget(TensorDataset(torch.arange(5)), indices)
+
+
+@pytest.mark.parametrize("dataset", [None, 3, iter([1, 2]), {1, 2}])
+def test_split_needs_samples_by_position(dataset: Any) -> None:
+    with pytest.raises(HAMUValueError, match="Expected `dataset` to be a Dataset with a length"):
+        split_forget(dataset, [0])
