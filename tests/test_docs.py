@@ -58,3 +58,10 @@ def test_every_logged_name_is_explained() -> None:
     names = [name for name in trainer.callback_metrics if name.startswith(("hamu/", "retain/", "forget/loss"))]
     assert len(names) > 20
     assert [name for name in names if f"`{name}`" not in explained] == []
+
+
+def test_the_map_names_every_file_of_the_callback() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    files = {path.name for path in (ROOT / "hamu_lightning" / "callbacks").rglob("_*.py")} - {"__init__.py"}
+    assert len(files) > 40
+    assert {name for name in files if f"`{name}`" not in text} == set()
