@@ -116,9 +116,9 @@ class Flow:
         """Measure what is to be measured before the step, then run the pass of each group."""
         parts, groups = self._parts, self._parts.groups
         if self._window == 1:
-            leaving = groups.open_window(forget_step, args, kwargs)
+            moved = groups.open_window(forget_step, args, kwargs)
             self._stop_where_it_is_over()
-            for group in leaving:
+            for group in moved:
                 self._say_moved(group)
         if self._preflight is not None:
             self._run_preflight(self._preflight, forget_step, retain_step)

@@ -79,7 +79,8 @@ class Journal:
                     f"After {self._promises} steps the {name} loss has changed by {end - start:+.3g}, and the steps "
                     f"promised {promised:+.3g} in sum. A promise holds for the step's own batch and small steps: what "
                     "one batch gains, the next steps may take back. Larger forget batches or `target=...`, which "
-                    "measures the whole set, prevent that; with an optimizer other than plain SGD also exact=True."
+                    "measures the whole set, prevent that; with an optimizer other than plain SGD also "
+                    "StepOptions(exact=True)."
                 )
 
     def log_module(self, group: str, logged: dict[str, tuple[Tensor, dict[str, Any]]]) -> None:

@@ -136,8 +136,8 @@ def _build_loader(dataset: Any, train: Any, batch_size: int | None) -> DataLoade
     if batch_size is None:
         raise HAMUMisconfigurationError(
             "Expected a batch size for the Dataset to forget, but the training loader has none to follow. "
-            "Pass HAMUCallback(batch_size=...), or a DataLoader as `forget`; where the Dataset yields ready batches, "
-            "DataLoader(dataset, batch_size=None)."
+            "Pass HAMUCallback(passes=PassOptions(batch_size=...)), or a DataLoader as `forget`; where the Dataset "
+            "yields ready batches, DataLoader(dataset, batch_size=None)."
         )
     return load_like(dataset, like, batch_size=batch_size, shuffle=not is_stream)
 
