@@ -1,8 +1,9 @@
-"""The metrics of unlearning as functions of predictions, losses and accuracies: torch alone, float64 inside.
+"""The metrics of unlearning as functions of predictions, losses and accuracies, in float64.
 
 What gives one number returns an `Estimate`: value, interval, number of samples, ideal value, and the reason of a NaN.
 """
 
+from hamu_lightning.metrics.functional._classifier import calibration_error, trained_attack
 from hamu_lightning.metrics.functional._distances import (
     activation_distance,
     agreement,
@@ -42,6 +43,7 @@ __all__ = [
     "average_gap",
     "balanced_accuracy",
     "bootstrap_auc",
+    "calibration_error",
     "compute_auc",
     "js_divergence",
     "js_to_references",
@@ -59,6 +61,7 @@ __all__ = [
     "tow",
     "tow_mia",
     "tpr_at_fpr",
+    "trained_attack",
     "u_lira",
     "undefined",
     "zrf",
