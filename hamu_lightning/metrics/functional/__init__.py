@@ -4,6 +4,7 @@ What gives one number returns an `Estimate`: value, interval, number of samples,
 """
 
 from hamu_lightning.metrics.functional._classifier import calibration_error, trained_attack
+from hamu_lightning.metrics.functional._comparison import DISTANCES, Distance
 from hamu_lightning.metrics.functional._distances import (
     activation_distance,
     agreement,
@@ -19,6 +20,7 @@ from hamu_lightning.metrics.functional._estimate import Estimate, mean_estimate,
 from hamu_lightning.metrics.functional._gaps import anamnesis_index, average_gap, relearn_steps, tow, tow_mia
 from hamu_lightning.metrics.functional._inputs import as_numbers
 from hamu_lightning.metrics.functional._ranks import (
+    IntervalMethod,
     KSTest,
     auc,
     balanced_accuracy,
@@ -28,13 +30,16 @@ from hamu_lightning.metrics.functional._ranks import (
     membership_auc,
     tpr_at_fpr,
 )
-from hamu_lightning.metrics.functional._shadow import KLOM, ULiRA, klom, lira_scores, u_lira
+from hamu_lightning.metrics.functional._shadow import KLOMValue, ULiRAValue, klom, lira_scores, u_lira
 
 __all__ = [
-    "KLOM",
+    "DISTANCES",
+    "Distance",
     "Estimate",
+    "IntervalMethod",
+    "KLOMValue",
     "KSTest",
-    "ULiRA",
+    "ULiRAValue",
     "activation_distance",
     "agreement",
     "anamnesis_index",

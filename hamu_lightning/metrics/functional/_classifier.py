@@ -11,7 +11,7 @@ from torch import Tensor
 from hamu_lightning.checks import check_choice, check_count, check_seed
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.metrics.functional._estimate import Estimate, undefined, why_not
-from hamu_lightning.metrics.functional._inputs import as_labels, as_log_probs
+from hamu_lightning.metrics.functional._inputs import as_labels, as_log_probs, check_classes
 from hamu_lightning.metrics.functional._ranks import auc, why_no_ranks
 
 Norm = Literal["l1", "l2", "max"]
@@ -46,6 +46,7 @@ def calibration_error(scores: Any, labels: Any, *, bins: int = 15, norm: Norm = 
     log_p = as_log_probs("scores", scores)
     classes, bins = as_labels(labels, log_p), check_count("bins", bins)
     check_choice("norm", norm, get_args(Norm))
+    check_classes(classes, log_p)
     reason, n = why_not(log_p.sum(dim=1), "predictions"), (len(log_p),)
     if reason is not None:
         return undefined(reason, n, 0)
@@ -119,6 +120,7 @@ def trained_attack(
 
 def _features(log_p: Tensor, labels: Any) -> Tensor:
     classes = as_labels(labels, log_p)
+    check_classes(classes, log_p)
     confidence = log_p.gather(1, classes[:, None])[:, 0].exp()
     entropy = -torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p).sum(dim=1)
     is_right = (log_p.argmax(dim=1) == classes).to(log_p.dtype)

@@ -109,3 +109,5 @@ def test_other_inputs_are_refused() -> None:
         trained_attack(*draw(5, 0), *draw(5, 1), folds=1)
     with pytest.raises(HAMUValueError, match="Expected `norm` to be one of"):
         calibration_error(*draw(5, 0), norm="l3")  # type: ignore[arg-type]
+    with pytest.raises(HAMUValueError, match="Expected `labels` to be classes from 0 to 3"):
+        calibration_error(draw(2, 0)[0], [0, -100])
