@@ -270,7 +270,7 @@ def _measure(name: str, scores: Any, references: Any, labels: Any = None) -> Est
     """The mean of a comparison over the pool, sample by sample, and then over the samples."""
     distance, log_p = DISTANCES[name], as_log_probs("scores", scores)
     pool, n = as_pool(references, log_p), (len(log_p),)
-    classes = None if labels is None else as_labels(labels, log_p)
+    classes = as_labels(labels, log_p) if distance.needs_labels else None
     if not pool:
         return undefined("no reference was given", n, distance.ideal)
     for whose, members in (("the model", [log_p]), ("the references", pool)):
