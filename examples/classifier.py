@@ -80,9 +80,10 @@ class Problem:
     batch_size: int = 64
 
     @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return int(self.train.tensors[1].max()) + 1
+    def lr(self) -> float:
+        """The learning rate of training."""
+        lr: float = self.make_module().lr
+        return lr
 
     @property
     def trainer_options(self) -> dict[str, Any]:

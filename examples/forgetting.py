@@ -27,6 +27,11 @@ class Data:
     gone: list[int]
     """The classes that are forgotten as a whole."""
 
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return int(self.train.tensors[1].max()) + 1
+
 
 def choose_forget(labels: Tensor, kind: str, amount: float, seed: int) -> list[int]:
     """Return the positions of the samples to forget.

@@ -9,6 +9,7 @@ from typing import Any
 from classifier import Problem
 from digits import DigitsClassifier, load_splits
 from forgetting import Data, split_data
+from quickstart import EPOCHS
 from signals import load_cnn, load_transformer
 from synthetic import load_synthetic
 from torch.utils.data import DataLoader
@@ -16,10 +17,10 @@ from torch.utils.data import DataLoader
 
 def load_digits() -> Problem:
     """Return the digits of the quickstart with its ResNet-20."""
-    return Problem(DigitsClassifier, *load_splits(), epochs=12)
+    return Problem(DigitsClassifier, *load_splits(), epochs=EPOCHS)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """The loaders: the retain stream, and two sets that are never trained on."""
 
