@@ -35,7 +35,16 @@ from torch.utils.data import Dataset, Subset
 
 from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, Holdout, compare
 from hamu_lightning.methods import SSD, Comparison, FisherForgetting, Method, Search, TrainingRun
-from hamu_lightning.objectives import NPO, BadTeacher, CrossEntropy, FrozenCopy, RandomLabels, ReferenceKL, WeightedSum
+from hamu_lightning.objectives import (
+    DELETE,
+    NPO,
+    BadTeacher,
+    CrossEntropy,
+    FrozenCopy,
+    RandomLabels,
+    ReferenceKL,
+    WeightedSum,
+)
 from hamu_lightning.rules import (
     GRU,
     MGDA,
@@ -119,6 +128,11 @@ def scrub(seed: int) -> Mapping[str, Any]:
 def bad_teacher(seed: int) -> Mapping[str, Any]:
     """A teacher that knows nothing on forget, the original on retain."""
     return {"objective": BadTeacher(seed=seed), "retain_objective": ReferenceKL()}
+
+
+def delete(seed: int) -> Mapping[str, Any]:
+    """The original's second choice."""
+    return {"objective": DELETE()}
 
 
 def step_with(steps: int, rule: Rule, losses: Losses = module_loss, lr: float = LR) -> TrainingRun:
@@ -206,6 +220,7 @@ def make_entries(data: Data, steps: int, lr: float = LR) -> dict[str, Entry]:
         "MGDA": tune_rate(MGDA(), 0.1, 1),
         "MUNBa": tune_rate(MUNBa(), 3e-3, 0.03),
         "NPO + GradDiff": tune_weight(0.1, 1, npo),
+        "DELETE": tune_weight(0.1, 1, delete),
         "random labels": tune_weight(0.1, 1, random_labels),
         "SCRUB, simultaneous": tune_weight(0.1, 1, scrub),
         "bad teacher": tune_weight(0.1, 1, bad_teacher),
