@@ -83,7 +83,7 @@ def main() -> None:
         cases: dict[str, list[Any]] = {}
         for seed in range(options.seeds):
             args = parse_args(["--seed", str(seed), "--out", out, "--steps", "100"])
-            data = {name: load_data(kind, seed) for name, kind in SETS.items() if name != "rho = 0.75"}
+            data = {name: load_data(kind, seed) for name, kind in SETS.items() if name != "rho = 0.25"}
             first = data["class 3"]
             models = {"ResNet-20": train(first.train, args, "original"), "transformer": train_transformer(first, args)}
             for model, original in models.items():

@@ -28,7 +28,7 @@ from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.callbacks.goals._promises import Outcome
 from hamu_lightning.rules import LearningRateRadius, Radius, RelativeRadius, TargetQuota
 
-SETS = {"class 3": ("class", 3.0), "10 % at random": ("random", 0.1), "rho = 0.75": ("mixture", 0.75)}
+SETS = {"class 3": ("class", 3.0), "10 % at random": ("random", 0.1), "rho = 0.25": ("mixture", 0.25)}
 LR = 0.1
 LEARNING_RATE, RELATIVE = LearningRateRadius(), RelativeRadius(1e-3)
 

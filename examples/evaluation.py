@@ -62,9 +62,10 @@ def evaluate(module: LightningModule, dataset: Dataset[Any]) -> Samples:
 
 def match_classes(labels: Tensor, like: Tensor) -> Tensor:
     """Return the positions of as many samples as possible whose classes have the same shares as in `like`."""
-    wanted, there = torch.bincount(like, minlength=10), torch.bincount(labels, minlength=10)
+    classes = int(torch.cat((labels, like)).max()) + 1
+    wanted, there = torch.bincount(like, minlength=classes), torch.bincount(labels, minlength=classes)
     times = float((there / wanted)[wanted > 0].min())
-    return torch.cat([(labels == c).nonzero().flatten()[: round(times * int(wanted[c]))] for c in range(10)])
+    return torch.cat([(labels == c).nonzero().flatten()[: round(times * int(wanted[c]))] for c in range(classes)])
 
 
 def make_row(name: str, retain: Samples, forget: Samples, test: Samples, gone: list[int]) -> Row:

@@ -25,7 +25,7 @@ from findings_numbers import (
     retain_at,
 )
 from findings_pictures import draw_bounds, draw_hardness, draw_quotas
-from quickstart import MIXTURE_CLASS
+from forgetting import MIXTURE_CLASS
 from unlearning_runs import Bench, Run
 
 from hamu_lightning import HAMUQ, HAMUU, compute_gramian

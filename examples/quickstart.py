@@ -16,25 +16,23 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from digits import DigitsClassifier, load_splits
 from evaluation import Row, evaluate, format_table, make_row
+from forgetting import MIXTURE_CLASS, Data, parse_forget, parse_rho, split_data
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-from hamu_lightning import HAMUQ, HAMUU, HAMUCallback, split_forget
+from hamu_lightning import HAMUQ, HAMUU, HAMUCallback
 from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.report import StepHistory, StepRecorder, plot_hardness, plot_tradeoff
 from hamu_lightning.rules import RelativeRadius
 
 EPOCHS, BATCH_SIZE = 12, 64
-MIXTURE_CLASS = 3
 # The longest step, as a share of the length of each tensor of weights. HAMU-U uses all of it all the time.
 RADIUS = {"hamu-q": RelativeRadius(1e-3), "hamu-u": RelativeRadius(2e-4)}
 # Each small batch has to give the quota. In a large one the few samples that are forgotten first would give it alone.
@@ -43,19 +41,6 @@ FORGET_BATCH_SIZE = 8
 # among ten classes. Other samples: so many times the loss on validation samples.
 CLASS_FACTOR, SAMPLE_FACTOR = 9, 3
 MEASURE_EVERY = 3
-
-
-@dataclass(frozen=True)
-class Data:
-    """What to keep and what to forget of the training set, and two sets that are never trained on."""
-
-    train: TensorDataset
-    retain: Subset[Any]
-    forget: Subset[Any]
-    val: TensorDataset
-    test: TensorDataset
-    gone: list[int]
-    """The classes that are forgotten as a whole."""
 
 
 class Result(NamedTuple):
@@ -68,33 +53,9 @@ class Result(NamedTuple):
     history: StepHistory
 
 
-def choose_forget(labels: Tensor, kind: str, amount: float, seed: int) -> list[int]:
-    """Return the positions of the samples to forget.
-
-    - class: all samples of the class `amount`.
-    - random: the share `amount` of all samples, drawn at random.
-    - mixture: as many samples as MIXTURE_CLASS has. The share `amount` of them is drawn from that class, the rest at
-      random from all samples left, its own among them. 1 is that class, 0 is a random draw: the paper's rho counts
-      the other way round (docs/paper_findings.md).
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    if kind == "class":
-        return (labels == int(amount)).nonzero().flatten().tolist()
-    if kind == "random":
-        return order[: round(amount * len(labels))].tolist()
-    of_class = order[labels[order] == MIXTURE_CLASS]
-    chosen = of_class[: round(amount * len(of_class))]
-    others = order[~torch.isin(order, chosen)]
-    return torch.cat((chosen, others[: len(of_class) - len(chosen)])).tolist()
-
-
 def load_data(forget: tuple[str, float], seed: int) -> Data:
     """Load the digits, and split the training set into what to retain and what to forget."""
-    train, val, test = load_splits()
-    labels = train.tensors[1]
-    retain, forgotten = split_forget(train, choose_forget(labels, *forget, seed))
-    gone = set(labels.tolist()) - set(labels[retain.indices].tolist())
-    return Data(train, retain, forgotten, val, test, sorted(gone))
+    return split_data(*load_splits(), forget, seed)
 
 
 def fit(module: LightningModule, dataset: Dataset[Any], args: argparse.Namespace, name: str, **options: Any) -> None:
@@ -222,28 +183,12 @@ def draw(result: Result, out: Path) -> None:
     plot_hardness(h.kappa, h.kappa_1, h.kappa_2, h.norms, h.labels, h.steps).savefig(out / "hardness.png")
 
 
-def parse_forget(text: str) -> tuple[str, float]:
-    """Read `class:3` or `random:0.1`."""
-    kind, _, number = text.partition(":")
-    limits = {"class": (0, 9), "random": (0.01, 0.9)}
-    if kind not in limits or not limits[kind][0] <= float(number) <= limits[kind][1]:
-        raise argparse.ArgumentTypeError(f"expected class:0 .. class:9 or random:0.01 .. random:0.9, but got {text}")
-    return kind, float(number)
-
-
-def parse_rho(text: str) -> tuple[str, float]:
-    """Read a share from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, but got {text}")
-    return "mixture", float(text)
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Make a digit classifier forget some of its training data.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--forget", type=parse_forget, default=("class", 3.0), help="class:3 (default) or random:0.1")
-    mixture = f"forget as many samples as class {MIXTURE_CLASS} has: this share of that class, the rest at random"
+    mixture = f"forget as many samples as class {MIXTURE_CLASS} has: this share at random, the rest of that class"
     what.add_argument("--rho", dest="forget", type=parse_rho, help=mixture)
     parser.add_argument("--rule", choices=("hamu-q", "hamu-u"), default="hamu-q")
     parser.add_argument("--quota", type=float, help="loss units per step; default: chosen with the validation split")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from digits import DigitsClassifier
-from quickstart import choose_forget
+from forgetting import choose_forget
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -117,12 +117,11 @@ class Bench:
 
         Args:
             seed: The seed.
-            rho: The paper's: this share is drawn from all samples at random, the rest from the class. So 0 is the
-                class. (`choose_forget` counts the other way round.)
+            rho: This share is drawn from all samples at random, the rest from the class, see `choose_forget`.
             stage: How far the original was trained.
         """
         labels = self.task.labels
-        forget = torch.tensor(choose_forget(labels.cpu(), "mixture", 1 - rho, seed), device=labels.device)
+        forget = torch.tensor(choose_forget(labels.cpu(), "mixture", rho, seed), device=labels.device)
         is_retained = torch.ones_like(labels, dtype=torch.bool)
         is_retained[forget] = False
         retain = is_retained.nonzero().flatten()

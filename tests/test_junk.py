@@ -132,6 +132,7 @@ DOORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SimNPO": (objectives.SimNPO, {"beta": 0.1, "gamma": 0.0}),
     "DPO": (objectives.DPO, {"preferred": None, "beta": 0.1}),
     "IdkDPO": (objectives.IdkDPO, {"answers": [[1, 2]], "seed": 0, "key": None}),
+    "DELETE": (objectives.DELETE, {"reference": None, "outputs": None}),
     "UNDIAL": (objectives.UNDIAL, {"strength": 1.0}),
     "ReferenceKL": (objectives.ReferenceKL, {"direction": "forward", "temperature": 1.0}),
     "BadTeacher": (objectives.BadTeacher, {"teacher": None, "temperature": 1.0, "seed": 0}),

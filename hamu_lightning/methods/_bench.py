@@ -3,71 +3,24 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass, replace
 
-import torch
 from lightning.pytorch import LightningModule
 
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.methods._data import joined, with_train_loader
-from hamu_lightning.methods._evaluation import Parts, Seen, evaluate_parts, measure
+from hamu_lightning.methods._evaluation import Seen, evaluate_parts, measure
 from hamu_lightning.methods._fingerprint import fingerprint
 from hamu_lightning.methods._metering import Meter, PathRecorder
-from hamu_lightning.methods._protocol import DataSource, Forget, Method
-from hamu_lightning.methods._retrain import Retrain
+from hamu_lightning.methods._pool import measure_distances
+from hamu_lightning.methods._problem import Problem, Run, ask_metrics, list_log_odds, train
+from hamu_lightning.methods._protocol import Method
 from hamu_lightning.methods._storage import load_json, save_json
 from hamu_lightning.methods._training_run import TrainingRun
-from hamu_lightning.methods._tuning import TuneBy, score
+from hamu_lightning.methods._tuning import score
 from hamu_lightning.randomness import RandomStream
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one method came to, with one seed and one value of its hyper-parameter.
-
-    Args:
-        name: The method.
-        seed: The seed.
-        trial: The number of the value.
-        value: The value; None where nothing is tuned.
-        score: How bad the trial is by the criterion of the tuning; lower is better.
-        numbers: UA, RA, TA, MIA (fractions), KL, retain_loss, forget_loss (nats), and further metrics.
-        seconds: Wall-clock time, without the measurements; NaN where it is not known.
-        memory: Peak memory, MiB.
-        path: Step, retain loss and forget loss on the way; step 0 is the original.
-    """
-
-    name: str
-    seed: int
-    trial: int
-    value: float | None
-    score: float
-    numbers: dict[str, float]
-    seconds: float
-    memory: float
-    path: list[tuple[int, float, float]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is the same for all seeds and methods; `key` is a hash of it."""
-
-    module_factory: Callable[[], LightningModule]
-    datamodule: DataSource
-    forget: Forget
-    parts: Parts
-    options: Mapping[str, Any]
-    metrics: Mapping[str, Callable[[LightningModule, Parts], float]]
-    tune_by: TuneBy
-    path_every: int
-    device: torch.device
-    out: Path
-    key: str
 
 
 class Bench:
@@ -76,18 +29,20 @@ class Bench:
     Args:
         problem: The problem.
         seed: The seed of both trainings and of all methods.
+        pool: What models that were retrained with other seeds say; empty for the retrained model of this seed alone.
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: Problem, seed: int, pool: Sequence[Seen] = ()) -> None:
         self._problem, self._seed = problem, seed
         both = joined(problem.datamodule.train_dataloader(), problem.forget)
-        self._original, original_cost = self._train("original", with_train_loader(problem.datamodule, both))
-        self._retrained, retrained_cost = self._train("retrained", problem.datamodule)
-        self._original_seen = evaluate_parts(self._original, problem.parts)
-        self._retrained_seen = evaluate_parts(self._retrained, problem.parts)
+        self._original, original_cost = train(problem, "original", seed, with_train_loader(problem.datamodule, both))
+        retrained, retrained_cost = train(problem, "retrained", seed, problem.datamodule)
+        self.original_seen = evaluate_parts(self._original, problem.parts)
+        self._retrained_seen = evaluate_parts(retrained, problem.parts)
+        self._pool = pool or [self._retrained_seen]
         self.references = [
-            self._finish("original", 0, None, self._original, self._original_seen, *original_cost, []),
-            self._finish("retrained", 0, None, self._retrained, self._retrained_seen, *retrained_cost, []),
+            self._finish("original", 0, None, self._original, self.original_seen, *original_cost, []),
+            self._finish("retrained", 0, None, retrained, self._retrained_seen, *retrained_cost, []),
         ]
 
     def run(self, name: str, trial: int, value: float | None, method: Method) -> Run:
@@ -123,19 +78,6 @@ class Bench:
         seconds = meter.seconds - recorder.seconds
         return self._finish(name, trial, value, module, seen, seconds, meter.peak, recorder.path)
 
-    def _train(self, name: str, datamodule: DataSource) -> tuple[LightningModule, tuple[float, float]]:
-        problem = self._problem
-        retrain = Retrain(problem.module_factory, problem.options, self._seed, problem.out / "models")
-        path = problem.out / "costs" / f"{name}-seed{self._seed}-{problem.key}.json"
-        found = retrain.load(datamodule)
-        if found is not None:
-            seconds, peak = load_json(path) or (math.nan, math.nan)
-            return found.to(problem.device), (seconds, peak)
-        with Meter() as meter:
-            module = retrain(None, datamodule)
-        save_json(path, (meter.seconds, meter.peak))
-        return module.to(problem.device), (meter.seconds, meter.peak)
-
     def _finish(
         self,
         name: str,
@@ -148,13 +90,13 @@ class Bench:
         path: list[tuple[int, float, float]],
     ) -> Run:
         numbers = measure(seen, self._retrained_seen)
-        numbers |= {
-            title: float(metric(module, self._problem.parts)) for title, metric in self._problem.metrics.items()
-        }
-        start = (0, self._original_seen.retain.loss, self._original_seen.forget.loss)
+        numbers |= measure_distances(seen, self._pool, self.original_seen)
+        numbers |= ask_metrics(self._problem, module)
+        start = (0, self.original_seen.retain.loss, self.original_seen.forget.loss)
         path = path or [start, (1, numbers["retain_loss"], numbers["forget_loss"])]
-        badness = score(seen, self._retrained_seen, self._original_seen, self._problem.tune_by)
-        return Run(name, self._seed, trial, value, badness, numbers, seconds, memory, path)
+        badness = score(seen, self._retrained_seen, self.original_seen, self._problem.tune_by)
+        odds = list_log_odds(seen)
+        return Run(name, self._seed, trial, value, badness, numbers, seconds, memory, path, odds)
 
 
 def with_seed(method: Method, seed: int) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -13,15 +14,20 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from hamu_lightning.checks import check_choice, check_count, check_seed, check_type
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.methods._bench import Bench, Problem, Run
+from hamu_lightning.methods._bench import Bench
 from hamu_lightning.methods._comparison import REFERENCES, Comparison
 from hamu_lightning.methods._data import hooked, in_order
 from hamu_lightning.methods._evaluation import Parts
 from hamu_lightning.methods._fingerprint import fingerprint, hash_batches
+from hamu_lightning.methods._floor import Pool
+from hamu_lightning.methods._problem import Problem, Run
 from hamu_lightning.methods._protocol import DataSource, Forget, Method
 from hamu_lightning.methods._tuning import Search, TuneBy
 
 Metric: TypeAlias = Callable[[LightningModule, Parts], float]
+# Where the seeds begin that are for tuning and for the pool. More seeds to report leave them as they are.
+_TUNE_FROM, _POOL_FROM = 1000, 2000
+_MOST_TO_TUNE = 2
 
 
 def compare(
@@ -33,6 +39,8 @@ def compare(
     out: str | Path,
     options: Mapping[str, Any] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    tune_seeds: Sequence[int] | None = None,
+    pool: int = 4,
     trials: int = 5,
     tune_by: TuneBy = "retrained",
     metrics: Mapping[str, Metric] | None = None,
@@ -46,10 +54,13 @@ def compare(
     2. Each method starts from the original of each seed and sees the same batches: its field `seed` is set to that
        seed, and the global generators and those of the loaders are seeded from it.
     3. A `Search` tries `trials` values of its one hyper-parameter, as many for every method, and keeps the one with the
-       lowest mean score over the seeds (the smallest of equal ones), see `tune_by`. Test data are not looked at.
-    4. What is told are the numbers of the kept values on retain, forget and test set: UA, RA, TA, MIA, and their
-       average gap to the retrained model of the same seed, by which the methods are ranked; KL to the retrained; time
-       and peak memory; your metrics. See `Comparison.table`.
+       lowest mean score over `tune_seeds` (the smallest of equal ones), see `tune_by`. Test data are not looked at.
+    4. What is told are the numbers of the kept values with `seeds`, which chose nothing: UA, RA, TA, MIA, and their
+       average gap to the retrained model of the same seed; distances from a pool of models that were retrained with
+       other seeds; time and peak memory; your metrics. See `Comparison.table`.
+    5. The row "another retrained" has the same numbers of each model of the pool against the others: nobody can be
+       expected to come closer. Where that is clearly less than what the original has, methods are ranked by their
+       Jensen-Shannon divergence from the pool; see `Comparison.ordered_by`.
 
     Each finished run is written to `out` at once, and is not run again by a later call with the same data, factory,
     options, method and versions. An interrupted comparison goes on where it stopped.
@@ -64,6 +75,10 @@ def compare(
         out: A folder for models and runs.
         options: Arguments of the Trainer of the original and the retrained, such as `{"max_epochs": 12}`.
         seeds: One repetition for each.
+        tune_seeds: The seeds that values are chosen with. Default: two others.
+        pool: Number of models that are retrained with still other seeds. 0: distances are from the retrained model of
+            the same seed, and there is no row "another retrained". From 16 on, and with 16 seeds, KLOM and U-LiRA are
+            told.
         trials: Number of values that each `Search` tries.
         tune_by: "retrained" or "validation": by the distance from the retrained model in accuracy on retain, forget and
             validation set, or without a retrained model by the original's validation loss.
@@ -88,27 +103,58 @@ def compare(
     check_type("datamodule", datamodule, DataSource, "a LightningDataModule, or an object with `train_dataloader()`")
     named = _name(methods)
     _check(named, seeds, trials, tune_by, path_every)
+    tune_seeds, pool_seeds = _choose_seeds(seeds, tune_seeds, check_count("pool", pool, least=0))
     folder, options, metrics = Path(out), dict(options or {}), dict(metrics or {})
     parts = _find_parts(datamodule, forget)
     contents = [hash_batches(part) for part in (parts.retain, parts.forget, parts.val, parts.test)]
-    key = fingerprint(contents, module_factory, options, metrics, tune_by, path_every, str(device))
+    key = fingerprint(contents, module_factory, options, metrics, tune_by, path_every, str(device), pool_seeds)
     place = torch.device(device)
     problem = Problem(
         module_factory, datamodule, forget, parts, options, metrics, tune_by, path_every, place, folder, key
     )
-    runs = [run for seed in seeds for run in _run_seed(Bench(problem, seed), named, trials)]
-    return Comparison(runs, {name: _choose(runs, name) for name in (*REFERENCES, *named)}, tune_by)
+    others = Pool(problem, pool_seeds)
+    searches = {name: method for name, method in named.items() if isinstance(method, Search)}
+    runs = [
+        run for seed in tune_seeds if searches for run in _tune(Bench(problem, seed, others.seen), searches, trials)
+    ]
+    chosen = {name: _choose(runs, name) if name in searches else 0 for name in (*REFERENCES, *named)}
+    originals = []
+    for seed in seeds:
+        bench = Bench(problem, seed, others.seen)
+        originals.append(bench.original_seen)
+        runs += bench.references
+        tuned = {run.name for run in runs if run.seed == seed}
+        left = {name: method for name, method in named.items() if name not in tuned}
+        runs += [_run(bench, name, method, chosen[name], trials) for name, method in left.items()]
+    return Comparison([*runs, *others.runs(originals)], chosen, tune_by, tuple(seeds))
 
 
-def _run_seed(bench: Bench, methods: Mapping[str, Method | Search], trials: int) -> list[Run]:
-    runs = list(bench.references)
-    for name, method in methods.items():
-        values: list[Any] = method.values(trials) if isinstance(method, Search) else [None]
-        for trial, value in enumerate(values):
-            made = method.make(value) if isinstance(method, Search) else method
-            runs.append(bench.run(name, trial, value, made))
-            rank_zero_info(f"{name}, seed {runs[-1].seed}, trial {trial + 1} of {len(values)}: {runs[-1].score:.4f}")
-    return runs
+def _choose_seeds(
+    seeds: Sequence[int], tune_seeds: Sequence[int] | None, pool: int
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the seeds for tuning, and those of the pool."""
+    if tune_seeds is None:
+        tune_seeds = _find_free(_TUNE_FROM, min(len(seeds), _MOST_TO_TUNE), seeds)
+    _check_seeds("tune_seeds", tune_seeds)
+    return tune_seeds, _find_free(_POOL_FROM, pool, (*seeds, *tune_seeds))
+
+
+def _find_free(start: int, count: int, taken: Sequence[int]) -> list[int]:
+    return list(itertools.islice((seed for seed in itertools.count(start) if seed not in taken), count))
+
+
+def _tune(bench: Bench, searches: Mapping[str, Search], trials: int) -> list[Run]:
+    return [_run(bench, name, search, trial, trials) for name, search in searches.items() for trial in range(trials)]
+
+
+def _run(bench: Bench, name: str, method: Method | Search, trial: int, trials: int) -> Run:
+    if isinstance(method, Search):
+        value = method.values(trials)[trial]
+        run = bench.run(name, trial, value, method.make(value))
+    else:
+        trials, run = 1, bench.run(name, trial, None, method)
+    rank_zero_info(f"{name}, seed {run.seed}, trial {trial + 1} of {trials}: {run.score:.4f}")
+    return run
 
 
 def _choose(runs: Sequence[Run], name: str) -> int:
@@ -129,15 +175,19 @@ def _name(methods: Mapping[str, Method | Search] | Sequence[Method]) -> dict[str
 def _check(methods: Mapping[str, Any], seeds: Sequence[int], trials: int, tune_by: str, path_every: int) -> None:
     if reserved := set(methods) & set(REFERENCES):
         raise HAMUValueError(f"Expected other names than {sorted(reserved)}, which the two references have.")
-    check_type("seeds", seeds, Sequence, "a list of seeds")
-    if not seeds or len({check_seed(seed, "seeds") for seed in seeds}) < len(seeds):
-        raise HAMUValueError(f"Expected different `seeds`, at least one, but got {list(seeds)}.")
+    _check_seeds("seeds", seeds)
     check_count("trials", trials)
     check_count("path_every", path_every)
     check_choice("tune_by", tune_by, get_args(TuneBy))
     for name, method in methods.items():
         check_type("methods", name, str, "a dict of methods by name, or a list of methods")
         check_type(f"methods[{name!r}]", method, Callable | Search, "a method, or a Search for one")
+
+
+def _check_seeds(name: str, seeds: Sequence[int]) -> None:
+    check_type(name, seeds, Sequence, "a list of seeds")
+    if not seeds or len({check_seed(seed, name) for seed in seeds}) < len(seeds):
+        raise HAMUValueError(f"Expected different `{name}`, at least one, but got {list(seeds)}.")
 
 
 def _find_parts(datamodule: DataSource, forget: Forget) -> Parts:

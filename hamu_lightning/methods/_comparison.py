@@ -1,24 +1,38 @@
-"""The result of a comparison: a table, files, a picture."""
+"""The result of a comparison: numbers by name, a table, files, a picture."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import Any, Literal, TypeAlias
 
-from scipy.special import stdtrit
+import torch
+from torch import Tensor
 
-from hamu_lightning.methods._bench import Run
 from hamu_lightning.methods._evaluation import GAPS, average_gap
+from hamu_lightning.methods._floor import ANOTHER
+from hamu_lightning.methods._pool import DISTANCES
+from hamu_lightning.methods._problem import Run
 from hamu_lightning.methods._storage import save_json
+from hamu_lightning.methods._table import PERCENT, Column, confidence, format_block, is_clearly_below
+from hamu_lightning.metrics.functional import klom, u_lira
 from hamu_lightning.report import plot_comparison
 
 REFERENCES = ("retrained", "original")
-_BUILT_IN = (*GAPS, "KL", "retain_loss", "forget_loss")
+# So many unlearned and so many retrained models make a histogram, or a shadow model's distribution.
+MANY = 16
+Order: TypeAlias = Literal["JS", "KLOM", "gap"]
+
+_BUILT_IN = (*GAPS, *DISTANCES, "KL", "retain_loss", "forget_loss")
+_NOTES: dict[Order, str] = {
+    "JS": "Ordered by JS: another retrained model is clearly nearer to the pool than the original is.",
+    "KLOM": "Ordered by KLOM: JS does not tell the original from another retrained model.",
+    "gap": "Ordered by the gap: no pool of retrained models tells the original from another retrained model.",
+}
 
 
 @dataclass(frozen=True)
@@ -29,40 +43,105 @@ class Comparison:
         runs: All runs, those of "original" and "retrained" among them.
         chosen: For each name the number of the trial that counts.
         tune_by: The criterion of the choice.
+        seeds: The seeds that are reported; None for all. Values may have been chosen with others.
     """
 
     runs: Sequence[Run]
     chosen: Mapping[str, int]
     tune_by: str
+    seeds: Sequence[int] | None = None
 
     def best(self, name: str) -> list[Run]:
-        """Return the runs of the chosen value, one for each seed."""
-        return [run for run in self.runs if run.name == name and run.trial == self.chosen[name]]
+        """Return the runs of the chosen value, one for each seed that is reported; of "another retrained" all."""
+        if name == ANOTHER:
+            return [run for run in self.runs if run.name == ANOTHER]
+        runs = [run for run in self.runs if run.name == name and run.trial == self.chosen[name]]
+        return [run for run in runs if self.seeds is None or run.seed in self.seeds]
 
     def gaps(self, name: str) -> list[float]:
-        """Return the average gap to the retrained model of the same seed, for each seed; fractions."""
+        """Return the average gap to the retrained model of the same seed, for each seed; fractions.
+
+        Of "another retrained" for each model the mean gap to the others of the pool.
+        """
+        if name == ANOTHER:
+            pool = [run.numbers for run in self.best(ANOTHER)]
+            return [mean(average_gap(ours, theirs) for theirs in pool if theirs is not ours) for ours in pool]
         retrained = {run.seed: run.numbers for run in self.best("retrained")}
         return [average_gap(run.numbers, retrained[run.seed]) for run in self.best(name)]
 
+    @property
+    def ordered_by(self) -> Order:
+        """By what the methods are ranked.
+
+        - "JS" where another retrained model is clearly nearer to the pool than the original is (the 95 % interval of
+          the difference of the two means is above 0: Student's t, equal variances): there is something to forget, and
+          the divergence sees it.
+        - "KLOM" where not, if at least 16 seeds and 16 retrained models are there.
+        - "gap" else. With a pool that says little: two retrained models then differ by as much as the original.
+        """
+        floor, original = (
+            [run.numbers.get("JS", math.nan) for run in self.best(name)] for name in (ANOTHER, "original")
+        )
+        if is_clearly_below(floor, original):
+            return "JS"
+        return "KLOM" if math.isfinite(self.klom("retrained")) else "gap"
+
     def ranking(self) -> list[str]:
-        """Return the names of the methods, the smallest mean gap first, without the two references."""
-        gaps = {name: mean(self.gaps(name)) for name in self.chosen if name not in REFERENCES}
-        return sorted(gaps, key=lambda name: (math.isnan(gaps[name]), gaps[name]))
+        """Return the names of the methods, the best first, without the references."""
+        means = {name: self.mean(name, self.ordered_by) for name in self.chosen if name not in (*REFERENCES, ANOTHER)}
+        return sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
+
+    def mean(self, name: str, title: str) -> float:
+        """Return the mean over the seeds of one of `Run.numbers`, "gap" or "KLOM"; NaN where it is missing."""
+        if title == "KLOM":
+            return self.klom(name)
+        return mean(self.values(name, title))
+
+    def values(self, name: str, title: str) -> list[float]:
+        """Return one of `Run.numbers`, or "gap", for each seed; NaN where it is missing."""
+        if title == "gap":
+            return self.gaps(name)
+        return [run.numbers.get(title, math.nan) for run in self.best(name)]
+
+    def difference(self, first: str, second: str, title: str = "JS") -> tuple[float, float]:
+        """Return the mean over the seeds of first minus second, and half of its 95 % interval (Student's t, paired).
+
+        Args:
+            first: A method.
+            second: Another one.
+            title: One of `Run.numbers`, or "gap".
+        """
+        pairs = zip(self.values(first, title), self.values(second, title), strict=True)
+        return confidence([ours - theirs for ours, theirs in pairs])
+
+    def klom(self, name: str) -> float:
+        """Return the mean KLOM of the models of all seeds against the pool, nats; NaN below 16 models of a kind."""
+        pair = self._many_log_odds(name)
+        return float(klom(*pair).mean) if pair else math.nan
+
+    def u_lira(self, name: str) -> float:
+        """Return the accuracy of U-LiRA on the models of all seeds; 0.5 is chance; NaN below 16 models of a kind."""
+        pair = self._many_log_odds(name)
+        return float(u_lira(*pair).accuracy) if pair else math.nan
 
     def table(self) -> str:
         """Return a table for people: mean and half width of the 95 % confidence interval over seeds.
 
-        Student's t, two-sided; with one seed there is no interval. Gap, UA, RA, TA and MIA in percent, KL in nats, time
-        in seconds, memory in MiB.
+        Student's t, two-sided; with one seed there is no interval. In "another retrained" the models of the pool take
+        the place of the seeds. JS (on the forget set, and on the test samples of its classes), gap, UA, RA, TA, MIA,
+        KS, agreement, surer, the RA of the worst seed and U-LiRA in percent, log-odds, KL and KLOM in nats, time in
+        seconds, memory in MiB.
         """
-        titles = [f"{'':<22}", f"{'value':>8}", *(f"{title:>10}" for title in ("gap", *GAPS, "KL"))]
-        lines = [" ".join((*titles, f"{'time, s':>8}", f"{'MiB':>7}"))]
-        lines += [self._line(name) for name in (*REFERENCES, *self.ranking())]
-        extra = [title for title in self.best("retrained")[0].numbers if title not in _BUILT_IN]
-        if extra:
-            lines += ["", " ".join((f"{'':<22}", *(f"{title:>17.17}" for title in extra)))]
-            lines += [self._extra_line(name, extra) for name in (*REFERENCES, *self.ranking())]
-        return "\n".join(line.rstrip() for line in lines)
+        names = [name for name in ("retrained", ANOTHER, "original") if self.best(name)] + self.ranking()
+        labels = {name: f"{name:<22.22}" for name in names}
+        valued = {name: f"{label} {self._value(name):>8}" for name, label in labels.items()}
+        blocks = [format_block(f"{'':<22} {'value':>8}", valued, self._columns())]
+        blocks.append([_NOTES[self.ordered_by]])
+        blocks.append(format_block(f"{'':<22}", labels, self._distance_columns()))
+        if extra := [title for title in self.best("original")[0].numbers if title not in _BUILT_IN]:
+            more = [Column(title, self._reader(title), 1, 4, 17) for title in extra]
+            blocks.append(format_block(f"{'':<22}", labels, more))
+        return "\n\n".join("\n".join(block) for block in blocks)
 
     def paths(self, seed: int | None = None) -> dict[str, list[tuple[int, float, float]]]:
         """Return for each method in the order of the ranking step, retain loss, forget loss of each measured point.
@@ -70,12 +149,12 @@ class Comparison:
         Args:
             seed: Default: the first one.
         """
-        seed = self.runs[0].seed if seed is None else seed
+        seed = self.best("original")[0].seed if seed is None else seed
         return {name: run.path for name in self.ranking() for run in self.best(name) if run.seed == seed}
 
     def plot(self, seed: int | None = None) -> Any:
         """Draw the paths of one seed with `hamu_lightning.report.plot_comparison`; returns a matplotlib figure."""
-        seed = self.runs[0].seed if seed is None else seed
+        seed = self.best("original")[0].seed if seed is None else seed
         (origin,) = (run.numbers for run in self.best("original") if run.seed == seed)
         (end,) = (run.numbers for run in self.best("retrained") if run.seed == seed)
 
@@ -91,6 +170,8 @@ class Comparison:
         runs = [asdict(run) for run in self.runs]
         content = {
             "tune_by": self.tune_by,
+            "seeds": self.seeds,
+            "ordered_by": self.ordered_by,
             "ranking": self.ranking(),
             "gaps": gaps,
             "chosen": self.chosen,
@@ -106,44 +187,46 @@ class Comparison:
             writer = csv.writer(file)
             writer.writerow(titles)
             for run in self.runs:
-                head = [run.name, run.seed, run.trial, run.value, run.trial == self.chosen[run.name], run.score]
+                is_chosen = run.trial == self.chosen.get(run.name, 0)
+                head = [run.name, run.seed, run.trial, run.value, is_chosen, run.score]
                 writer.writerow([*head, *(run.numbers[title] for title in numbers), run.seconds, run.memory])
 
-    def _line(self, name: str) -> str:
-        runs = self.best(name)
-        value = "" if runs[0].value is None else f"{runs[0].value:.3g}"
-        percent = [self.gaps(name), *([run.numbers[title] for run in runs] for title in GAPS)]
-        cells = [_cell([100 * number for number in numbers], 1) for numbers in percent]
-        cells.append(_cell([run.numbers["KL"] for run in runs], 2))
-        seconds, memory = mean(run.seconds for run in runs), max(run.memory for run in runs)
-        cost = (f"{_cell([seconds], 1):>8}", f"{_cell([memory], 0):>7}")
-        return " ".join((f"{name:<22.22}", f"{value:>8}", *(f"{cell:>10}" for cell in cells), *cost))
+    def _value(self, name: str) -> str:
+        value = self.best(name)[0].value
+        return "" if value is None else f"{value:.3g}"
 
-    def _extra_line(self, name: str, titles: Iterable[str]) -> str:
-        cells = (_cell([run.numbers[title] for run in self.best(name)], 4) for title in titles)
-        return " ".join((f"{name:<22.22}", *(f"{cell:>17}" for cell in cells)))
+    def _columns(self) -> list[Column]:
+        return [
+            Column("JS", self._reader("JS")),
+            Column("gap", self.gaps),
+            *(Column(title, self._reader(title)) for title in GAPS),
+            Column("time, s", lambda name: [mean(run.seconds for run in self.best(name))], 1, 1, 8),
+            Column("MiB", lambda name: [max(run.memory for run in self.best(name))], 1, 0, 7),
+        ]
 
+    def _distance_columns(self) -> list[Column]:
+        return [
+            Column("JS test", self._reader("JS_test")),
+            Column("KS", self._reader("KS")),
+            Column("agree", self._reader("agreement")),
+            Column("log-odds", self._reader("log_odds"), 1, 2),
+            Column("KL", self._reader("KL"), 1, 2),
+            Column("surer", self._reader("surer")),
+            Column("worst RA", lambda name: [min(self.values(name, "RA"))], PERCENT, 1, 8),
+            Column("KLOM", lambda name: [self.klom(name)], 1, 2, 6),
+            Column("U-LiRA", lambda name: [self.u_lira(name)], PERCENT, 1, 6),
+        ]
 
-def confidence(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95 % confidence interval (Student's t); NaN for one value."""
-    if len(values) < 2:
-        return mean(values), math.nan
-    quantile = float(stdtrit(len(values) - 1, 0.975))
-    return mean(values), quantile * stdev(values) / math.sqrt(len(values))
+    def _reader(self, title: str) -> Callable[[str], list[float]]:
+        return lambda name: self.values(name, title)
 
-
-def _cell(values: Sequence[float], digits: int) -> str:
-    """Mean and half width in at most 10 characters, the width of a column, up to a mean of 1000."""
-    if not all(map(math.isfinite, values)):
-        return "-"
-    middle, half = confidence(values)
-    if abs(middle) >= 1000:
-        return f"{middle:.1e}"
-    digits = min(digits, 1) if abs(middle) >= 10 or half >= 10 else digits
-    if half >= 100 or (half >= 10 and abs(middle) >= 100):
-        digits = 0
-    spread = f"{half:.{digits}f}" if half < 1000 else f"{half:.0e}"
-    return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ±{spread}")
+    def _many_log_odds(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Those of the models and of the pool, `[M, N]` each; None where there are few."""
+        runs = self.best("retrained" if name == ANOTHER else name)
+        pool = [run.log_odds for run in self.runs if run.name == ANOTHER]
+        if min(len(runs), len(pool)) < MANY:
+            return None
+        return torch.tensor([run.log_odds for run in runs]), torch.tensor(pool)
 
 
 def _without_nan(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from hamu_lightning.objectives._base import BatchPass, LossCap, ModuleLoss, Objective, WeightedSum
 from hamu_lightning.objectives._cached_logits import CachedLogits
-from hamu_lightning.objectives._divergence import UNDIAL, BadTeacher, ReferenceKL
+from hamu_lightning.objectives._divergence import DELETE, UNDIAL, BadTeacher, ReferenceKL
 from hamu_lightning.objectives._labels import CrossEntropy, RandomLabels, UniformLabels
 from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
 from hamu_lightning.objectives._preference import DPO, NPO, IdkDPO, SimNPO
@@ -10,6 +10,7 @@ from hamu_lightning.objectives._reference import AdaptersDisabled, FrozenCopy, R
 from hamu_lightning.objectives._representation import RMU, RMURetain
 
 __all__ = [
+    "DELETE",
     "DPO",
     "NPO",
     "RMU",

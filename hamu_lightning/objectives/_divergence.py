@@ -157,6 +157,36 @@ class UNDIAL(Objective):
         return to_raise(prediction.mean_over_places(kl_divergence(adjusted, prediction.logits)))
 
 
+class DELETE(Objective):
+    """Predict the reference's second choice: its prediction without the label, renormalised (Zhou et al. 2025).
+
+        to raise   -KL(s || module) <= 0,    s = softmax(z_ref without the label's logit)        arXiv 2503.23751
+
+    per token, the mean over a sample's tokens, the mean over samples. "Decoupled Distillation to Erase", CVPR 2025: the
+    loss forgets, as s gives the label nothing, and retains, as it gives the other classes what they had among
+    themselves. The published method distils on the forget data alone; here the retain stream comes in by the rule. The
+    published code sets the label's logit to -1e10. The target is finite, so forgetting ends by itself; but it ends
+    where the label has no probability at all, for a sample whose class stays as well.
+
+    Args:
+        reference: Whose second choice is learnt.
+        outputs: How to ask the models.
+    """
+
+    _parts = ("reference",)
+
+    def __init__(self, *, reference: Reference | None = None, outputs: Outputs | None = None) -> None:
+        self.reference, self.outputs = as_reference(reference), as_outputs(outputs)
+
+    @override
+    def samples(self, batch: BatchPass) -> Tensor:
+        prediction, reference = self.reference.predict(batch, self.outputs)
+        # Finite, or 0 log 0 would be NaN; half of the smallest number, or its difference from the others would be none.
+        nothing = torch.finfo(reference.dtype).min / 2
+        second = reference.scatter(-1, prediction.labels.unsqueeze(-1), nothing)
+        return to_raise(prediction.mean_over_places(kl_divergence(second, prediction.logits)))
+
+
 class RandomTeacher(FrozenCopy):
     """A copy of the module with all its weights drawn afresh, the same ones for the same seed.
 

@@ -22,14 +22,15 @@ no_validation = pytest.mark.filterwarnings("ignore:.*`validation_step` but have 
 
 def make_methods(kind: tuple[str, float] = ("class", 3.0)) -> dict[str, list[Method]]:
     """All methods with the three values that are tried."""
-    from compare import load_data, make_entries
+    from compare import make_entries
+    from quickstart import load_data
 
     entries = make_entries(load_data(kind, 0), STEPS)
     methods = {name: entry.method for name, entry in entries.items()}
     return {n: [m.make(v) for v in m.values(3)] if isinstance(m, Search) else [m] for n, m in methods.items()}
 
 
-@pytest.mark.parametrize("kind", [("class", 3.0), ("random", 0.1), ("mixture", 0.75)])
+@pytest.mark.parametrize("kind", [("class", 3.0), ("random", 0.1), ("mixture", 0.25)])
 def test_every_method_builds_with_each_value(kind: tuple[str, float]) -> None:
     methods = make_methods(kind)
     assert len(methods) >= 12
@@ -62,9 +63,11 @@ def test_objectives_are_not_shared_between_fits() -> None:
 
 def run_tiny(out: Path, monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[Comparison, dict[str, Any]]:
     import compare
+    import problems
 
-    monkeypatch.setattr(compare, "EPOCHS", 1)
-    args = compare.parse_args(["--out", str(out), "--steps", "2", "--trials", "2", "--seeds", "1", *argv])
+    monkeypatch.setattr(problems, "EPOCHS", 1)
+    argv = ("--steps", "2", "--trials", "2", "--seeds", "1", "--pool", "2", *argv)
+    args = compare.parse_args(["--out", str(out), *argv])
     args.width = 4
     return compare.run(args)
 
@@ -98,7 +101,7 @@ def test_a_model_that_explodes_ranks_last(tmp_path: Path, monkeypatch: pytest.Mo
     from hamu_lightning.rules import GradAscent
 
     wild = {"wild": Entry("nothing", step_with(2, GradAscent(), lr=1e30)), "none": Entry("nothing", lambda m, d, f: m)}
-    monkeypatch.setattr(compare, "make_entries", lambda data, steps: wild)
+    monkeypatch.setattr(compare, "make_entries", lambda data, steps, lr: wild)
     found, _ = run_tiny(tmp_path, monkeypatch)
     assert found.ranking() == ["none", "wild"]
     assert found.best("wild")[0].score == float("inf")
@@ -109,6 +112,6 @@ def test_a_model_that_explodes_ranks_last(tmp_path: Path, monkeypatch: pytest.Mo
 def test_quick_is_narrow_and_has_one_seed() -> None:
     from compare import parse_args
 
-    quick, usual = parse_args(["--quick"]), parse_args(["--rho", "0.75"])
+    quick, usual = parse_args(["--quick"]), parse_args(["--rho", "0.25"])
     assert (quick.width, quick.seeds, usual.width, usual.seeds) == (8, 1, 16, 3)
-    assert usual.forget == ("mixture", 0.75)
+    assert usual.forget == ("mixture", 0.25)

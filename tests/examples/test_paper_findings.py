@@ -151,7 +151,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_networks: None)
 
 
 def test_rho_is_the_share_drawn_at_random(bench: Any) -> None:
-    from quickstart import MIXTURE_CLASS
+    from forgetting import MIXTURE_CLASS
 
     the_class, drawn = bench.case(0, 0.0), bench.case(0, 1.0)
     labels = bench.task.labels

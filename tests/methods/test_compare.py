@@ -20,7 +20,7 @@ from hamu_lightning import HAMUQ, HAMUCallback, compare
 from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods import SSD, Comparison, FisherForgetting, Retrain, Run, Search, TrainingRun
-from hamu_lightning.methods._comparison import _cell, confidence
+from hamu_lightning.methods._table import confidence, format_cell
 from tests.methods.setups import OPTIONS, Classifier, make_samples, make_split, weights_of
 
 
@@ -37,7 +37,8 @@ def hamu(quota: float) -> TrainingRun:
 def run_compare(out: Path, methods: Any, **settings: Any) -> Comparison:
     source, forget = make_split()
     source, forget = settings.pop("data", (source, forget))
-    settings = {"seeds": (0, 1), "trials": 2, "options": OPTIONS, **settings}
+    seeds = settings.pop("seeds", (0, 1))
+    settings = {"seeds": seeds, "tune_seeds": seeds or None, "pool": 0, "trials": 2, "options": OPTIONS, **settings}
     return compare(Classifier, source, forget, methods, out=out, **settings)
 
 
@@ -324,7 +325,7 @@ def test_confidence_intervals_are_students() -> None:
 @pytest.mark.parametrize("deviation", [0.0, 3.0, 9.0, 60.0, 300.0, 3000.0])
 def test_cells_fit_into_their_column(middle: float, deviation: float) -> None:
     """A method that destroys the model with one of the seeds has an interval wider than its mean."""
-    assert len(_cell([middle - deviation, middle, middle + deviation], 2)) <= 10
+    assert len(format_cell([middle - deviation, middle, middle + deviation], 2)) <= 10
 
 
 def test_one_seed_has_no_interval() -> None:

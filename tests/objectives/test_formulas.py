@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import (
+    DELETE,
     DPO,
     NPO,
     RMU,
@@ -75,6 +76,16 @@ def undial(sample: list[Place], strength: float) -> Tensor:
     return -mean(values)
 
 
+def delete(sample: list[Place]) -> Tensor:
+    values = []
+    for z, other, label in sample:
+        rest = [c for c in range(len(z)) if c != label]
+        total = sum(torch.exp(other[c]) for c in rest)
+        shares = {c: torch.exp(other[c]) / total for c in rest}
+        values.append(sum((shares[c] * (torch.log(shares[c]) - log_p(z, c)) for c in rest), start=torch.zeros(())))
+    return -mean(values)
+
+
 def cross_entropy(sample: list[Place]) -> Tensor:
     return mean([-log_p(z, label) for z, _, label in sample])
 
@@ -93,6 +104,7 @@ CASES: dict[str, Case] = {
     "NPO": (lambda r: NPO(0.7, reference=r), lambda s: 2 / 0.7 * log_sigmoid(-0.7 * ratio(s))),
     "SimNPO": (lambda r: SimNPO(2.5, 0.3), lambda s: sim_npo(s, 2.5, 0.3)),
     "UNDIAL": (lambda r: UNDIAL(3.0, reference=r), lambda s: undial(s, 3.0)),
+    "DELETE": (lambda r: DELETE(reference=r), delete),
     "uniform": (
         lambda r: UniformLabels(),
         lambda s: -mean([kl(torch.zeros_like(z), z) for z, _, _ in s]),
@@ -112,7 +124,7 @@ CASES: dict[str, Case] = {
         ),
     ),
 }
-BOUNDED = {"NPO", "SimNPO", "UNDIAL", "uniform", "bad teacher"}
+BOUNDED = {"NPO", "SimNPO", "UNDIAL", "DELETE", "uniform", "bad teacher"}
 
 
 def places_of(kind: str, model: nn.Module, other: nn.Module, batch: Any) -> list[list[Place]]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import (
+    DELETE,
     DPO,
     NPO,
     RMU,
@@ -53,6 +54,23 @@ def test_npo_at_the_reference_is_gradient_ascent_for_every_beta(beta: float) -> 
         strict=True,
     ):
         torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
+
+
+def test_delete_ends_at_the_second_choice_however_sure_the_reference_was() -> None:
+    """There it has no gradient, as nothing is left to forget."""
+    labels = torch.tensor([0, 2])
+    second = torch.tensor([[-60.0, 1.0, 3.0], [0.5, -0.5, -60.0]], dtype=torch.float64)
+    sure = second.scatter(1, labels[:, None], 500.0)
+    logits = second.clone().requires_grad_()
+    batch = BatchPass(nn.Identity(), (logits, sure))
+
+    def outputs(module: nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return pair[int(isinstance(module, nn.Flatten))], labels
+
+    value = DELETE(reference=FrozenCopy(nn.Flatten()), outputs=outputs)(batch)
+    (grad,) = torch.autograd.grad(value, logits)
+    # The label has e^-60 of the probability left.
+    assert value.item() == pytest.approx(0, abs=TOLERANCE) and grad.abs().max() < TOLERANCE
 
 
 def test_a_cap_stops_the_samples_above_it() -> None:

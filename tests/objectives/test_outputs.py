@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import (
+    DELETE,
     NPO,
     RMU,
     UNDIAL,
@@ -123,6 +124,7 @@ def test_a_copy_is_moved_in_a_pair_too_unless_told_otherwise() -> None:
         lambda r: SimNPO(),
         lambda r: IdkDPO([[1, 2], [3]], reference=r),
         lambda r: UNDIAL(reference=r),
+        lambda r: DELETE(reference=r),
         lambda r: RandomLabels(),
         lambda r: UniformLabels(),
         lambda r: RMU("body", 1.0),

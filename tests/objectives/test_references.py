@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import (
+    DELETE,
     DPO,
     NPO,
     UNDIAL,
@@ -184,6 +185,7 @@ def test_adapters_are_switched_off_for_the_reference_alone() -> None:
         lambda **options: NPO(**options),
         lambda **options: ReferenceKL(**options),
         lambda **options: UNDIAL(**options),
+        lambda **options: DELETE(**options),
         lambda **options: DPO(lambda batch: batch, **options),
         lambda **options: RMURetain("base.body", **options),
     ],
