@@ -192,6 +192,7 @@ class Flow:
         parts = self._parts
         for group in parts.groups.present:
             parts.journal.log_module(group.name, group.run.logged)
+            group.run.logged = {}  # the next batch may have no pass
         if _compat.is_accumulating(parts.trainer):
             return False
         parts.optimizer.drop_step()  # does nothing unless the loss scaler has left `step` out

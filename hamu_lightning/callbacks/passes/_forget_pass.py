@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks.passes._batches import comparing, count_samples, counted
 from hamu_lightning.callbacks.passes._batchnorm import explaining_single_samples
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import copied
+from hamu_lightning.callbacks.passes._metrics import StreamMetrics
 from hamu_lightning.callbacks.passes._objective import is_wrapped
 from hamu_lightning.callbacks.passes._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream
 from hamu_lightning.errors import HAMUStateError
@@ -52,7 +55,7 @@ class ForgetPass:
     Attributes:
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
-        logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
+        logged: What the module logged in the last pass: for each name the value or a metric, and the arguments of `log`.
         not_finite: The numbers of the batches whose loss was not finite in the last measurement.
     """
 
@@ -68,7 +71,8 @@ class ForgetPass:
         self._slot, self._guard = slot, guard
         self.stream: ForgetStream | None = None
         self.records: Callable[[Recording], None] | None = None
-        self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+        self.logged: dict[str, tuple[Tensor | Metric, dict[str, Any]]] = {}
+        self._metrics = StreamMetrics()
         self.not_finite: list[int] = []
         self._group = _compat.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
@@ -207,12 +211,12 @@ class ForgetPass:
                 samples = count_samples(batch)
             share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
-            with explaining, explaining_single_samples():
+            with explaining, explaining_single_samples(), self._metrics.noting(self._trainer.lightning_module):
                 output = step(batch, *args[1:], **kwargs)
             loss = _compat.split_step_output(output)
             if loss is None:
                 return None
-            self.logged = _compat.read_results(self._results) if self._has_samples else {}
+            self.logged = self._read_logged()
             check_loss(loss)
             loss = _weigh(loss, share)
             self._backward(loss, self._slot)
@@ -220,6 +224,11 @@ class ForgetPass:
             if self.records is not None and kept is not None:
                 self.records(Recording(*kept, args[1:], kwargs, share, value))
             return value
+
+    def _read_logged(self) -> dict[str, tuple[Tensor | Metric, dict[str, Any]]]:
+        """What the module logged; of a process without samples only the metrics, which all processes gather jointly."""
+        logged = _compat.read_results(self._results, partial(self._metrics.twin, is_sample=self._has_samples))
+        return {name: it for name, it in logged.items() if self._has_samples or isinstance(it[0], Metric)}
 
     @property
     def generators(self) -> list[torch.Generator]:
