@@ -54,9 +54,9 @@ class Ledger:
             self._append(row)
         except OSError as error:
             raise HAMUStateError(
-                f"Expected to write the ledger of verified steps, {str(self._path)!r}, but could not: {error.strerror}. "
-                "The weights are those of the last judged step. Make room, give VerifySteps(ledger=...) another path, "
-                "or ledger=False; a checkpoint goes on from where it was saved."
+                f"Expected to write the ledger of verified steps, {str(self._path)!r}, but could not: "
+                f"{error.strerror}. The weights are those of the last judged step. Make room, give "
+                "VerifySteps(ledger=...) another path, or ledger=False; a checkpoint goes on from where it was saved."
             ) from error
 
     def _append(self, row: dict[str, Any]) -> None:
