@@ -55,7 +55,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: 
         except ProcessRaisedException as error:
             first = Path(folder) / "error"
             if first.exists():
-                raise ProcessRaisedException(first.read_text(), error.error_index, error.error_pid) from None
+                pid = getattr(error, "error_pid", 0)  # torch 2.6 has it under another name
+                raise ProcessRaisedException(first.read_text(), error.error_index, pid) from None
             raise
         finally:
             for process in context.processes:

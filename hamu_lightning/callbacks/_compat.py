@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torchmetrics import Metric
 
 
 class StepPatch:
@@ -60,18 +61,26 @@ def throwaway_results(trainer: Trainer, batch: Any) -> Iterator[Any]:
         loop._results, connector._current_fx = kept, kept_fx
 
 
-def read_results(results: Any) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-    """Read what was logged: for each name the value, and the arguments to log it again with."""
-    logged = {}
+def read_results(results: Any, twin: Callable[[Metric], Metric | None]) -> dict[str, tuple[Tensor | Metric, Any]]:
+    """Read what was logged: for each name the value, and the arguments to log it again with.
+
+    `twin` gives the metric to log in the place of one of the module's. Of one that has none, the mean of the values of
+    the batches is logged.
+    """
+    logged: dict[str, tuple[Tensor | Metric, Any]] = {}
     for item in results.values():
         value = item._forward_cache if item.meta.on_step or not item.is_tensor else item.compute()
-        if isinstance(value, Tensor) and value.numel() == 1:
+        metric = None if item.is_tensor else twin(item.value)
+        if metric is not None or (isinstance(value, Tensor) and value.numel() == 1):
             # An explicit `logger=True` would warn where there is no logger.
             logger = None if item.meta.logger else False
             levels = {"on_step": item.meta.on_step, "on_epoch": item.meta.on_epoch, "logger": logger}
-            if item.is_tensor:  # a metric gives its value of the batch, of which the mean is taken
+            if item.is_tensor:
                 levels["reduce_fx"] = item.meta.reduce_fx
-            logged[item.meta.name] = (value.detach().clone(), {**levels, "batch_size": results.batch_size or 1})
+            elif metric is not None:
+                levels["metric_attribute"] = item.meta.name  # else the module is searched for it
+            found = value.detach().clone() if metric is None else metric
+            logged[item.meta.name] = (found, {**levels, "batch_size": results.batch_size or 1})
     return logged
 
 
@@ -83,7 +92,10 @@ def withdraw_logged(trainer: Trainer, prefix: str) -> None:
     """Let our names that begin so be absent from the loggers until they are logged again."""
     for item in trainer.fit_loop.epoch_loop._results.values():
         if item.meta.fx == _OWN_HOOK and item.meta.name.startswith(prefix):
-            item.reset()
+            if item.meta.on_epoch:
+                item._forward_cache = None  # the mean over the epoch goes on
+            else:
+                item.reset()
 
 
 def names_of_others(trainer: Trainer) -> set[str]:

@@ -14,7 +14,7 @@ from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.callbacks.forecast import FitPreflight, PreflightReport
 from hamu_lightning.callbacks.goals import StopReason
-from hamu_lightning.callbacks.passes import FrozenBatchNorm, detached_loss, split_batch, wrap_step
+from hamu_lightning.callbacks.passes import FrozenBatchNorm, NoLossError, detached_loss, split_batch, wrap_step
 from hamu_lightning.optim import Plan, StepReport
 from hamu_lightning.solvers import GroupCoefficients
 
@@ -37,9 +37,9 @@ class Flow:
         self._preflight: FitPreflight | None = None
         self._watchdog: Watchdog | None = None
         self._applied = parts.optimizer.applied_steps
-        # The accumulation window: micro-batches so far, whether the last one gave a loss, whether the window will be
-        # combined, and the retain losses, 0-d each.
-        self._window, self._gave_loss, self._combines = 0, False, True
+        # The accumulation window: micro-batches so far, those with forget passes, whether the last one gave a loss,
+        # whether the window will be combined, and the retain losses, 0-d each.
+        self._window, self._passed, self._gave_loss, self._combines = 0, 0, False, True
         self._retain_losses: list[Tensor] = []
         self._reported = parts.optimizer.last_step
 
@@ -87,13 +87,15 @@ class Flow:
         self._window += 1
         objectives = settings.objective, settings.retain_objective
         forget_step, retain_step = (wrap_step(step, objective, trainer) for objective in objectives)
-        if self._combines:
-            self._run_groups(forget_step, retain_step, args, kwargs, batches)
+        skipped = self._run_groups(forget_step, retain_step, args, kwargs, batches) if self._combines else None
         if parts.verifier is not None and self._combines and parts.verifier.is_due:
             output = parts.verifier.run_retain(retain_step, args, kwargs)
         else:
             output = retain_step(*args, **kwargs)
-        self._note_retain(detached_loss(output))
+        loss = detached_loss(output)
+        if skipped is not None and loss is not None:
+            raise skipped
+        self._note_retain(loss)
         return output
 
     def _open_window(self) -> None:
@@ -103,7 +105,7 @@ class Flow:
         self._combines = parts.trainer.global_step % parts.settings.passes.every_n_steps == 0
         if parts.turns is not None:
             self._combines = parts.turns.open_window()
-        self._retain_losses = []
+        self._retain_losses, self._passed = [], 0
 
     def _run_groups(
         self,
@@ -112,8 +114,13 @@ class Flow:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         batches: Mapping[str, Any],
-    ) -> None:
-        """Measure what is to be measured before the step, then run the pass of each group."""
+    ) -> NoLossError | None:
+        """Measure what is to be measured before the step, then run the pass of each group.
+
+        Returns:
+            The error of a module that gave no loss, which is none if it skips the retain batch as well: some skip by
+            the number of the batch.
+        """
         parts, groups = self._parts, self._parts.groups
         if self._window == 1:
             moved = groups.open_window(forget_step, args, kwargs)
@@ -128,9 +135,16 @@ class Flow:
             parts.verifier.open_window(steps, {group.name: group.run for group in groups.present})
         if parts.settings.steps.sketch is not None and self._window == 1:
             parts.optimizer.recompute = groups.record(steps)
-        for group in groups.present:
-            loss = group.run_batch(steps[group.name], args, kwargs, batches.get(group.name))
+        for number, group in enumerate(groups.present):
+            try:
+                loss = group.run_batch(steps[group.name], args, kwargs, batches.get(group.name))
+            except NoLossError as error:
+                if number:
+                    raise
+                return error
             parts.journal.add_loss(group.name, loss)
+        self._passed += 1
+        return None
 
     def _stop_where_it_is_over(self) -> None:
         """Let the coming step not pass where the targets are reached; the message has the levels that were measured."""
@@ -165,7 +179,7 @@ class Flow:
             parts.journal.add_loss("retain", loss)
         full, n = parts.trainer.accumulate_grad_batches, len(self._retain_losses)
         plan: Plan = "combine" if self._combines else "retain_only" if parts.stopper.reason is None else "drop"
-        shares = n / full, self._window / full
+        shares = n / full, self._passed / full
         parts.optimizer.plan_step(plan if n else "drop", window_shares=shares, groups=parts.groups.names)
 
     def prepare_forget_gradient(self) -> None:
@@ -192,11 +206,12 @@ class Flow:
         parts = self._parts
         for group in parts.groups.present:
             parts.journal.log_module(group.name, group.run.logged)
+            group.run.logged = {}  # the next batch may have no pass
         if _compat.is_accumulating(parts.trainer):
             return False
         parts.optimizer.drop_step()  # does nothing unless the loss scaler has left `step` out
         if self._watchdog is not None:
-            self._watchdog.check_window(had_passes=self._combines and self._window > 0)
+            self._watchdog.check_window(had_passes=self._combines and self._passed > 0)
         self._report()
         if parts.turns is not None and self._window:
             parts.turns.close_window()

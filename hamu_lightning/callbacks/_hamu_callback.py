@@ -27,7 +27,7 @@ from hamu_lightning.callbacks._settings import (
     take_deprecated,
 )
 from hamu_lightning.callbacks.forecast import PreflightReport
-from hamu_lightning.callbacks.goals import StopCondition, StopOn, VerifySteps, as_conditions
+from hamu_lightning.callbacks.goals import StopCondition, StopOn, Target, VerifySteps, as_conditions
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
@@ -56,7 +56,7 @@ class HAMUCallback(Record, Callback):
     - An epoch without backward passes (StochasticWeightAveraging ends with one, for BatchNorm) is left to Lightning.
     - `Tuner.lr_find`, `Tuner.scale_batch_size` and their callbacks put all other callbacks aside: they tune plain
       training on the retain data.
-    - LearningRateMonitor lists the wrapper under its own name, `lr-HAMUOptimizer`.
+    - LearningRateMonitor lists the optimizer as in a plain fit, once.
     - Where processes are spawned (`strategy="ddp_spawn"`, "ddp_notebook"), this object works in copies. Of what they
       count, `trainer.callback_metrics` brings back `hamu/forget_passes`, `hamu/combined_steps` and `hamu/has_stopped`.
     - Checkpoints hold the position and the random state of the forget stream and the counters, in the callback's
@@ -117,7 +117,7 @@ class HAMUCallback(Record, Callback):
         rule: Rule | None = None,
         *,
         protect: Mapping[str, Any] | None = None,
-        target: Any = None,
+        target: Target | float | Callable[[Any], Any] | None = None,
         seed: int = 0,
         stop_on: Iterable[StopOn | StopCondition] = (),
         progress_bar: bool = False,

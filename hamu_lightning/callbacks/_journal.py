@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torchmetrics import Metric
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._course import Course, have_parted
@@ -83,7 +84,7 @@ class Journal:
                     "StepOptions(exact=True)."
                 )
 
-    def log_module(self, group: str, logged: dict[str, tuple[Tensor, dict[str, Any]]]) -> None:
+    def log_module(self, group: str, logged: dict[str, tuple[Tensor | Metric, dict[str, Any]]]) -> None:
         """Log again, as `forget/<name>`, what the module logged in the pass of a group (here: forget)."""
         for name, (value, arguments) in logged.items():
             if name != "loss":  # `forget/loss` is ours, and the same number

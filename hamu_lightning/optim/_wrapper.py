@@ -22,6 +22,11 @@ class OptimizerWrapper(Optimizer):
     def base(self) -> Optimizer:
         """The wrapped optimizer."""
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """The base, by the name under which Lightning looks for what a wrapper wraps: LearningRateMonitor lists it."""
+        return self.base
+
     def __getattr__(self, name: str) -> Any:
         """What only the base has, such as the `train()` and `eval()` of an optimizer without a schedule."""
         if name.startswith("_") or name == "base":  # torch's own, and what a half-made copy lacks

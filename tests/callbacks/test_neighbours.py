@@ -162,10 +162,20 @@ def test_finetuning_resumes(is_first: bool, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
-def test_learning_rate_monitor_names_the_wrapper(tmp_path: Path) -> None:
-    monitor = LearningRateMonitor()
-    fit_beside(build(Base), HAMUCallback(forget_loader(), RULE), monitor, logger=CSVLogger(tmp_path))
-    assert {name: set(values) for name, values in monitor.lrs.items()} == {"lr-HAMUOptimizer": {0.05}}
+class Scheduled(Base):
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "name": "mine", "interval": "step"}}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Base, "lr-SGD"), (Scheduled, "mine")])
+def test_learning_rate_monitor_lists_what_it_lists_without_us(kind: type[Base], name: str, tmp_path: Path) -> None:
+    for callbacks in ([], [HAMUCallback(forget_loader(), RULE)]):
+        monitor = LearningRateMonitor()
+        fit_beside(build(kind), *callbacks, monitor, logger=CSVLogger(tmp_path))
+        assert {name: set(values) for name, values in monitor.lrs.items()} == {name: {0.05}}
 
 
 class Tunable(WithDropout):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from typing_extensions import override
 from hamu_lightning import HAMUCallback, split_forget
 from hamu_lightning.callbacks import PassOptions
 from hamu_lightning.errors import HAMUError, HAMUStateError, HAMUValueError
+from hamu_lightning.rules import FineTune
 from tests.callbacks.modules import Base, WithBatchNorm, build, fit, make_data
 from tests.callbacks.setups import RULE, Manual, forget_data
 
@@ -48,6 +50,30 @@ def test_training_step_returns_none() -> None:
     module.skips = "forget"
     with pytest.raises(HAMUStateError, match="returned None for a full pass"):
         fit(module, HAMUCallback(DataLoader(forget_data(), batch_size=8), RULE))
+
+
+class SkipsByNumber(Base):
+    """Of every second batch it wants no loss."""
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("goal", [{"rule": FineTune()}, {"target": 3.0}])
+def test_batches_are_skipped_by_their_number(goal: dict[str, Any], accumulation: int) -> None:
+    """Both batches of a pair are, and the weights are those of a plain fit."""
+    plain, ours = build(SkipsByNumber), build(SkipsByNumber)
+    fit(plain, accumulate_grad_batches=accumulation)
+    callback = HAMUCallback(DataLoader(forget_data(), batch_size=8), passes=PassOptions(batchnorm="retain"), **goal)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The fit has ended before the target")
+        fit(ours, callback, accumulate_grad_batches=accumulation)
+    assert (callback.combined_steps, callback.forget_passes) == (6, 6)
+    if "rule" in goal:
+        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
 
 
 class Breaks(WithBatchNorm):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.errors import HAMUStateError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -44,7 +45,21 @@ class Ledger:
             ) from error
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append a line.
+
+        Raises:
+            HAMUStateError: If the system refuses, as on a full disk.
+        """
+        try:
+            self._append(row)
+        except OSError as error:
+            raise HAMUStateError(
+                f"Expected to write the ledger of verified steps, {str(self._path)!r}, but could not: "
+                f"{error.strerror}. The weights are those of the last judged step. Make room, give "
+                "VerifySteps(ledger=...) another path, or ledger=False; a checkpoint goes on from where it was saved."
+            ) from error
+
+    def _append(self, row: dict[str, Any]) -> None:
         first, number = self._path, 1
         while not set(row) <= set(self._columns or self._find_columns(row)):
             self._columns, number = [], number + 1

@@ -2,13 +2,14 @@
 
 from hamu_lightning.callbacks.passes._absent import AbsentData, HoldsData
 from hamu_lightning.callbacks.passes._bare_pass import BarePass, check_module, without_trainer
+from hamu_lightning.callbacks.passes._batches import split_batch
 from hamu_lightning.callbacks.passes._batchnorm import FrozenBatchNorm, batchnorm_frozen
 from hamu_lightning.callbacks.passes._forget_pass import (
     ForgetPass,
+    NoLossError,
     Recording,
     check_loss,
     detached_loss,
-    split_batch,
 )
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
@@ -33,6 +34,7 @@ __all__ = [
     "MeasuringLoader",
     "HoldsData",
     "ModuleGuard",
+    "NoLossError",
     "Recording",
     "batchnorm_frozen",
     "check_can_be_read",

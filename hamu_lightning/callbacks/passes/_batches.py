@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.errors import HAMUStateError
 
 # Deeper than batches are; what refers to itself ends there.
 _DEEPEST = 16
@@ -150,3 +151,18 @@ def _tensors(batch: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
         parts = vars(batch).items()
     for key, part in parts if len(path) < _DEEPEST else ():
         yield from _tensors(part, (*path, key))
+
+
+def split_batch(batch: Any, groups: Sequence[str]) -> tuple[Any, ...]:
+    """Split a training batch `{"retain": ..., "forget": ...}` into those of the groups.
+
+    Raises:
+        HAMUStateError: If one of them is missing, for instance because its loader has ended.
+    """
+    parts = tuple(batch.get(name) if isinstance(batch, Mapping) else None for name in groups)
+    if any(part is None for part in parts):
+        raise HAMUStateError(
+            f"Expected each training batch to hold {' and '.join(map(repr, groups))}, but one of them is missing. "
+            "Let the shorter loader cycle: CombinedLoader(..., mode='max_size_cycle')."
+        )
+    return parts

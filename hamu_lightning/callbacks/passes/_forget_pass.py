@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks.passes._batches import comparing, count_samples, counted
 from hamu_lightning.callbacks.passes._batchnorm import explaining_single_samples
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import copied
+from hamu_lightning.callbacks.passes._metrics import StreamMetrics
 from hamu_lightning.callbacks.passes._objective import is_wrapped
 from hamu_lightning.callbacks.passes._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream
 from hamu_lightning.errors import HAMUStateError
@@ -25,6 +28,10 @@ from hamu_lightning.randomness import RandomStream, capture_random, restore_rand
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+
+class NoLossError(HAMUStateError):
+    """`training_step` gave no loss for a full pass over the forget loader."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class ForgetPass:
     Attributes:
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
-        logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
+        logged: What the module logged in the last pass: by name the value or a metric, and the arguments of `log`.
         not_finite: The numbers of the batches whose loss was not finite in the last measurement.
     """
 
@@ -68,10 +75,13 @@ class ForgetPass:
         self._slot, self._guard = slot, guard
         self.stream: ForgetStream | None = None
         self.records: Callable[[Recording], None] | None = None
-        self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+        self.logged: dict[str, tuple[Tensor | Metric, dict[str, Any]]] = {}
+        self._metrics = StreamMetrics()
         self.not_finite: list[int] = []
         self._group = _compat.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
+        # The arguments beside the batch when there last was a loss: some modules give none at some numbers of batches.
+        self._gave_loss: tuple[Any, ...] | None = None
 
     def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None) -> Tensor:
         """Run one forget batch through `step`, the strategy's `training_step`, and accumulate its gradient.
@@ -86,13 +96,14 @@ class ForgetPass:
             The loss of the batch, detached, 0-d; with several processes weighted by this one's share of the samples.
 
         Raises:
-            HAMUStateError: If the module returns None for a whole pass, or a loss without a graph.
+            NoLossError: If the module returns None for a whole pass.
+            HAMUStateError: If the loss has no graph.
         """
         for _ in range(self._patience(batch)):
             loss = self._run_once(step, args, kwargs, batch)
             if loss is not None:
                 return loss
-        raise HAMUStateError(
+        raise NoLossError(
             "Expected `training_step` to return a loss for forget batches, but it returned None for a full pass. "
             "HAMU needs the gradient of the forget loss; check what the module skips."
         )
@@ -129,13 +140,9 @@ class ForgetPass:
         """
 
         def mean_loss(loader: Iterable[Any]) -> Tensor:
-            losses, sizes = [], []
-            for batch, size in counted(loader):
-                self._results.batch = batch = _compat.transfer_batch(self._trainer, copied(batch))
-                loss = detached_loss(step(batch, *args[1:], **kwargs))
-                if loss is not None:
-                    losses.append(loss)
-                    sizes.append(size)
+            losses, sizes = self._read_losses(loader, step, args[1:], kwargs)
+            if not losses and self._gave_loss is not None:
+                losses, sizes = self._read_losses(loader, step, self._gave_loss, kwargs)
             if not losses:
                 raise HAMUStateError("Expected a loss on the held-out data of the target, but it has no batch.")
             # Where one of them is not known, all count the same.
@@ -146,6 +153,17 @@ class ForgetPass:
 
         with self._isolated(args[0]), self._as_in_training():
             return torch.as_tensor(level(self._trainer.lightning_module, mean_loss, copied(args[0]))).detach()
+
+    def _read_losses(self, loader: Any, step: Any, more: tuple[Any, ...], kwargs: Any) -> tuple[list[Any], list[float]]:
+        """The losses of batches, and how many samples each has; `more` are the arguments beside the batch."""
+        losses, sizes = [], []
+        for batch, size in counted(loader):
+            self._results.batch = batch = _compat.transfer_batch(self._trainer, copied(batch))
+            loss = detached_loss(step(batch, *more, **kwargs))
+            if loss is not None:
+                losses.append(loss)
+                sizes.append(size)
+        return losses, sizes
 
     def clip(self) -> None:
         """Clip the forget gradient as the trainer and the module clip the retain gradient, on its own."""
@@ -207,12 +225,13 @@ class ForgetPass:
                 samples = count_samples(batch)
             share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
-            with explaining, explaining_single_samples():
+            with explaining, explaining_single_samples(), self._metrics.noting(self._trainer.lightning_module):
                 output = step(batch, *args[1:], **kwargs)
             loss = _compat.split_step_output(output)
             if loss is None:
                 return None
-            self.logged = _compat.read_results(self._results) if self._has_samples else {}
+            self._gave_loss = args[1:]
+            self.logged = self._read_logged()
             check_loss(loss)
             loss = _weigh(loss, share)
             self._backward(loss, self._slot)
@@ -220,6 +239,11 @@ class ForgetPass:
             if self.records is not None and kept is not None:
                 self.records(Recording(*kept, args[1:], kwargs, share, value))
             return value
+
+    def _read_logged(self) -> dict[str, tuple[Tensor | Metric, dict[str, Any]]]:
+        """What the module logged; of a process without samples only the metrics, which all processes gather jointly."""
+        logged = _compat.read_results(self._results, partial(self._metrics.twin, is_sample=self._has_samples))
+        return {name: it for name, it in logged.items() if self._has_samples or isinstance(it[0], Metric)}
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -304,21 +328,6 @@ def check_loss(loss: object) -> None:
             "Expected the forget loss to depend on the weights, but it has no graph. "
             "Return the loss from `training_step` without detach() and outside torch.no_grad()."
         )
-
-
-def split_batch(batch: Any, groups: Sequence[str]) -> tuple[Any, ...]:
-    """Split a training batch `{"retain": ..., "forget": ...}` into those of the groups.
-
-    Raises:
-        HAMUStateError: If one of them is missing, for instance because its loader has ended.
-    """
-    parts = tuple(batch.get(name) if isinstance(batch, Mapping) else None for name in groups)
-    if any(part is None for part in parts):
-        raise HAMUStateError(
-            f"Expected each training batch to hold {' and '.join(map(repr, groups))}, but one of them is missing. "
-            "Let the shorter loader cycle: CombinedLoader(..., mode='max_size_cycle')."
-        )
-    return parts
 
 
 def detached_loss(output: Any) -> Tensor | None:

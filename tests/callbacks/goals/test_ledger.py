@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps
 from hamu_lightning.callbacks.goals._ledger import Ledger
+from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.rules import FixedRadius, RelativeQuota
 from tests.callbacks.modules import Base, build, fit, make_data
 
@@ -85,3 +87,24 @@ def test_a_path_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -
         with pytest.raises(Exception, match="Expected `ledger` to be a file that can be written, but got"):
             fit(build(Base), hamu)
         assert hamu.forget_passes == 0
+
+
+def test_a_full_disk_leaves_the_weights_of_the_last_judged_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = [], csv.DictWriter.writerow
+    module = build(Base)
+
+    def full(self: Any, row: Any) -> Any:
+        if len(written) == 4:  # the line of the fourth try, after that of the columns
+            raise OSError(28, "No space left on device")
+        written.append([p.detach().clone() for p in module.parameters()])
+        return write(self, row)
+
+    monkeypatch.setattr(csv.DictWriter, "writerow", full)
+    verify = VerifySteps(ledger=tmp_path / "steps.csv")
+    callback = HAMUCallback(make_data(40, seed=9), HAMUQ(0.01, radius=FixedRadius(0.01)), verify=verify)
+    with pytest.raises(HAMUStateError, match=r"(?s)steps.csv.*No space left on device.*ledger=False"):
+        fit(module, callback)
+    assert all(torch.equal(a, b) for a, b in zip(written[-1], module.parameters(), strict=True))
+    assert steps(tmp_path / "steps.csv") == [*"012"]
