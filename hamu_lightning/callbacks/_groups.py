@@ -119,7 +119,12 @@ class Groups:
         settings = self._settings
         is_forgotten = name not in settings.protect
         loader = find_loader(
-            self._trainer, name, self._sources[name], settings.passes.batch_size, is_forgotten=is_forgotten
+            self._trainer,
+            name,
+            self._sources[name],
+            settings.passes.batch_size,
+            is_forgotten=is_forgotten,
+            leads_to_target=name in self._optimizer.rule.target_quotas,
         )
         if loader is not None:
             self._loaders[name] = loader

@@ -38,7 +38,8 @@ class PassOptions:
     """Which passes a fit makes besides those on the retain data, and how.
 
     Args:
-        batch_size: Batch size of the forget stream where `forget` is a Dataset; default: that of the training loader.
+        batch_size: Batch size of the forget stream where `forget` is a Dataset. Default: that of the training loader;
+            with a target the whole Dataset, or equal parts of it of up to 256 samples.
         batchnorm: "freeze" keeps all BatchNorm layers in evaluation mode in both passes, as in the paper; "retain"
             updates their statistics from the retain stream only.
         every_n_steps: Combine at every n-th optimizer step; the steps between are plain steps on the retain data.

@@ -131,8 +131,8 @@ class Calibration:
         return {**self._tables, "has_whole_classes": self.has_whole_classes, "has_samples": self.has_samples}
 
     def final_state_dict(self) -> dict[str, Any]:
-        """Return the same for a fit that has ended: nothing, since only a running one goes on with it."""
-        return {}
+        """Return the same for a fit that has ended."""
+        return self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned; an empty one forgets what was learnt."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hamu_lightning.objectives import BatchPass, Calibration, FrozenCopy, UnseenAnswer
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.objectives import BatchPass, Calibration, FrozenCopy, SecondAnswer, UnseenAnswer
 from tests.objectives.models import CLASSES, grads, make_batch, make_model, perturbed
 
 # Both sides are in float64 with numbers of order 1 to 10; what is left is rounding, about 1e-14.
@@ -89,7 +91,7 @@ def class_answer(p: list[Any], p0: list[float], goes: set[int], s: dict[int, flo
     return raised - kl(s, without(p, goes)) + phi0 + others, phi0 - aim + others
 
 
-def make_sets(share: list[float]) -> tuple[Phi, Phi]:
+def make_sets() -> tuple[Phi, Phi]:
     """Log-odds and labels: class 1 with many held-out samples, 2 and 4 with few, 0 without any; some ties."""
     generator = torch.Generator().manual_seed(5)
     counts = ([6, 8, 5, 3, 7], [0, 14, 4, 12, 9])
@@ -122,7 +124,7 @@ SHARES = {
 
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
 def test_ranks_are_matched_in_each_class(share: list[float]) -> None:
-    forget, held_out = make_sets(share)
+    forget, held_out = make_sets()
     calibration = fitted(forget, held_out, share)
     known = [(x, y) for x, y in forget if share[y] > 0]
     expected = torch.tensor([find_aim(x, y, forget, held_out, share) for x, y in known], dtype=torch.float64)
@@ -140,7 +142,7 @@ def test_answers_are_those_of_the_formulas(share: list[float], has_teacher: bool
     original = make_model("classes")
     model, teacher = perturbed(original, 1.0), perturbed(original, 2.0)
     x, labels = make_batch("classes")
-    forget, held_out = make_sets(share)
+    forget, held_out = make_sets()
     calibration = fitted(forget, held_out, share)
     objective = UnseenAnswer(
         calibration, reference=FrozenCopy(original), teacher=FrozenCopy(teacher) if has_teacher else None
@@ -169,3 +171,107 @@ def test_answers_are_those_of_the_formulas(share: list[float], has_teacher: bool
         assert torch.allclose(a, b, rtol=0, atol=TOLERANCE)
     start = objective.samples(BatchPass(copy.deepcopy(original), (x, labels)))
     assert torch.equal(start, torch.zeros_like(start))
+
+
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_the_second_choice_in_the_place_of_the_label(has_teacher: bool) -> None:
+    original = make_model("classes")
+    model, teacher = perturbed(original, 1.0), perturbed(original, 2.0)
+    batch = make_batch("classes")
+    objective = SecondAnswer(reference=FrozenCopy(original), teacher=FrozenCopy(teacher) if has_teacher else None)
+    found = objective.samples(BatchPass(model, batch))
+    ends = objective.end.samples(BatchPass(model, batch))
+    rows = zip(model(batch[0]), original(batch[0]), teacher(batch[0]), batch[1].tolist(), strict=True)
+    for i, (z, z0, z1, y) in enumerate(rows):
+        p, p0 = softmax(list(z)), softmax(z0.tolist())
+        s = without(softmax((z1 if has_teacher else z0).tolist()), {y})
+        end = kl(s, dict(enumerate(p0)))
+        assert float(ends[i]) == pytest.approx(end, abs=TOLERANCE)
+        assert has_teacher or end == pytest.approx(-math.log(1 - p0[y]), abs=TOLERANCE)
+        value = end - kl(s, dict(enumerate(p)))
+        assert float(found[i].detach()) == pytest.approx(float(value.detach()), abs=TOLERANCE)
+        for a, b in zip(grads(found[i], model), grads(value, model), strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+class Says(nn.Module):
+    """Returns its input, scaled: logits of any form."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+def both(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    forget, held_out = make_sets()
+    objective = UnseenAnswer(fitted(forget, held_out, SHARES["one goes"]), reference=FrozenCopy(Says(1.0)))
+    one = BatchPass(Says(0.5), (logits, labels))
+    return objective.samples(one), objective.end.samples(one)
+
+
+def test_places_of_images_and_of_texts_are_samples_of_their_own() -> None:
+    """Logits `[N, C, H, W]` and `[N, T, C]`: the mean over the places that have a label."""
+    logits = torch.randn(3, 2, 4, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(0, CLASSES, (3, 2, 4), generator=torch.Generator().manual_seed(2))
+    labels[0, 1] = labels[2] = -100
+    image = both(logits.permute(0, 3, 1, 2), labels)
+    text = both(logits.flatten(1, 2), labels.flatten(1))
+    flat = both(logits.reshape(-1, CLASSES), labels.flatten().clamp(min=0))
+    kept = labels.flatten(1) != -100
+    for found, same, single in zip(image, text, flat, strict=True):
+        expected = torch.where(kept, single.reshape(3, 8), 0.0).sum(1) / kept.sum(1).clamp(min=1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(same, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+@pytest.mark.parametrize("share", [[0.9, 0.6], [0.9, 0.0]])
+def test_one_logit_is_two_classes(shape: tuple[int, ...], dtype: torch.dtype, share: list[float]) -> None:
+    z, labels = torch.randn(6, dtype=torch.float64) * 3, torch.tensor([0, 1, 1, 0, 1, 1])
+    data = (z * (2.0 * labels - 1), labels)
+    found = []
+    for logits, said in (
+        (z.reshape(shape), labels.to(dtype).reshape(shape)),
+        (torch.stack((-z / 2, z / 2), 1), labels),
+    ):
+        calibration = Calibration()
+        calibration.fit(data, (torch.linspace(-1, 1, 24).double(), torch.arange(24) % 2), torch.tensor(share))
+        objective = UnseenAnswer(calibration, reference=FrozenCopy(Says(1.0)))
+        found.append(objective.samples(BatchPass(Says(0.5), (logits, said))))
+    torch.testing.assert_close(*found, rtol=0, atol=TOLERANCE)
+
+
+def test_nothing_is_read_on_the_host() -> None:
+    calibration = fitted(*make_sets(), SHARES["one goes"])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, labels = nn.Linear(4, CLASSES), torch.ones(3, dtype=torch.int64)
+        reference = FrozenCopy(nn.Linear(4, CLASSES))
+        for objective in (UnseenAnswer(calibration, reference=reference), SecondAnswer(reference=reference)):
+            assert objective(BatchPass(model, (torch.ones(3, 4), labels))).shape == ()
+
+
+def test_an_empty_calibration_and_missing_data_are_errors() -> None:
+    batch = BatchPass(make_model("classes"), make_batch("classes"))
+    with pytest.raises(HAMUStateError, match="target=Unseen\\(holdout\\)\\) does it at the start"):
+        UnseenAnswer().samples(batch)
+    forget, held_out = (as_tensors(data) for data in make_sets())
+    with pytest.raises(HAMUStateError, match="Expected held-out samples, .* Unseen\\(data\\)"):
+        Calibration().fit(forget, None, torch.ones(CLASSES))
+    with pytest.raises(HAMUStateError, match="Expected a class that is kept"):
+        Calibration().fit(forget, held_out, torch.zeros(CLASSES))
+    with pytest.raises(HAMUValueError, match="Expected `teacher` to be FrozenCopy"):
+        UnseenAnswer(teacher=3)  # type: ignore[arg-type]
+
+
+def test_the_state_is_that_of_the_calibration() -> None:
+    calibration, other = fitted(*make_sets(), SHARES["one goes"]), Calibration()
+    other.load_state_dict(calibration.state_dict())
+    phi, labels = torch.randn(5).double(), torch.arange(5)
+    assert torch.equal(calibration.find(phi, labels), other.find(phi, labels))
+    other.load_state_dict({})
+    with pytest.raises(HAMUStateError):
+        other.find(phi, labels)

@@ -52,8 +52,9 @@ class Surroundings:
 
     def open_held_out(self, data: Any) -> Iterable[Any]:
         """The batches of held-out data, as for `Holdout`; warns where they are not."""
-        self._reader.warn_about_shared_samples(data, self._given)
-        return self._reader.open(undivided(self._reader.find(data)))
+        loader = undivided(self._reader.find(data, "Unseen"))
+        self._reader.warn_about_shared_samples(loader, self._given)
+        return self._reader.open(loader)
 
     def count_retained(self, forget: ClassReader) -> Tensor:
         """How many retain samples each class has, int64 `[C]`.
