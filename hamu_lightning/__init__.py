@@ -6,7 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hamu_lightning.callbacks import Chance, HAMUCallback, Holdout, VerifySteps, preflight, split_forget
+    from hamu_lightning.callbacks import (
+        Chance,
+        HAMUCallback,
+        Holdout,
+        SecondChoice,
+        Unseen,
+        VerifySteps,
+        preflight,
+        split_forget,
+    )
     from hamu_lightning.gramian import compute_gramian
     from hamu_lightning.methods import compare
     from hamu_lightning.optim import HAMUOptimizer
@@ -20,6 +29,8 @@ __all__ = [
     "HAMUCallback",
     "HAMUOptimizer",
     "Holdout",
+    "SecondChoice",
+    "Unseen",
     "VerifySteps",
     "compare",
     "compute_gramian",
@@ -35,6 +46,8 @@ _HOMES = {
     "HAMUCallback": "callbacks",
     "HAMUOptimizer": "optim",
     "Holdout": "callbacks",
+    "SecondChoice": "callbacks",
+    "Unseen": "callbacks",
     "VerifySteps": "callbacks",
     "compare": "methods",
     "compute_gramian": "gramian",

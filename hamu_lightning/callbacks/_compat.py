@@ -299,9 +299,14 @@ def data_rank(trainer: Trainer) -> int:
     return int((trainer.distributed_sampler_kwargs or {}).get("rank", 0))
 
 
+def count_data_parallel(trainer: Trainer) -> int:
+    """How many processes load different data."""
+    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
+
+
 def data_parallel_group(trainer: Trainer) -> Any | None:
     """The processes that load different data; None where there is one."""
-    if (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1) == 1:
+    if count_data_parallel(trainer) == 1:
         return None
     mesh = getattr(trainer.strategy, "device_mesh", None)
     return torch.distributed.group.WORLD if mesh is None else mesh["data_parallel"].get_group()

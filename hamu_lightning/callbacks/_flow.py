@@ -85,9 +85,11 @@ class Flow:
         if self._window == 0:
             self._open_window()
         self._window += 1
-        objectives = settings.objective, settings.retain_objective
-        forget_step, retain_step = (wrap_step(step, objective, trainer) for objective in objectives)
-        skipped = self._run_groups(forget_step, retain_step, args, kwargs, batches) if self._combines else None
+        retain_step = wrap_step(step, settings.retain_objective, trainer)
+        skipped = None
+        if self._combines:
+            steps = {"retain": retain_step, **parts.groups.wrap_step(step)}
+            skipped = self._run_groups(steps, args, kwargs, batches)
         if parts.verifier is not None and self._combines and parts.verifier.is_due:
             output = parts.verifier.run_retain(retain_step, args, kwargs)
         else:
@@ -109,8 +111,7 @@ class Flow:
 
     def _run_groups(
         self,
-        forget_step: Callable[..., Any],
-        retain_step: Callable[..., Any],
+        steps: Mapping[str, Callable[..., Any]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         batches: Mapping[str, Any],
@@ -123,14 +124,12 @@ class Flow:
         """
         parts, groups = self._parts, self._parts.groups
         if self._window == 1:
-            moved = groups.open_window(forget_step, args, kwargs)
+            moved = groups.open_window(steps, args, kwargs)
             self._stop_where_it_is_over()
             for group in moved:
                 self._say_moved(group)
         if self._preflight is not None:
-            self._run_preflight(self._preflight, forget_step, retain_step)
-        protected = parts.settings.protect
-        steps = {name: retain_step if name in ("retain", *protected) else forget_step for name in groups.names}
+            self._run_preflight(self._preflight, steps[groups.present[0].name], steps["retain"])
         if parts.verifier is not None and self._window == 1:
             parts.verifier.open_window(steps, {group.name: group.run for group in groups.present})
         if parts.settings.steps.sketch is not None and self._window == 1:

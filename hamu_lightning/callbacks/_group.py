@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from hamu_lightning.callbacks.passes import ModuleGuard
+    from hamu_lightning.objectives import Objective
     from hamu_lightning.optim import HAMUOptimizer
 
 
@@ -31,6 +32,7 @@ class Group:
         optimizer: Where the gradient goes.
         seed: Seed of the group's own random state.
         guard: Keeps the module as it was.
+        objective: What is differentiated; None for the module's own loss.
 
     Attributes:
         run: Runs its batches through the module without a trace.
@@ -42,8 +44,16 @@ class Group:
         losses: Of the present window, 0-d each.
     """
 
-    def __init__(self, name: str, trainer: Trainer, optimizer: HAMUOptimizer, seed: int, guard: ModuleGuard) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        trainer: Trainer,
+        optimizer: HAMUOptimizer,
+        seed: int,
+        guard: ModuleGuard,
+        objective: Objective | None,
+    ) -> None:
+        self.name, self.objective = name, objective
         # By name: a request that is added later leaves the random numbers of the others alone.
         own = () if optimizer.rule.groups == ("retain", name) else (zlib.crc32(name.encode()),)
         self._random = RandomStream(seed, _compat.data_rank(trainer), *own)

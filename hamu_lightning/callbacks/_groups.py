@@ -11,12 +11,13 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._group import Group, take_turns
 from hamu_lightning.callbacks._identity import identify
 from hamu_lightning.callbacks.goals import Approach
-from hamu_lightning.callbacks.passes import ModuleGuard, Recording, check_disjoint, find_loader, name_sources
+from hamu_lightning.callbacks.passes import ModuleGuard, Recording, check_disjoint, find_loader, name_sources, wrap_step
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from hamu_lightning.callbacks._settings import FitSettings
+    from hamu_lightning.objectives import Objective
     from hamu_lightning.optim import HAMUOptimizer
 
 
@@ -45,12 +46,22 @@ class Groups:
         self.present: list[Group] = []
 
     def _make(self, name: str) -> Group:
-        return Group(name, self._trainer, self._optimizer, self._settings.seed, self.guard)
+        settings, rule = self._settings, self._optimizer.rule
+        objective = settings.retain_objective if name in settings.protect else settings.objective_of(name, rule)
+        return Group(name, self._trainer, self._optimizer, settings.seed, self.guard, objective)
 
     @property
     def _is_single(self) -> bool:
         """Whether there is one group, as in the rules for two gradients."""
         return len(self._groups) == 1
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """The objectives of what is to be forgotten, each once, that are not the module's own loss."""
+        own = {group.name: group.objective for group in self._to_forget if group.objective is not None}
+        shared = self._settings.objective
+        named = {name: objective for name, objective in own.items() if objective is not shared}
+        return named if shared is None else {**named, "forget": shared}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,7 +119,12 @@ class Groups:
         settings = self._settings
         is_forgotten = name not in settings.protect
         loader = find_loader(
-            self._trainer, name, self._sources[name], settings.passes.batch_size, is_forgotten=is_forgotten
+            self._trainer,
+            name,
+            self._sources[name],
+            settings.passes.batch_size,
+            is_forgotten=is_forgotten,
+            leads_to_target=name in self._optimizer.rule.target_quotas,
         )
         if loader is not None:
             self._loaders[name] = loader
@@ -131,14 +147,23 @@ class Groups:
             kept = state.get("approach")
             group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, kept)
 
-    def open_window(self, *step: Any) -> list[Group]:
-        """Measure what has to be measured before a step, and choose its groups; return those that leave or return."""
+    def wrap_step(self, step: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        """For each group what runs a batch, if the strategy's `training_step` is to return what it differentiates."""
+        return {name: wrap_step(step, group.objective, self._trainer) for name, group in self._groups.items()}
+
+    def open_window(self, steps: Mapping[str, Callable[..., Any]], *args: Any) -> list[Group]:
+        """Measure what has to be measured before a step, and choose its groups; return those that leave or return.
+
+        Args:
+            steps: For each group what runs a batch.
+            args: The arguments of the retain batch, and those by name.
+        """
         for group in self._active:
             if group.approach is not None:
-                group.approach.look(*step, lands=self._is_single)
+                group.approach.look(steps[group.name], *args, lands=self._is_single)
         reached = [group for group in self._active if group.approach is not None and group.approach.is_reached]
         leaving = [group for group in reached if not group.stays]
-        back = self._look_after_done(*step) if self.are_all_reached else []
+        back = self._look_after_done(steps, *args) if self.are_all_reached else []
         if self.are_all_reached:
             leaving = []  # the fit ends before the step
         for group in leaving:
@@ -150,11 +175,11 @@ class Groups:
             group.losses.clear()
         return leaving + back
 
-    def _look_after_done(self, *step: Any) -> list[Group]:
+    def _look_after_done(self, steps: Mapping[str, Callable[..., Any]] | None = None, *args: Any) -> list[Group]:
         """Measure the groups again that have left; return those whose loss has fallen since, to be forgotten again."""
         done = [group for group in self._groups.values() if group.is_done and group.approach is not None]
         for group in done:
-            group.look_after(*step)
+            group.look_after(*(() if steps is None else (steps[group.name], *args)))
         back = [group for group in done if not group.is_done]
         if back:
             self.take_all_next()

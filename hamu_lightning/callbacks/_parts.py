@@ -13,11 +13,13 @@ from hamu_lightning.callbacks._groups import Groups
 from hamu_lightning.callbacks._identity import is_same_run
 from hamu_lightning.callbacks._journal import Journal
 from hamu_lightning.callbacks._prices import Prices
-from hamu_lightning.callbacks._settings import FitSettings
+from hamu_lightning.callbacks._settings import FitSettings, check_brought
 from hamu_lightning.callbacks.goals import Stopper, Turns, Verifier
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+    from hamu_lightning.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Parts:
         self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, reuse_groups=reuses, **options)
         self.has_wrapped = self.optimizer is not base
         check_target(settings.objective, self.optimizer.rule)
+        check_brought(settings.objective, self.optimizer.rule)
         self.groups = Groups(trainer, self.optimizer, settings)
         self.journal = Journal(trainer, self.optimizer.rule.groups, settings.progress_bar)
         self.prices = Prices()
@@ -104,7 +107,7 @@ class Parts:
         self.prices.load_state_dict(state.get("prices", {}))
         if self.turns is not None:
             self.turns.load_state_dict(state.get("turns", {}))
-        for name, objective in self.settings.objectives.items():
+        for name, objective in self.objectives.items():
             objective.load_state_dict(state.get("objectives", {}).get(name, {}))
         # Other settings may go on where these had to stop.
         stopped = state.get("stop", {}) if state.get("stopped_under") == self._stopping_settings() else {}
@@ -147,8 +150,14 @@ class Parts:
 
     def release(self) -> None:
         """Let go of what only a running fit needs."""
-        for objective in self.settings.objectives.values():
+        for objective in self.objectives.values():
             objective.load_state_dict(objective.final_state_dict())
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """The objectives that are not the module's own loss."""
+        retain = self.settings.retain_objective
+        return {**self.groups.objectives, **({} if retain is None else {"retain": retain})}
 
     @property
     def is_deciding(self) -> bool:
@@ -170,7 +179,7 @@ class Parts:
         has_ended = _compat.has_ended(self.trainer)
         objectives = {
             name: objective.final_state_dict() if has_ended else objective.state_dict()
-            for name, objective in self.settings.objectives.items()
+            for name, objective in self.objectives.items()
         }
         return {
             "identity": self._identity,

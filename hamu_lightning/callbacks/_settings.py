@@ -38,7 +38,8 @@ class PassOptions:
     """Which passes a fit makes besides those on the retain data, and how.
 
     Args:
-        batch_size: Batch size of the forget stream where `forget` is a Dataset; default: that of the training loader.
+        batch_size: Batch size of the forget stream where `forget` is a Dataset. Default: that of the training loader;
+            with a target the whole Dataset, or equal parts of it of up to 256 samples.
         batchnorm: "freeze" keeps all BatchNorm layers in evaluation mode in both passes, as in the paper; "retain"
             updates their statistics from the retain stream only.
         every_n_steps: Combine at every n-th optimizer step; the steps between are plain steps on the retain data.
@@ -196,12 +197,14 @@ class FitSettings(HoldsData):
         if self.rule is not None and (self.protect or isinstance(self.forget, Mapping)):
             name_sources(self.rule, self.forget, self.protect)
         check_objectives(self.objective, self.retain_objective)
+        if self.rule is not None:
+            check_brought(self.objective, self.rule)
 
-    @property
-    def objectives(self) -> dict[str, Objective]:
-        """The objectives that are not the module's own loss."""
-        pair = {"forget": self.objective, "retain": self.retain_objective}
-        return {name: objective for name, objective in pair.items() if objective is not None}
+    def objective_of(self, group: str, rule: Rule) -> Objective | None:
+        """What is raised on a group: what its target brings, or what the user chose; None for the module's own loss."""
+        quota = rule.target_quotas.get(group)
+        brought: Objective | None = getattr(getattr(quota, "target", None), "objective", None)
+        return self.objective if brought is None else brought
 
     def with_request(self, name: str, forget: Any, quota: float | Quota | None, target: Any) -> FitSettings:
         """The same with one more request to forget; see `HAMUCallback.add_request`."""
@@ -281,6 +284,22 @@ def check_group_names(names: Iterable[str]) -> None:
         raise HAMUValueError(
             f"Expected a name for each group that nobody logs by, but got {found[0]!r}: '{found[0]}/loss' is what many "
             f"modules log. Choose another one, such as 'request-1'; reserved are {', '.join(_RESERVED)}."
+        )
+
+
+def check_brought(objective: Objective | None, rule: Rule) -> None:
+    """Raise where a target brings what is raised, and something else is to be raised, or another group has it too."""
+    targets = [quota.target for quota in rule.target_quotas.values()]
+    brought = [target for target in targets if getattr(target, "objective", None) is not None]
+    if brought and objective is not None:
+        raise HAMUValueError(
+            f"Expected {brought[0]} without `objective`, but got {type(objective).__name__}: this target says itself "
+            "what is raised. Leave `objective` out, or give another target, such as Holdout(loader)."
+        )
+    if len({id(target) for target in brought}) < len(brought):
+        raise HAMUValueError(
+            f"Expected a target of its own for each group, but got one {brought[0]} for several: each learns from its "
+            "own samples. Write Unseen(...) once for each group."
         )
 
 

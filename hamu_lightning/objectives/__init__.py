@@ -2,12 +2,15 @@
 
 from hamu_lightning.objectives._base import BatchPass, LossCap, ModuleLoss, Objective, WeightedSum
 from hamu_lightning.objectives._cached_logits import CachedLogits
+from hamu_lightning.objectives._calibration import Calibration
 from hamu_lightning.objectives._divergence import DELETE, UNDIAL, BadTeacher, ReferenceKL
 from hamu_lightning.objectives._labels import CrossEntropy, RandomLabels, UniformLabels
+from hamu_lightning.objectives._odds import ClassReader, log_odds
 from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
 from hamu_lightning.objectives._preference import DPO, NPO, IdkDPO, SimNPO
 from hamu_lightning.objectives._reference import AdaptersDisabled, FrozenCopy, Reference, evaluating
 from hamu_lightning.objectives._representation import RMU, RMURetain
+from hamu_lightning.objectives._unseen import AnswerObjective, SecondAnswer, UnseenAnswer
 
 __all__ = [
     "DELETE",
@@ -16,9 +19,12 @@ __all__ = [
     "RMU",
     "UNDIAL",
     "AdaptersDisabled",
+    "AnswerObjective",
     "BadTeacher",
     "BatchPass",
     "CachedLogits",
+    "Calibration",
+    "ClassReader",
     "CrossEntropy",
     "FrozenCopy",
     "IdkDPO",
@@ -31,8 +37,11 @@ __all__ = [
     "RandomLabels",
     "Reference",
     "ReferenceKL",
+    "SecondAnswer",
     "SimNPO",
     "UniformLabels",
+    "UnseenAnswer",
     "WeightedSum",
     "evaluating",
+    "log_odds",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 from typing_extensions import override
@@ -10,7 +11,7 @@ from typing_extensions import override
 from hamu_lightning.checks import check_seed
 from hamu_lightning.objectives._base import BatchPass, Objective, to_raise
 from hamu_lightning.objectives._keys import Key, as_key, draw_places
-from hamu_lightning.objectives._outputs import Outputs, Prediction, as_outputs
+from hamu_lightning.objectives._outputs import Outputs, as_outputs
 
 
 class CrossEntropy(Objective):
@@ -61,7 +62,7 @@ class RandomLabels(Objective):
         keys = self.key(batch.batch).to(prediction.labels.device)
         # Added to the label modulo the classes, 1 ... C - 1 gives all labels but the own one.
         offsets = 1 + draw_places(classes - 1, keys, places, self.seed)
-        wrong = Prediction(prediction.logits, (prediction.labels + offsets) % classes, prediction.mask)
+        wrong = replace(prediction, labels=(prediction.labels + offsets) % classes)
         return to_raise(wrong.mean_over_places(-wrong.log_likelihoods()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,18 @@ CURE = (
     "Pass `outputs=`, a function of the module and the batch that returns logits [N, C] with labels [N], or logits "
     "[N, T, V] with labels [N, T] in which labels[n, t] is what logits[n, t] should predict (-100: nothing)."
 )
+# Brings logits into the form `[N, T, V]`.
+Form: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Outputs(Protocol):
     """How an objective asks a module about a batch.
 
     Returns logits `[N, C]` and labels `[N]` (one class per sample), or logits `[N, T, V]` and labels `[N, T]` (tokens),
-    already aligned: `labels[n, t]` is what `logits[n, t]` should predict, -100 where nothing is. It is also called with
-    the reference model in the module's place.
+    already aligned: `labels[n, t]` is what `logits[n, t]` should predict, -100 where nothing is. Two other forms are
+    understood: logits `[N, C, ...]` with labels `[N, ...]` (a class for each place of an image), and one logit per
+    sample, `[N]` or `[N, 1]`, with labels 0 and 1: two classes. It is also called with the reference model in the
+    module's place.
     """
 
     def __call__(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -118,15 +122,22 @@ class Prediction:
         logits: `[N, T, V]`, float32 or wider; 0 where `mask` is False, so that what stands there cannot do harm.
         labels: `[N, T]`, 0 where `mask` is False.
         mask: `[N, T]`, bool: where there is something to predict.
+        form: Brings logits as a model returns them into that of `logits`.
     """
 
     logits: Tensor
     labels: Tensor
     mask: Tensor
+    form: Form
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether each sample is a sequence, `[N, T, V]` as it was."""
+        return self.form is _as_it_is
 
     def align(self, logits: Tensor) -> Tensor:
         """Bring the logits of another model for the same batch into the form of `logits`."""
-        places = logits.unsqueeze(1) if logits.dim() == 2 else logits
+        places = self.form(logits)
         if places.shape != self.logits.shape:
             raise HAMUValueError(
                 f"Expected the other model's logits to be of shape {list(self.logits.shape)}, but got "
@@ -157,17 +168,53 @@ def make_prediction(logits: Tensor, labels: Tensor) -> Prediction:
     Raises:
         HAMUValueError: If shapes do not fit, or labels are not classes.
     """
-    if logits.dim() not in (2, 3) or labels.shape != logits.shape[:-1]:
+    form = _find_form(logits, labels)
+    if form is None:
         raise HAMUValueError(
             "Expected logits [N, C] with labels [N], or logits [N, T, V] with labels [N, T], but got shapes "
             f"{list(logits.shape)} and {list(labels.shape)}. {CURE}"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise HAMUValueError(f"Expected the labels to be classes, integers, but got {labels.dtype}. {CURE}")
-    if logits.dim() == 2:
-        logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)  # [N, 1, C], [N, 1]
+    labels = labels.reshape(len(labels), -1)  # [N, T], with one class per sample [N, 1]
     mask = labels != IGNORED
-    return Prediction(_blanked(logits, mask), torch.where(mask, labels, 0).long(), mask)
+    return Prediction(_blanked(form(logits), mask), torch.where(mask, labels, 0).long(), mask, form)
+
+
+def has_one_logit(logits: Tensor, labels: Tensor) -> bool:
+    """Whether a model says yes or no by one logit per sample: `[N]` or `[N, 1]`, with as many labels."""
+    shapes = ((len(logits),), (len(logits), 1)) if logits.dim() else ()
+    return tuple(logits.shape) in shapes and tuple(labels.shape) in shapes
+
+
+def _find_form(logits: Tensor, labels: Tensor) -> Form | None:
+    """What brings logits into the form `[N, T, V]`; None where labels do not fit to them."""
+    if has_one_logit(logits, labels):
+        return _as_two_classes
+    if logits.dim() == 2 and labels.shape == logits.shape[:1]:
+        return _as_one_place
+    if logits.dim() == 3 and labels.shape == logits.shape[:2]:
+        return _as_it_is
+    if logits.dim() > 2 and labels.shape == (logits.shape[0], *logits.shape[2:]):
+        return _as_places
+    return None
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _as_one_place(logits: Tensor) -> Tensor:
+    return logits.unsqueeze(1)  # [N, 1, C]
+
+
+def _as_two_classes(logits: Tensor) -> Tensor:
+    logits = logits.reshape(len(logits), -1)
+    return torch.stack((torch.zeros_like(logits), logits), dim=-1)  # [N, 1, 2]
+
+
+def _as_places(logits: Tensor) -> Tensor:
+    return logits.flatten(2).transpose(1, 2)  # [N, C, ...] to [N, T, C]
 
 
 def _blanked(logits: Tensor, mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from hamu_lightning.callbacks.goals._conditions import (
 from hamu_lightning.callbacks.goals._stopper import Stopper
 from hamu_lightning.callbacks.goals._targets import Chance, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._turns import Turns
+from hamu_lightning.callbacks.goals._unseen import SecondChoice, Unseen
 from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
 
 __all__ = [
@@ -26,12 +27,14 @@ __all__ = [
     "Infeasible",
     "NotFinite",
     "RetainAbove",
+    "SecondChoice",
     "StopCondition",
     "StopOn",
     "StopReason",
     "Stopper",
     "Target",
     "Turns",
+    "Unseen",
     "Verifier",
     "VerifySteps",
     "as_conditions",

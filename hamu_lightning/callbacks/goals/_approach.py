@@ -15,7 +15,9 @@ from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
 from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, in_order, one_by_one, read_beside, shorten
-from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, as_target
+from hamu_lightning.callbacks.goals._surroundings import Surroundings
+from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, Target, as_target
+from hamu_lightning.callbacks.goals._unseen import AnswerTarget
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
@@ -223,10 +225,15 @@ class Approach:
         if isinstance(target, float):
             aim.target = torch.tensor(target)
         elif aim.target is None or (target.every and aim.taken % target.every == 0):
-            aim.target = level = self._measure(target.measure, *step)
+            aim.target = level = self._measure_target(target, *step)
             self._check(level, f"the target {target}", target.data if isinstance(target, Holdout) else (), step)
         assert aim.target is not None
         return aim.target
+
+    def _measure_target(self, target: Target, *step: Any) -> Tensor:
+        if not isinstance(target, AnswerTarget):
+            return self._measure(target.measure, *step)
+        return target.prepare(Surroundings(self._trainer, self._reader, self._given, self._measure, step))
 
     def _look_at_forget_set(self, forget: MeasuringLoader, target: Tensor, *step: Any) -> Tensor:
         """The loss of the set, or of a part of a large one: then it is not known on all of it."""

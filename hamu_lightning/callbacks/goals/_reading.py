@@ -49,10 +49,10 @@ class Reader:
             self._open[id(data)] = data, batches
         return self._open[id(data)][1]
 
-    def find(self, data: Any) -> Any:
-        """The loader that is read, where there is one for the data."""
+    def find(self, data: Any, target: str = "Holdout") -> Any:
+        """The loader that is read, where there is one for the data; `target` is named in errors."""
         if data is None:
-            return self._validation_loader()
+            return self._validation_loader(target)
         return self._load_as_in_training(data) if is_data(data) else data
 
     def close(self) -> None:
@@ -61,15 +61,15 @@ class Reader:
             if isinstance(batches, MeasuringLoader):
                 batches.close()
 
-    def _validation_loader(self) -> Any:
+    def _validation_loader(self, target: str) -> Any:
         loaders = self._trainer.val_dataloaders
         if isinstance(loaders, list | tuple) and len(loaders) == 1:
             loaders = loaders[0]
         if loaders is None or isinstance(loaders, list | tuple | Mapping):
             found = "has none" if loaders is None else f"has {len(loaders)} validation loaders"
             raise HAMUMisconfigurationError(
-                f"Expected one validation loader for Holdout() without data, but the Trainer {found} in this fit. "
-                "Pass trainer.fit(..., val_dataloaders=loader), or Holdout(data)."
+                f"Expected one validation loader for {target}() without data, but the Trainer {found} in this fit. "
+                f"Pass trainer.fit(..., val_dataloaders=loader), or {target}(data)."
             )
         return loaders
 

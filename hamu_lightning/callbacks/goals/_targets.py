@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from hamu_lightning.callbacks.passes import HoldsData
 from hamu_lightning.checks import check_count, check_number, check_optional, describe, is_iterable, store
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.objectives import Objective
 
 # From this share of a target on it counts as reached: what is left is less than one batch can tell. Judged in
 # `Approach.is_at_target`.
@@ -26,9 +27,11 @@ class Target(ABC):
 
     Attributes:
         every: Measured again after so many combined steps; None: once, at the start.
+        objective: What is raised to come to it; None for the loss, or the objective that the user chose.
     """
 
     every: int | None = None
+    objective: Objective | None = None
 
     @abstractmethod
     def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
@@ -77,12 +80,7 @@ class Holdout(HoldsData, Target):
     def __post_init__(self) -> None:
         """Check the data."""
         store(self, every=check_optional(check_count, "every", self.every))
-        if self.data is not None and not is_iterable(self.data):
-            raise HAMUValueError(f"Expected `data` to be a DataLoader or a Dataset, but got {describe(self.data)}.")
-        if isinstance(self.data, Sized) and len(self.data) == 0:
-            raise HAMUValueError(
-                f"Expected held-out data to measure the target on, but the {type(self.data).__name__} is empty."
-            )
+        check_held_out(self.data)
 
     def measure(self, module: nn.Module, mean_loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
         """Return the mean loss on the held-out data."""
@@ -136,6 +134,20 @@ class Measured(Target):
     def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
         """Return what the function returns."""
         return self.function(module)
+
+
+def check_held_out(data: object) -> None:
+    """Raise unless something, or None, can be held-out data.
+
+    Raises:
+        HAMUValueError: Otherwise.
+    """
+    if data is not None and not is_iterable(data):
+        raise HAMUValueError(f"Expected `data` to be a DataLoader or a Dataset, but got {describe(data)}.")
+    if isinstance(data, Sized) and len(data) == 0:
+        raise HAMUValueError(
+            f"Expected held-out data to measure the target on, but the {type(data).__name__} is empty."
+        )
 
 
 def as_target(target: Any) -> Target | float:

@@ -4,6 +4,7 @@ from hamu_lightning.callbacks.passes._absent import AbsentData, HoldsData
 from hamu_lightning.callbacks.passes._bare_pass import BarePass, check_module, without_trainer
 from hamu_lightning.callbacks.passes._batches import split_batch
 from hamu_lightning.callbacks.passes._batchnorm import FrozenBatchNorm, batchnorm_frozen
+from hamu_lightning.callbacks.passes._classes import read_labels
 from hamu_lightning.callbacks.passes._forget_pass import (
     ForgetPass,
     NoLossError,
@@ -13,7 +14,7 @@ from hamu_lightning.callbacks.passes._forget_pass import (
 )
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
-from hamu_lightning.callbacks.passes._objective import wrap_step
+from hamu_lightning.callbacks.passes._objective import with_objective, wrap_step
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
 from hamu_lightning.callbacks.passes._samples import split_forget
 from hamu_lightning.callbacks.passes._sources import (
@@ -47,9 +48,11 @@ __all__ = [
     "find_loader",
     "is_data",
     "name_sources",
+    "read_labels",
     "split_batch",
     "split_forget",
     "twin_loader",
+    "with_objective",
     "without_trainer",
     "wrap_step",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hamu_lightning.callbacks import _compat
@@ -30,6 +30,12 @@ def wrap_step(step: Callable[..., Any], objective: Objective | None, trainer: Tr
     if objective is None or isinstance(objective, ModuleLoss):
         return step
     return _ObjectiveStep(step, objective, trainer.lightning_module)
+
+
+def with_objective(step: Callable[..., Any], objective: Objective) -> Callable[..., Any]:
+    """The same with another objective, for a step that returns one."""
+    assert isinstance(step, _ObjectiveStep)
+    return replace(step, objective=objective)
 
 
 def is_wrapped(step: Callable[..., Any]) -> bool:

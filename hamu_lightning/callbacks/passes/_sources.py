@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,24 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
-from hamu_lightning.loaders import load_like
+from hamu_lightning.loaders import length_of, load_like
 from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+# A forget batch of a fit with a target is as large as the set, up to this.
+_LARGE = 256
+
 
 def find_loader(
-    trainer: Trainer, name: str, source: Any, batch_size: int | None, *, is_forgotten: bool = True
+    trainer: Trainer,
+    name: str,
+    source: Any,
+    batch_size: int | None,
+    *,
+    is_forgotten: bool = True,
+    leads_to_target: bool = False,
 ) -> Iterable[Any] | None:
     """Return the loader of a group, as one process would read it, or None where the training loader brings its batches.
 
@@ -32,6 +42,9 @@ def find_loader(
         source: What the user gave: a DataLoader or another iterable of batches, a Dataset, or None.
         batch_size: For a Dataset; default: the training loader's.
         is_forgotten: Whether the group is to be forgotten, so that the retain stream should not hold its samples.
+        leads_to_target: Whether a target is to be reached on it. The default for a Dataset is then all of it in one
+            batch, or in equal ones of up to 256 samples, over all processes: what a step promises on a few samples does
+            not hold for the others.
 
     Raises:
         HAMUMisconfigurationError: If nothing was found, or it is empty.
@@ -56,6 +69,8 @@ def find_loader(
             "batch size. Set it there."
         )
     check_not_empty(source)
+    if is_dataset and batch_size is None and leads_to_target:
+        batch_size = _choose_batch_size(trainer, source, train)
     loader = _build_loader(source, train, batch_size) if is_dataset else source
     check_not_empty(loader)
     if is_forgotten:
@@ -124,6 +139,15 @@ def _call_hook(trainer: Trainer) -> Any:
         if callable(hook):
             return hook()
     return None
+
+
+def _choose_batch_size(trainer: Trainer, dataset: Any, train: Any) -> int | None:
+    """The size of few equal batches; None for a stream, and where samples are ready batches."""
+    is_ready = getattr(train, "batch_size", 1) is None and getattr(train, "batch_sampler", None) is None
+    size = length_of(dataset)
+    if size is None or isinstance(dataset, IterableDataset) or is_ready:
+        return None
+    return math.ceil(math.ceil(size / math.ceil(size / _LARGE)) / _compat.count_data_parallel(trainer))
 
 
 def _build_loader(dataset: Any, train: Any, batch_size: int | None) -> DataLoader[Any]:

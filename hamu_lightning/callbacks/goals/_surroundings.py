@@ -1,0 +1,125 @@
+"""What is around a target at the start of a fit: the data to forget, held-out data, and those that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks.goals._reading import Reader
+from hamu_lightning.callbacks.passes import MeasuringLoader, read_labels, with_objective
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.loaders import load_like
+from hamu_lightning.objectives import ClassReader, Objective
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class Surroundings:
+    """Reads data beside a fit, each process all of them.
+
+    Args:
+        trainer: The trainer, with its loaders set up.
+        reader: Opens held-out data.
+        given: The loader of what is to be forgotten, as the user gave it.
+        measure: Gives a level, as for `Target.measure`, with a step.
+        step: Runs a batch of what is to be forgotten, with the arguments of the retain batch.
+
+    Attributes:
+        forget: The batches of what is to be forgotten, read beside the fit.
+
+    Raises:
+        HAMUMisconfigurationError: If these cannot be read beside it.
+    """
+
+    def __init__(
+        self, trainer: Trainer, reader: Reader, given: Any, measure: Callable[..., Tensor], step: tuple[Any, ...]
+    ) -> None:
+        self._trainer, self._reader, self._given = trainer, reader, given
+        self._measure, self._step = measure, step
+        self.forget = self._open_forget()
+
+    def run(self, objective: Objective, batches: Iterable[Any]) -> Tensor:
+        """The mean of an objective over batches, 0-d."""
+        step, *args = self._step
+        return self._measure(lambda module, mean, batch: mean(batches), with_objective(step, objective), *args)
+
+    def open_held_out(self, data: Any) -> Iterable[Any]:
+        """The batches of held-out data, as for `Holdout`; warns where they are not."""
+        loader = undivided(self._reader.find(data, "Unseen"))
+        self._reader.warn_about_shared_samples(loader, self._given)
+        return self._reader.open(loader)
+
+    def count_retained(self, forget: ClassReader) -> Tensor:
+        """How many retain samples each class has, int64 `[C]`.
+
+        Labels of datasets count where they can be read, and those of the forget set are what was read of it; else a
+        pass over the retain data is made.
+
+        Args:
+            forget: What was read of the forget set.
+
+        Raises:
+            HAMUMisconfigurationError: If the retain data cannot be read.
+        """
+        retain = self._find_retain()
+        labels, own = read_labels(retain), read_labels(self._given)
+        if labels is not None and own is not None and torch.equal(own.sort().values, forget.labels.sort().values):
+            if int(labels.min()) >= 0 and int(labels.max()) < forget.classes:
+                return torch.bincount(labels, minlength=forget.classes)
+        return self._count_by_pass(retain, forget)
+
+    def agree(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of the first process: others may have rounded differently."""
+        agreed: dict[str, Any] = self._trainer.strategy.broadcast(state)
+        return agreed
+
+    def _open_forget(self) -> MeasuringLoader:
+        try:
+            return MeasuringLoader(self._given)
+        except HAMUValueError as error:
+            raise HAMUMisconfigurationError(
+                f"Expected data to forget that can be read before the first step, but they cannot: {error}"
+            ) from error
+
+    def _find_retain(self) -> Any:
+        train = _compat.train_loader_parts(self._trainer)
+        if isinstance(train, Mapping) and "retain" in train:
+            train = train["retain"]
+        return undivided(train) if isinstance(train, DataLoader) else _compat.train_batches(self._trainer)
+
+    def _count_by_pass(self, retain: Any, forget: ClassReader) -> Tensor:
+        reader = forget.for_labels()
+        try:
+            batches = MeasuringLoader(retain)
+            if batches.length is None:
+                raise HAMUValueError("a stream has no end that is known")
+        except HAMUValueError as error:
+            raise _refuse(error) from error
+        try:
+            self.run(reader, batches)
+        finally:
+            batches.close()
+        return reader.count()
+
+
+def undivided(loader: Any) -> Any:
+    """All of the data of a loader of which each process has a part."""
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
+        if not isinstance(loader.dataset, IterableDataset):
+            return load_like(loader.dataset, loader, batch_size=loader.batch_size)
+    return loader
+
+
+def _refuse(error: Exception) -> HAMUMisconfigurationError:
+    return HAMUMisconfigurationError(
+        "Expected to count how many samples of each class stay, for Unseen(), but the retain data cannot be read "
+        f"beside the fit: {error}. Say it: Unseen(counts={{3: 0, 5: 400}}), for each class of the forget set how many "
+        "samples of it are retained."
+    )
