@@ -3,6 +3,15 @@
 What gives one number returns an `Estimate`: value, interval, number of samples, ideal value, and the reason of a NaN.
 """
 
+from hamu_lightning.metrics.functional._answers import (
+    forget_quality,
+    leak_at_k,
+    model_utility,
+    priv_leak,
+    truth_ratio,
+    truth_ratio_of_forgotten,
+    truth_ratio_of_kept,
+)
 from hamu_lightning.metrics.functional._classifier import calibration_error, trained_attack
 from hamu_lightning.metrics.functional._comparison import DISTANCES, Distance
 from hamu_lightning.metrics.functional._distances import (
@@ -31,6 +40,17 @@ from hamu_lightning.metrics.functional._ranks import (
     tpr_at_fpr,
 )
 from hamu_lightning.metrics.functional._shadow import KLOMValue, ULiRAValue, klom, lira_scores, u_lira
+from hamu_lightning.metrics.functional._tokens import (
+    TokenLosses,
+    exact_memorization,
+    extraction_strength,
+    gradient_norm_scores,
+    min_k_plus_plus_scores,
+    min_k_scores,
+    reference_scores,
+    token_losses,
+    zlib_scores,
+)
 
 __all__ = [
     "DISTANCES",
@@ -39,6 +59,7 @@ __all__ = [
     "IntervalMethod",
     "KLOMValue",
     "KSTest",
+    "TokenLosses",
     "ULiRAValue",
     "activation_distance",
     "agreement",
@@ -50,24 +71,39 @@ __all__ = [
     "bootstrap_auc",
     "calibration_error",
     "compute_auc",
+    "exact_memorization",
+    "extraction_strength",
+    "forget_quality",
+    "gradient_norm_scores",
     "js_divergence",
     "js_to_references",
     "kl_divergence",
     "kl_to_references",
     "klom",
     "ks_test",
+    "leak_at_k",
     "lira_scores",
     "log_odds",
     "log_odds_distance",
     "mean_estimate",
     "membership_auc",
+    "min_k_plus_plus_scores",
+    "min_k_scores",
+    "model_utility",
+    "priv_leak",
     "rate_estimate",
+    "reference_scores",
     "relearn_steps",
+    "token_losses",
     "tow",
     "tow_mia",
     "tpr_at_fpr",
     "trained_attack",
+    "truth_ratio",
+    "truth_ratio_of_forgotten",
+    "truth_ratio_of_kept",
     "u_lira",
     "undefined",
+    "zlib_scores",
     "zrf",
 ]
