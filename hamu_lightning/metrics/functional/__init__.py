@@ -28,6 +28,7 @@ from hamu_lightning.metrics.functional._distances import (
 from hamu_lightning.metrics.functional._estimate import Estimate, mean_estimate, rate_estimate, undefined
 from hamu_lightning.metrics.functional._gaps import anamnesis_index, average_gap, relearn_steps, tow, tow_mia
 from hamu_lightning.metrics.functional._inputs import as_numbers
+from hamu_lightning.metrics.functional._levels import accuracy, change, cross_entropies, ranks_among, share_surer
 from hamu_lightning.metrics.functional._ranks import (
     IntervalMethod,
     KSTest,
@@ -61,6 +62,7 @@ __all__ = [
     "KSTest",
     "TokenLosses",
     "ULiRAValue",
+    "accuracy",
     "activation_distance",
     "agreement",
     "anamnesis_index",
@@ -70,7 +72,9 @@ __all__ = [
     "balanced_accuracy",
     "bootstrap_auc",
     "calibration_error",
+    "change",
     "compute_auc",
+    "cross_entropies",
     "exact_memorization",
     "extraction_strength",
     "forget_quality",
@@ -91,9 +95,11 @@ __all__ = [
     "min_k_scores",
     "model_utility",
     "priv_leak",
+    "ranks_among",
     "rate_estimate",
     "reference_scores",
     "relearn_steps",
+    "share_surer",
     "token_losses",
     "tow",
     "tow_mia",
