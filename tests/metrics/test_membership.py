@@ -183,6 +183,12 @@ def test_samples_with_the_same_id_count_once() -> None:
     assert auc.compute() == updated(losses[first], is_member[first]).compute() != updated(losses, is_member).compute()
 
 
+def test_an_id_counts_within_its_class() -> None:
+    auc = MembershipAUC()
+    auc.update(torch.tensor([1.0, 2.0]), torch.tensor([True, False]), torch.tensor([5, 5]))
+    assert auc.compute() == 1.0
+
+
 def test_samples_without_ids_are_all_kept() -> None:
     losses, is_member = sample(40)
     losses, is_member = torch.cat([losses, losses[:7]]), torch.cat([is_member, is_member[:7]])

@@ -11,6 +11,8 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.metrics import (
@@ -188,6 +190,17 @@ def test_a_value_can_be_drawn(name: str) -> None:
     figure, axes = metric.plot()
     assert axes is not None
     plt.close(figure)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_update_reads_nothing_on_the_host(name: str) -> None:
+    """A fake tensor has no value that could be read."""
+    make, arguments, _ = CASES[name]
+    metric = make()
+    given = arguments(torch.arange(N))
+    with FakeTensorMode() as mode:
+        fake = tree_map_only(Tensor, mode.from_tensor, (given, torch.arange(N)))
+        metric.update(*fake[0], ids=fake[1])
 
 
 def test_which_way_is_better() -> None:

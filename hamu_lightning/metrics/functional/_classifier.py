@@ -142,7 +142,7 @@ def _attack(inside: Tensor, outside: Tensor, folds: int, seed: int) -> list[Esti
     truth = (torch.arange(len(features)) < len(inside)).numpy()
     parts = []
     for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed % 2**32).split(features, truth):
-        attack = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+        attack = make_pipeline(StandardScaler(), LogisticRegression())
         scores = attack.fit(features[train], truth[train]).decision_function(features[test])
         parts.append(auc(scores[truth[test]], scores[~truth[test]]))
     return parts

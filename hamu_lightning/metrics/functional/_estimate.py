@@ -119,6 +119,8 @@ def mean_estimate(
     if reason is not None:
         return undefined(reason, (n,), ideal)
     mean = float(values.mean())
+    if math.isnan(mean):
+        return undefined(f"infinite {what} of both signs have no mean", (n,), ideal)
     if n == 1 or not math.isfinite(mean):
         return Estimate(mean, n=(n,), ideal=ideal)
     half = z * float(values.std()) / math.sqrt(n)

@@ -189,8 +189,7 @@ def balanced_accuracy(members: Any, others: Any, threshold: float | None = None)
             1 - torch.searchsorted(scores.sort().values, torch.cat((inside, outside))).to(inside.dtype) / len(scores)
             for scores in (inside, outside)
         )
-        # Accusing nobody is a threshold as well, above all scores.
-        return Estimate(max(0.5, float((1 + found - falsely).max()) / 2), None, n, 0.5)
+        return Estimate(float((1 + found - falsely).max()) / 2, None, n, 0.5)
     shares = [float((inside >= threshold).double().mean()), float((outside < threshold).double().mean())]
     limits = [wilson(share, count, normal_quantile(0.95)) for share, count in zip(shares, n, strict=True)]
     low = math.hypot(*(share - limit[0] for share, limit in zip(shares, limits, strict=True)))

@@ -45,6 +45,11 @@ def test_mean_and_its_interval() -> None:
     assert mean.interval == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_interval_ends_at_the_limits() -> None:
+    assert mean_estimate([0.0, 1.0, 1.0, 1.0], limits=(0, 1)).interval == (pytest.approx(0.26, abs=0.01), 1)
+    assert mean_estimate([0.0, 0.0, 0.0, 1.0], limits=(0, 1)).interval == (0, pytest.approx(0.74, abs=0.01))
+
+
 def test_degenerate_means() -> None:
     assert mean_estimate([]).reason == "no sample was seen"
     assert mean_estimate([1.0, math.nan], "losses").reason == "1 of 2 losses are NaN"
