@@ -10,8 +10,8 @@
 A method is what is differentiated times how the two gradients are combined, or a direct edit of the weights. Each has
 one setting that is tuned, and is tried with the same number of values of it, with other seeds than are reported. Beside
 them stand models that were retrained with still other seeds: nobody can be expected to come closer than these are to
-each other. Prints the table in two parts, and writes JSON, CSV and a picture. A run that was interrupted goes on where it
-stopped.
+each other. Prints the table in two parts, and writes JSON, CSV and a picture. A run that was interrupted goes on where
+it stopped.
 """
 
 from __future__ import annotations
