@@ -41,6 +41,7 @@ JUNK: dict[str, Any] = {
     "complex": 1j,
 }
 LOADER = [torch.ones(2, 32)]
+ONE, TWO = torch.arange(3.0), torch.arange(6.0).reshape(3, 2)
 RULE = rules.HAMUQ(1e-3, radius=rules.FixedRadius(0.1))
 
 
@@ -161,8 +162,42 @@ DOORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "MembershipAUC.interval": (
         lambda **a: metrics.MembershipAUC().interval(**a),
-        {"confidence": 0.9, "samples": 10, "seed": 0},
+        {"confidence": 0.9, "samples": 10, "seed": 0, "method": "bootstrap"},
     ),
+    **{
+        name: (getattr(metrics.functional, name), arguments)
+        for name, arguments in {
+            "js_divergence": {"p": TWO, "q": TWO},
+            "js_to_references": {"scores": TWO, "references": [TWO], "unit": "nats"},
+            "kl_to_references": {"scores": TWO, "references": TWO, "direction": "reverse"},
+            "agreement": {"scores": TWO, "references": TWO},
+            "log_odds_distance": {"scores": TWO, "references": TWO, "labels": [0, 1, 1]},
+            "auc": {"members": ONE, "others": ONE, "interval": "delong", "confidence": 0.9, "samples": 10, "seed": 0},
+            "tpr_at_fpr": {"members": ONE, "others": ONE, "fpr": 0.1},
+            "balanced_accuracy": {"members": ONE, "others": ONE, "threshold": 0.5},
+            "ks_test": {"losses": ONE, "other_losses": ONE},
+            "lira_scores": {"scores": ONE, "out_scores": TWO.T, "in_scores": TWO.T, "spread": "all"},
+            "u_lira": {"unlearned": TWO, "retrained": TWO, "spread": "all"},
+            "klom": {"unlearned": TWO, "retrained": TWO, "bins": 3, "clip": 1.0, "eps": 1e-5},
+            "average_gap": {"numbers": {"RA": 0.5}, "retrained": {"RA": 0.5}, "names": ["RA"]},
+            "tow": {"accuracies": {"FA": 0.5, "RA": 1.0, "TA": 1.0}, "retrained": {"FA": 0.5, "RA": 1.0, "TA": 1.0}},
+            "relearn_steps": {"accuracies": [0.5], "original": 0.5, "alpha": 0.1},
+            "anamnesis_index": {"steps": 1, "retrained": 2},
+            "calibration_error": {"scores": TWO, "labels": [0, 1, 1], "bins": 3, "norm": "l1"},
+            "mean_estimate": {"values": ONE, "confidence": 0.9},
+            "rate_estimate": {"hits": 1, "n": 2, "confidence": 0.9},
+        }.items()
+    },
+    "JSToReference.update": (
+        lambda **a: metrics.JSToReference().update(**a),
+        {"scores": TWO, "references": TWO, "ids": None},
+    ),
+    "KSOfLosses.update": (
+        lambda **a: metrics.KSOfLosses().update(**a),
+        {"losses": ONE, "reference_losses": ONE, "ids": None},
+    ),
+    "KLOM.update": (lambda **a: metrics.KLOM().update(**a), {"unlearned": TWO, "retrained": TWO, "ids": None}),
+    "ULiRA": (metrics.ULiRA, {"of": "auc", "spread": "all"}),
 }
 
 

@@ -7,6 +7,7 @@ from hamu_lightning.methods._fisher import SampleLosses, classifier_losses, empi
 from hamu_lightning.methods._fisher_forgetting import FisherForgetting
 from hamu_lightning.methods._problem import Run
 from hamu_lightning.methods._protocol import DataSource, Method
+from hamu_lightning.methods._relearn import Relearning, relearn
 from hamu_lightning.methods._retrain import Retrain
 from hamu_lightning.methods._ssd import SSD
 from hamu_lightning.methods._training_run import TrainingRun
@@ -19,6 +20,7 @@ __all__ = [
     "FisherForgetting",
     "Method",
     "Parts",
+    "Relearning",
     "Retrain",
     "Run",
     "SampleLosses",
@@ -28,4 +30,5 @@ __all__ = [
     "compare",
     "empirical_fisher",
     "expected_fisher",
+    "relearn",
 ]

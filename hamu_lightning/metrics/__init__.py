@@ -1,7 +1,35 @@
-"""torchmetrics classes: both objectives, the hardness of their conflict, and membership inference."""
+"""torchmetrics classes: both objectives, the hardness of their conflict, membership, distances to retrained models."""
 
 from hamu_lightning.metrics._hardness import Hardness, HardnessValue
 from hamu_lightning.metrics._membership import Interval, MembershipAUC
+from hamu_lightning.metrics._pools import KLOM, ULiRA
+from hamu_lightning.metrics._references import (
+    ZRF,
+    ActivationDistance,
+    Agreement,
+    JSToReference,
+    KLToReference,
+    KSOfLosses,
+    LogOddsDistance,
+)
 from hamu_lightning.metrics._running_objective import Objective, RunningObjective
+from hamu_lightning.metrics.functional import Estimate
 
-__all__ = ["Hardness", "HardnessValue", "Interval", "MembershipAUC", "Objective", "RunningObjective"]
+__all__ = [
+    "KLOM",
+    "ZRF",
+    "ActivationDistance",
+    "Agreement",
+    "Estimate",
+    "Hardness",
+    "HardnessValue",
+    "Interval",
+    "JSToReference",
+    "KLToReference",
+    "KSOfLosses",
+    "LogOddsDistance",
+    "MembershipAUC",
+    "Objective",
+    "RunningObjective",
+    "ULiRA",
+]

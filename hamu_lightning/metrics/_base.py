@@ -1,18 +1,15 @@
-"""What all metrics share: the options and pictures of torchmetrics, and one reading of numbers."""
+"""What all metrics share: the options and pictures of torchmetrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
 from hamu_lightning.checks import describe
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.gramian import widest_float
 
 
 class HAMUMetric(Metric):
@@ -50,29 +47,6 @@ class HAMUMetric(Metric):
         """
         val = self.compute() if val is None else val
         return self._plot(_by_name(val) if hasattr(val, "_asdict") else _each_by_name(val), ax)
-
-
-def as_numbers(name: str, values: Any, device: torch.device) -> Tensor:
-    """Return a tensor, an array or a list of real numbers as a tensor, detached; Python's numbers keep their digits.
-
-    Args:
-        name: The argument's name, as its caller knows it.
-        values: What was given.
-        device: Where it goes if it is no tensor.
-
-    Raises:
-        HAMUValueError: If these are no real numbers.
-    """
-    if not isinstance(values, Tensor):
-        dtype = None if hasattr(values, "dtype") else widest_float(device)
-        try:
-            values = torch.as_tensor(values, dtype=dtype, device=device)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise HAMUValueError(f"Expected `{name}` to hold numbers, but got {describe(values)}.") from error
-    if values.is_complex():
-        raise HAMUValueError(f"Expected `{name}` to hold real numbers, but got {describe(values)}.")
-    numbers: Tensor = values.detach()
-    return numbers
 
 
 def _by_name(value: Any) -> Any:

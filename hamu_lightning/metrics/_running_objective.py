@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from hamu_lightning.checks import check_count, check_number, check_optional, describe
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.metrics._base import HAMUMetric, as_numbers
+from hamu_lightning.metrics._base import HAMUMetric
 from hamu_lightning.metrics._dtype import state_float
+from hamu_lightning.metrics.functional import as_numbers
 
 
 class Objective(NamedTuple):

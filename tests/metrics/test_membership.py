@@ -247,7 +247,7 @@ def test_interval_draws_do_not_depend_on_the_piece_size_in_law(monkeypatch: pyte
     losses, is_member = sample(120)
     auc = updated(losses, is_member)
     whole = auc.interval(samples=4000)
-    monkeypatch.setattr("hamu_lightning.metrics._membership._PIECE", 1000)
+    monkeypatch.setattr("hamu_lightning.metrics.functional._ranks._PIECE", 1000)
     pieces = auc.interval(samples=4000)
     width = float(whole.upper - whole.lower)
     # The standard error of a 2.5 % quantile of 4000 draws is 0.011 of the width; six of them for a difference.

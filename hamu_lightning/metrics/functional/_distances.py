@@ -7,28 +7,18 @@ every distance here: leave one model out of the pool, and measure it against the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hamu_lightning.checks import check_choice
-from hamu_lightning.metrics.functional._estimate import (
-    Estimate,
-    Range,
-    mean_estimate,
-    rate_estimate,
-    scaled,
-    undefined,
-    why_not,
-)
+from hamu_lightning.metrics.functional._comparison import DISTANCES, js_of, kl_of, phi_of
+from hamu_lightning.metrics.functional._estimate import Estimate, undefined, why_not
 from hamu_lightning.metrics.functional._inputs import as_labels, as_log_probs, as_pool, check_same_shape
 
 Unit = Literal["share", "nats"]
 Direction = Literal["forward", "reverse"]
-NO_REFERENCE = "no reference was given"
 
 
 def kl_divergence(p: Any, q: Any) -> Tensor:
@@ -54,9 +44,7 @@ def kl_divergence(p: Any, q: Any) -> Tensor:
         >>> [round(kl.item(), 4) for kl in (kl_divergence(p.log(), q.log()), kl_divergence(q.log(), p.log()))]
         [0.1438, 0.1308]
     """
-    log_p, log_q = _pair(p, q)
-    # A sum of terms of both signs: rounding may leave it a little below 0, which it cannot be.
-    return _kl(log_p, log_q).clamp_min(0)
+    return kl_of(*_pair(p, q))
 
 
 def js_divergence(p: Any, q: Any) -> Tensor:
@@ -75,11 +63,12 @@ def js_divergence(p: Any, q: Any) -> Tensor:
         HAMUValueError: If the shapes are others.
 
     Example:
+        >>> import math
         >>> p, q = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> js_divergence(p.log(), q.log()) / math.log(2)
         tensor([1.], dtype=torch.float64)
     """
-    return _js(*_pair(p, q))
+    return js_of(*_pair(p, q))
 
 
 def js_to_references(scores: Any, references: Any, *, unit: Unit = "share") -> Estimate:
@@ -109,9 +98,7 @@ def js_to_references(scores: Any, references: Any, *, unit: Unit = "share") -> E
         nan: no reference was given
     """
     check_choice("unit", unit, get_args(Unit))
-    log_p, most = as_log_probs("scores", scores), math.log(2)
-    nats = _mean_over_pool(log_p, references, _js, limits=(0, most))
-    return nats if unit == "nats" else scaled(nats, lambda value: value / most, ideal=0)
+    return _measure("js" if unit == "share" else "js_nats", scores, references)
 
 
 def kl_to_references(scores: Any, references: Any, *, direction: Direction = "forward") -> Estimate:
@@ -139,9 +126,7 @@ def kl_to_references(scores: Any, references: Any, *, direction: Direction = "fo
         0.1308
     """
     check_choice("direction", direction, get_args(Direction))
-    log_p = as_log_probs("scores", scores)
-    measure = (lambda ours, theirs: _kl(theirs, ours)) if direction == "forward" else _kl
-    return _mean_over_pool(log_p, references, lambda a, b: measure(a, b).clamp_min(0), limits=(0, math.inf))
+    return _measure(f"kl_{direction}", scores, references)
 
 
 def agreement(scores: Any, references: Any) -> Estimate:
@@ -166,12 +151,7 @@ def agreement(scores: Any, references: Any) -> Estimate:
         >>> print(agreement(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])))
         0.5 [0.09453, 0.9055] (n = 2, ideal 1)
     """
-    log_p = as_log_probs("scores", scores)
-    pool = as_pool(references, log_p)
-    mean = _mean_over_pool(log_p, pool, _is_same_class, limits=(0, 1), ideal=1)
-    if mean.reason is not None or len(pool) > 1:
-        return mean
-    return rate_estimate(int(_is_same_class(log_p, pool[0]).sum()), len(log_p), ideal=1)
+    return _measure("agreement", scores, references)
 
 
 def activation_distance(scores: Any, references: Any) -> Estimate:
@@ -197,8 +177,7 @@ def activation_distance(scores: Any, references: Any) -> Estimate:
         >>> round(float(activation_distance(p.log(), q.log())), 4)
         0.7071
     """
-    log_p = as_log_probs("scores", scores)
-    return _mean_over_pool(log_p, references, lambda a, b: (a.exp() - b.exp()).norm(dim=1), limits=(0, math.sqrt(2)))
+    return _measure("activation", scores, references)
 
 
 def zrf(scores: Any, teacher: Any) -> Estimate:
@@ -226,7 +205,7 @@ def zrf(scores: Any, teacher: Any) -> Estimate:
         >>> float(zrf(logits, logits))
         1.0
     """
-    return scaled(js_to_references(scores, teacher), lambda share: 1 - share)
+    return _measure("zrf", scores, teacher)
 
 
 def log_odds(scores: Any, labels: Any) -> Tensor:
@@ -241,7 +220,7 @@ def log_odds(scores: Any, labels: Any) -> Tensor:
         labels: integer `[N]`, classes from 0 to K - 1.
 
     Returns:
-        `[N]`; infinite where p_y is exactly 0 or 1.
+        `[N]`; infinite where p_y is exactly 0 or 1, NaN where the label is none of the classes (-100, say).
 
     Raises:
         HAMUValueError: If the shapes are others.
@@ -251,7 +230,7 @@ def log_odds(scores: Any, labels: Any) -> Tensor:
         tensor([ 2., 60.], dtype=torch.float64)
     """
     log_p = as_log_probs("scores", scores)
-    return _phi(log_p, as_labels(labels, log_p))
+    return phi_of(log_p, as_labels(labels, log_p))
 
 
 def log_odds_distance(scores: Any, references: Any, labels: Any) -> Estimate:
@@ -278,14 +257,7 @@ def log_odds_distance(scores: Any, references: Any, labels: Any) -> Estimate:
         >>> float(log_odds_distance(model, retrained, torch.tensor([0, 0])))
         2.0
     """
-    log_p = as_log_probs("scores", scores)
-    classes = as_labels(labels, log_p)
-
-    def compare(ours: Tensor, theirs: Tensor) -> Tensor:
-        phi, other = _phi(ours, classes), _phi(theirs, classes)
-        return torch.where(phi == other, 0.0, (phi - other).abs())
-
-    return _mean_over_pool(log_p, references, compare, limits=(0, math.inf))
+    return _measure("log_odds", scores, references, labels)
 
 
 def _pair(p: Any, q: Any) -> tuple[Tensor, Tensor]:
@@ -294,43 +266,15 @@ def _pair(p: Any, q: Any) -> tuple[Tensor, Tensor]:
     return log_p, log_q.to(log_p.device)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    # 0 log 0 is 0 here, and NaN in floating point.
-    return torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(dim=1)
-
-
-def _js(log_p: Tensor, log_q: Tensor) -> Tensor:
-    middle = torch.logaddexp(log_p, log_q) - math.log(2)
-    # In [0, ln 2] but for rounding.
-    return ((_kl(log_p, middle) + _kl(log_q, middle)) / 2).clamp(0, math.log(2))
-
-
-def _is_same_class(log_p: Tensor, log_q: Tensor) -> Tensor:
-    same = (log_p.argmax(dim=1) == log_q.argmax(dim=1)).to(log_p.dtype)
-    # argmax takes NaN for the largest.
-    return torch.where(log_p.isnan().any(dim=1) | log_q.isnan().any(dim=1), torch.nan, same)
-
-
-def _phi(log_p: Tensor, labels: Tensor) -> Tensor:
-    index = labels[:, None]
-    others = log_p.scatter(1, index, -math.inf).logsumexp(dim=1)
-    return log_p.gather(1, index)[:, 0] - others
-
-
-def _mean_over_pool(
-    log_p: Tensor,
-    references: Any,
-    compare: Callable[[Tensor, Tensor], Tensor],
-    limits: Range,
-    ideal: float = 0,
-) -> Estimate:
+def _measure(name: str, scores: Any, references: Any, labels: Any = None) -> Estimate:
     """The mean of a comparison over the pool, sample by sample, and then over the samples."""
-    pool = as_pool(references, log_p)
+    distance, log_p = DISTANCES[name], as_log_probs("scores", scores)
+    pool, n = as_pool(references, log_p), (len(log_p),)
+    classes = as_labels(labels, log_p) if distance.needs_labels else None
     if not pool:
-        return undefined(NO_REFERENCE, (len(log_p),), ideal)
+        return undefined("no reference was given", n, distance.ideal)
     for whose, members in (("the model", [log_p]), ("the references", pool)):
         reason = why_not(torch.stack([member.sum(dim=1) for member in members]).sum(dim=0), f"predictions of {whose}")
         if reason is not None:
-            return undefined(reason, (len(log_p),), ideal)
-    values = torch.stack([compare(log_p, member) for member in pool]).mean(dim=0)
-    return mean_estimate(values, "distances", ideal=ideal, limits=limits)
+            return undefined(reason, n, distance.ideal)
+    return distance.summarise(distance.compare_all(log_p, pool, classes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,6 +119,8 @@ def mean_estimate(
     if reason is not None:
         return undefined(reason, (n,), ideal)
     mean = float(values.mean())
+    if math.isnan(mean):
+        return undefined(f"infinite {what} of both signs have no mean", (n,), ideal)
     if n == 1 or not math.isfinite(mean):
         return Estimate(mean, n=(n,), ideal=ideal)
     half = z * float(values.std()) / math.sqrt(n)
@@ -176,13 +177,3 @@ def why_not(values: Tensor, what: str) -> str | None:
         return "no sample was seen"
     n_nan = int(values.isnan().sum())
     return f"{n_nan} of {n} {what} are NaN" if n_nan else None
-
-
-def scaled(estimate: Estimate, map_: Callable[[float], float], ideal: float | None = None) -> Estimate:
-    """A monotone map of an estimate: its value and, in order, both limits."""
-    if estimate.reason is not None:
-        return undefined(estimate.reason, estimate.n, ideal)
-    limits = None if estimate.interval is None else sorted(map(map_, estimate.interval))
-    return Estimate(
-        map_(estimate.value), None if limits is None else (limits[0], limits[1]), estimate.n, ideal, bound=None
-    )

@@ -80,13 +80,16 @@ def as_labels(labels: Any, scores: Tensor) -> Tensor:
             f"Expected `labels` to be integers of shape [{n}], one class per sample, but got {numbers.dtype} of shape "
             f"{list(numbers.shape)}."
         )
-    numbers = numbers.to(scores.device).long()
-    if n and not bool(((numbers >= 0) & (numbers < k)).all()):
+    return numbers.to(scores.device).long()
+
+
+def check_classes(labels: Tensor, scores: Tensor) -> None:
+    """Raise unless all labels are classes. It reads them on the host."""
+    if not bool(((labels >= 0) & (labels < scores.shape[1])).all()):
         raise HAMUValueError(
-            f"Expected `labels` to be classes from 0 to {k - 1}, but got others. "
+            f"Expected `labels` to be classes from 0 to {scores.shape[1] - 1}, but got others. "
             "Leave out samples with an ignored label such as -100."
         )
-    return numbers
 
 
 def as_pool(references: Any, like: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ Spread = Literal["sample", "all"]
 _SMALLEST_SD = 1e-30
 
 
-class ULiRA(NamedTuple):
+class ULiRAValue(NamedTuple):
     """What an attacker with shadow models can tell of unlearned and never-trained models; ideal is 0.5 each."""
 
     accuracy: Estimate
@@ -37,7 +37,7 @@ class ULiRA(NamedTuple):
     """`[N]`, the accuracy for each sample."""
 
 
-class KLOM(NamedTuple):
+class KLOMValue(NamedTuple):
     """KL divergence of margins, over the samples, nats; ideal is what two halves of the retrained models have."""
 
     mean: Estimate
@@ -90,7 +90,7 @@ def lira_scores(scores: Any, out_scores: Any, in_scores: Any = None, *, spread: 
     return _log_density(phi, mean_in, sd_in) - _log_density(phi, mean_out, sd_out)
 
 
-def u_lira(unlearned: Any, retrained: Any, *, spread: Spread = "sample") -> ULiRA:
+def u_lira(unlearned: Any, retrained: Any, *, spread: Spread = "sample") -> ULiRAValue:
     """LiRA for unlearning: can unlearned models be told from models never trained on the samples?
 
     Hayes et al. 2024, arXiv 2403.01218. For each sample two normal distributions are fitted, to its log-odds by
@@ -127,7 +127,7 @@ def u_lira(unlearned: Any, retrained: Any, *, spread: Spread = "sample") -> ULiR
     n = (len(ours), len(theirs), samples)
     if reason is not None:
         nan = undefined(reason, n, 0.5)
-        return ULiRA(
+        return ULiRAValue(
             nan, nan, undefined(reason, n, 0.001), undefined(reason, n, 0.01), ours.new_full((samples,), math.nan)
         )
     members: list[Tensor] = []
@@ -143,10 +143,10 @@ def u_lira(unlearned: Any, retrained: Any, *, spread: Spread = "sample") -> ULiR
     flat = inside.flatten(), outside.flatten()
     low, high = (Estimate(tpr_at_fpr(*flat, fpr).value, None, n, fpr) for fpr in (0.001, 0.01))
     area = Estimate(auc(*flat, interval=None).value, None, n, 0.5)
-    return ULiRA(Estimate(accuracy.value, accuracy.interval, n, 0.5), area, low, high, per_sample)
+    return ULiRAValue(Estimate(accuracy.value, accuracy.interval, n, 0.5), area, low, high, per_sample)
 
 
-def klom(unlearned: Any, retrained: Any, *, bins: int = 20, clip: float = 100.0, eps: float = 1e-5) -> KLOM:
+def klom(unlearned: Any, retrained: Any, *, bins: int = 20, clip: float = 100.0, eps: float = 1e-5) -> KLOMValue:
     """KL divergence of margins: how differently unlearned and retrained models judge each sample (2410.23232).
 
         KLOM(x) = KL(histogram of the unlearned models' margins || that of the retrained models'), nats
@@ -192,11 +192,11 @@ def klom(unlearned: Any, retrained: Any, *, bins: int = 20, clip: float = 100.0,
         reason = reason or (f"{n_nan} margins of {name} models are NaN" if n_nan else None)
     if reason is not None:
         nan = undefined(reason, n, 0)
-        return KLOM(nan, nan, nan, ours.new_full((samples,), math.nan))
+        return KLOMValue(nan, nan, nan, ours.new_full((samples,), math.nan))
     values = _compare_histograms(ours.clamp(-clip, clip), theirs.clamp(-clip, clip), bins, eps)
     mean = mean_estimate(values, "divergences", ideal=0, limits=(0, math.inf))
     p95, p99 = (Estimate(float(_quantile(values, q)), None, n, 0) for q in (0.95, 0.99))
-    return KLOM(Estimate(mean.value, mean.interval, n, 0), p95, p99, values)
+    return KLOMValue(Estimate(mean.value, mean.interval, n, 0), p95, p99, values)
 
 
 def _compare_histograms(ours: Tensor, theirs: Tensor, bins: int, eps: float) -> Tensor:
