@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> Comparison:
     ways = {**WAYS, **(runpy.run_path(str(args.more))["WAYS"] if args.more else {})}
     methods = {
         f"{name}, {steps}": make_method(problem, data, ways[name], steps)
-        for name in (args.ways or ways)
+        for name in (ways if args.ways is None else args.ways)
         for steps in args.steps
     }
     return compare(

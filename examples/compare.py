@@ -10,8 +10,8 @@
 A method is what is differentiated times how the two gradients are combined, or a direct edit of the weights. Each has
 one setting that is tuned, and is tried with the same number of values of it, with other seeds than are reported. Beside
 them stand models that were retrained with still other seeds: nobody can be expected to come closer than these are to
-each other. Prints the table in two parts, and writes JSON, CSV and a picture. A run that was interrupted goes on where it
-stopped.
+each other. Prints the table in two parts, and writes JSON, CSV and a picture. A run that was interrupted goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from quickstart import prepare
 from torch.utils.data import Dataset, Subset
 
 from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, Holdout, compare
-from hamu_lightning.methods import SSD, Comparison, FisherForgetting, Method, Search, TrainingRun
+from hamu_lightning.methods import SSD, Comparison, FisherForgetting, Method, Parts, Search, TrainingRun, relearn
 from hamu_lightning.objectives import (
     DELETE,
     NPO,
@@ -248,9 +248,15 @@ def run(args: argparse.Namespace) -> tuple[Comparison, dict[str, Entry]]:
         seeds=range(args.seeds),
         pool=args.pool,
         trials=args.trials,
+        metrics={"relearn steps": partial(relearn_steps, cap=args.relearn)} if args.relearn else None,
         path_every=10,
     )
     return found, chosen
+
+
+def relearn_steps(module: LightningModule, parts: Parts, cap: int) -> float:
+    """Return how many steps on the forget set bring 95 % of it back; the cap where they do not."""
+    return float(relearn(module, parts.forget, steps=cap, until=0.95).steps(original=1.0))
 
 
 def format_settings(entries: Mapping[str, Entry], trials: int) -> str:
@@ -277,6 +283,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=3, help="values of each method's setting (default: 3)")
     parser.add_argument("--pool", type=int, help="models retrained with other seeds (default: 4; quick: 2)")
     parser.add_argument("--steps", type=int, default=30, help="steps of each method that takes steps (default: 30)")
+    parser.add_argument(
+        "--relearn", type=int, default=0, metavar="CAP", help="count steps of relearning up to this many"
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the methods (default: all)")
     parser.add_argument("--out", type=Path, default=Path("compare_out"), help="where to write (default: compare_out)")
     args = parser.parse_args(argv)

@@ -112,21 +112,33 @@ def compare(
     problem = Problem(
         module_factory, datamodule, forget, parts, options, metrics, tune_by, path_every, place, folder, key
     )
-    others = Pool(problem, pool_seeds)
+    return _run_all(problem, named, seeds, tune_seeds, Pool(problem, pool_seeds), trials)
+
+
+def _run_all(
+    problem: Problem,
+    named: Mapping[str, Method | Search],
+    seeds: Sequence[int],
+    tune_seeds: Sequence[int],
+    pool: Pool,
+    trials: int,
+) -> Comparison:
+    """Choose the values with some seeds, and run what was chosen with others."""
     searches = {name: method for name, method in named.items() if isinstance(method, Search)}
-    runs = [
-        run for seed in tune_seeds if searches for run in _tune(Bench(problem, seed, others.seen), searches, trials)
-    ]
-    chosen = {name: _choose(runs, name) if name in searches else 0 for name in (*REFERENCES, *named)}
+    runs: list[Run] = []
+    for seed in tune_seeds if searches else ():
+        runs += _tune(Bench(problem, seed, pool.seen), searches, trials)
+    chosen = {name: _choose(runs, name) if name in searches else 0 for name in ("retrained", "original", *named)}
     originals = []
     for seed in seeds:
-        bench = Bench(problem, seed, others.seen)
+        bench = Bench(problem, seed, pool.seen)
         originals.append(bench.original_seen)
+        there = {run.name for run in runs if run.seed == seed}
         runs += bench.references
-        tuned = {run.name for run in runs if run.seed == seed}
-        left = {name: method for name, method in named.items() if name not in tuned}
-        runs += [_run(bench, name, method, chosen[name], trials) for name, method in left.items()]
-    return Comparison([*runs, *others.runs(originals)], chosen, tune_by, tuple(seeds))
+        runs += [_run(bench, name, named[name], chosen[name], trials) for name in named if name not in there]
+    floor = pool.runs(originals)
+    chosen |= {run.name: 0 for run in floor}
+    return Comparison([*runs, *floor], chosen, problem.tune_by, tuple(seeds))
 
 
 def _choose_seeds(
@@ -174,7 +186,7 @@ def _name(methods: Mapping[str, Method | Search] | Sequence[Method]) -> dict[str
 
 def _check(methods: Mapping[str, Any], seeds: Sequence[int], trials: int, tune_by: str, path_every: int) -> None:
     if reserved := set(methods) & set(REFERENCES):
-        raise HAMUValueError(f"Expected other names than {sorted(reserved)}, which the two references have.")
+        raise HAMUValueError(f"Expected other names than {sorted(reserved)}, which the references have.")
     _check_seeds("seeds", seeds)
     check_count("trials", trials)
     check_count("path_every", path_every)

@@ -22,7 +22,7 @@ from hamu_lightning.methods._table import PERCENT, Column, confidence, format_bl
 from hamu_lightning.metrics.functional import klom, u_lira
 from hamu_lightning.report import plot_comparison
 
-REFERENCES = ("retrained", "original")
+REFERENCES = ("retrained", ANOTHER, "original")
 # So many unlearned and so many retrained models make a histogram, or a shadow model's distribution.
 MANY = 16
 Order: TypeAlias = Literal["JS", "KLOM", "gap"]
@@ -88,7 +88,8 @@ class Comparison:
 
     def ranking(self) -> list[str]:
         """Return the names of the methods, the best first, without the references."""
-        means = {name: self.mean(name, self.ordered_by) for name in self.chosen if name not in (*REFERENCES, ANOTHER)}
+        order = self.ordered_by
+        means = {name: self.mean(name, order) for name in self.chosen if name not in REFERENCES}
         return sorted(means, key=lambda name: (math.isnan(means[name]), means[name]))
 
     def mean(self, name: str, title: str) -> float:
@@ -132,7 +133,7 @@ class Comparison:
         KS, agreement, surer, the RA of the worst seed and U-LiRA in percent, log-odds, KL and KLOM in nats, time in
         seconds, memory in MiB.
         """
-        names = [name for name in ("retrained", ANOTHER, "original") if self.best(name)] + self.ranking()
+        names = [name for name in REFERENCES if name in self.chosen] + self.ranking()
         labels = {name: f"{name:<22.22}" for name in names}
         valued = {name: f"{label} {self._value(name):>8}" for name, label in labels.items()}
         blocks = [format_block(f"{'':<22} {'value':>8}", valued, self._columns())]
@@ -187,7 +188,7 @@ class Comparison:
             writer = csv.writer(file)
             writer.writerow(titles)
             for run in self.runs:
-                is_chosen = run.trial == self.chosen.get(run.name, 0)
+                is_chosen = run.trial == self.chosen[run.name]
                 head = [run.name, run.seed, run.trial, run.value, is_chosen, run.score]
                 writer.writerow([*head, *(run.numbers[title] for title in numbers), run.seconds, run.memory])
 

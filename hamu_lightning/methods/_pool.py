@@ -8,7 +8,7 @@ from statistics import mean
 import torch
 
 from hamu_lightning.methods._evaluation import Samples, Seen, measure
-from hamu_lightning.metrics.functional import agreement, js_to_references, ks_test, log_odds, log_odds_distance
+from hamu_lightning.metrics.functional import agreement, js_to_references, ks_test, log_odds_distance, share_surer
 
 DISTANCES = ("JS", "JS_test", "KS", "agreement", "log_odds", "surer")
 
@@ -35,7 +35,7 @@ def measure_distances(seen: Seen, pool: Sequence[Seen], original: Seen) -> dict[
         "KS": mean(float(ks_test(seen.forget.losses, other.forget.losses).distance) for other in pool),
         "agreement": float(agreement(ours, theirs)),
         "log_odds": float(log_odds_distance(ours, theirs, labels)),
-        "surer": (log_odds(ours, labels) > log_odds(original.forget.log_probs, labels)).double().mean().item(),
+        "surer": float(share_surer(seen.forget.losses, original.forget.losses)),
     }
 
 

@@ -78,7 +78,9 @@ def test_a_second_call_reads_what_the_first_one_wrote(tmp_path: Path, monkeypatc
     from compare import format_settings
 
     names = ["HAMU-Q, quota", "bad teacher", "GRU"]
-    first, entries = run_tiny(tmp_path, monkeypatch, "--methods", *names)
+    argv = ("--relearn", "3", "--methods", *names)
+    first, entries = run_tiny(tmp_path, monkeypatch, *argv)
+    assert all(0 <= run.numbers["relearn steps"] <= 3 for run in first.runs)
     assert list(entries) == names and set(first.ranking()) == set(names)
     assert [run.path[-1][0] for name in names for run in first.best(name)] == [2, 2, 2]
 
@@ -86,7 +88,7 @@ def test_a_second_call_reads_what_the_first_one_wrote(tmp_path: Path, monkeypatc
         raise AssertionError("this run was made before")
 
     monkeypatch.setattr(TrainingRun, "__call__", refuse)
-    second, _ = run_tiny(tmp_path, monkeypatch, "--methods", *names)
+    second, _ = run_tiny(tmp_path, monkeypatch, *argv)
     assert second.runs == first.runs
     assert max(map(len, second.table().splitlines())) <= 120
     assert "quota: HAMU-Q, quota" in format_settings(entries, 2)
