@@ -147,8 +147,8 @@ class Parts:
         state = self._past.state
         saved, stop = state.get("identity"), state.get("stop", {})
         is_done = not self.optimizer.rule.target_quotas or stop.get("reason") == StopReason.TARGET_REACHED.value
-        has_steps = self._past.is_loaded and saved is not None and state.get("combined_steps", 0) > 0
-        if not (has_steps and is_done and state.get("stopped_under") == self._stopping_settings()):
+        has_steps = self._past.is_loaded and state.get("combined_steps", 0) > 0
+        if saved is None or not (has_steps and is_done and state.get("stopped_under") == self._stopping_settings()):
             return False
         with suppress(HAMUError):  # the error to come says more
             self.groups.find_loaders()
