@@ -50,15 +50,28 @@ class Account:
             "steps, the learning rates and the precision."
         )
 
-    def check_it_began(self) -> None:
-        """Raise if the fit has ended without a training batch."""
-        if not self._parts.is_started:
+    def check_it_began(self) -> str | None:
+        """Raise if the fit has ended without a training batch, unless the checkpoint says that there was nothing left.
+
+        Returns:
+            That, in words: as of a job that was started again when it was done.
+        """
+        parts = self._parts
+        if parts.is_started:
+            return None
+        reason = explain_no_batch(parts.trainer)
+        is_complete = reason.startswith(("max_steps", "max_epochs"))
+        if not (is_complete and parts.has_been_served()):
             raise HAMUStateError(
-                f"Expected unlearning to happen in this fit, but it ended without a training batch: "
-                f"{explain_no_batch(self._parts.trainer)}. Epochs and steps of a checkpoint count: give the Trainer "
-                "more than those, or load the weights alone, Module.load_from_checkpoint(path), and fit without "
-                "`ckpt_path`; for a Trainer that has fitted already, make a new one."
+                f"Expected unlearning to happen in this fit, but it ended without a training batch: {reason}. "
+                "Epochs and steps of a checkpoint count: give the Trainer more than those, or load the weights alone, "
+                "Module.load_from_checkpoint(path), and fit without `ckpt_path`; for a Trainer that has fitted "
+                "already, make a new one."
             )
+        return (
+            f"HAMU: no step in this fit, {reason}. The checkpoint is of the same request, for the same data, with "
+            f"{parts.state_dict()['combined_steps']} combined steps: nothing is left to do."
+        )
 
     def _done(self) -> dict[str, int]:
         """What was done by this fit."""

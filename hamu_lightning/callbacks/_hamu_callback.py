@@ -263,8 +263,10 @@ class HAMUCallback(Record, Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `on_train_end` does not run where there was no batch.
-        if self._fit is not None:
-            self._fit.account.check_it_began()
+        told = None if self._fit is None else self._fit.account.check_it_began()
+        if told is not None:
+            self._summary = told
+            rank_zero_info(told)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -64,6 +64,12 @@ def is_same_run(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
     )
 
 
+def is_same_request(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
+    """Whether two identities are surely of the same data in the same roles: nothing in them is unknown or differs."""
+    known = all(None not in group.values() for group in saved["groups"].values())
+    return known and saved["groups"] == present["groups"]
+
+
 def _describe(source: Any, salt: bytes) -> dict[str, Any]:
     parts = getattr(source, "loaders", (source,))
     sizes = [_size(part) for part in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._checks import check_own_optimizer, check_sketch, check_target, wrap_optimizer
 from hamu_lightning.callbacks._groups import Groups
-from hamu_lightning.callbacks._identity import is_same_run
+from hamu_lightning.callbacks._identity import is_same_request, is_same_run
 from hamu_lightning.callbacks._journal import Journal
 from hamu_lightning.callbacks._prices import Prices
 from hamu_lightning.callbacks._settings import FitSettings, check_brought
-from hamu_lightning.callbacks.goals import Stopper, Turns, Verifier
+from hamu_lightning.callbacks.goals import Stopper, StopReason, Turns, Verifier
+from hamu_lightning.errors import HAMUError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -139,6 +141,22 @@ class Parts:
             "the trust region start afresh."
         )
         return {}
+
+    def has_been_served(self) -> bool:
+        """Whether the checkpoint says that this very request has had its steps, and has reached its targets.
+
+        For a fit without a batch; the same data, rule and conditions.
+        """
+        state = self._past.state
+        saved, stop = state.get("identity"), state.get("stop", {})
+        is_done = not self.optimizer.rule.target_quotas or stop.get("reason") == StopReason.TARGET_REACHED.value
+        has_steps = self._past.is_loaded and state.get("combined_steps", 0) > 0
+        if saved is None or not (has_steps and is_done and state.get("stopped_under") == self._stopping_settings()):
+            return False
+        with suppress(HAMUError):  # the error to come says more
+            self.groups.find_loaders()
+            return is_same_request(saved, self.groups.identify(saved["salt"]))
+        return False
 
     def add_request(self, settings: FitSettings, name: str) -> None:
         """Take one more group into the problem, between two epochs; `settings` know of it already."""

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback
+from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, Holdout
 from hamu_lightning.callbacks import Infeasible
 from hamu_lightning.rules import (
     FineTune,
@@ -28,6 +28,7 @@ from tests.callbacks.modules import Base, make_data
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:The fit has ended before the target"),
+    pytest.mark.filterwarnings("ignore:The forget loss is"),
 ]
 
 
@@ -36,8 +37,18 @@ class Data(LightningDataModule):
     def train_dataloader(self) -> Any:
         return DataLoader(make_data(), batch_size=16)
 
+    @override
+    def val_dataloader(self) -> Any:
+        return DataLoader(make_data(32, seed=4), batch_size=16)
+
     def forget_dataloader(self) -> Any:
         return DataLoader(make_data(40, seed=9), batch_size=16)
+
+
+class Validated(Base):
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_mean", self(batch[0]).mean())
 
 
 class Samples(Dataset[Any]):
@@ -90,6 +101,18 @@ RULES: dict[str, tuple[str, Rule]] = {
         HAMUQ(TargetQuota(Chance(10), steps=3), radius=LearningRateRadius()),
     ),
     "target": ("target: 2.5", HAMUQ(TargetQuota(2.5), radius=RelativeRadius(1e-3))),
+    "chance, by its name": (
+        "target: hamu_lightning.Chance",
+        HAMUQ(TargetQuota(Chance()), radius=RelativeRadius(1e-3)),
+    ),
+    "the validation data": (
+        "target: {class_path: hamu_lightning.Holdout}",
+        HAMUQ(TargetQuota(Holdout()), radius=RelativeRadius(1e-3)),
+    ),
+    "the validation data, measured less often": (
+        "target: {class_path: hamu_lightning.Holdout, init_args: {every: 3}}",
+        HAMUQ(TargetQuota(Holdout(every=3)), radius=RelativeRadius(1e-3)),
+    ),
     "fine-tuning": ("rule: {class_path: hamu_lightning.rules.FineTune}", FineTune()),
 }
 
@@ -119,10 +142,25 @@ def test_from_yaml(name: str, forget: str, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
     monkeypatch.setattr("sys.argv", ["main.py", "fit", "--config", str(tmp_path / "config.yaml")])
-    cli = LightningCLI(Base, Data, save_config_callback=None)
+    cli = LightningCLI(Validated, Data, save_config_callback=None)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, HAMUCallback))  # type: ignore[attr-defined]
     assert callback.settings.rule == rule
     assert callback.settings.stop_on == (Infeasible(),)
     assert (callback.settings.passes.every_n_steps, callback.settings.seed) == (2, 3)
     assert isinstance(callback.settings.forget, Samples) == (forget == "dataset")
+    assert callback.forget_passes > 0
+
+
+def test_held_out_data_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = yaml.safe_load(CONFIG)
+    data = {"class_path": f"{__name__}.Samples", "init_args": {"n": 24}}
+    target = {"class_path": "hamu_lightning.Holdout", "init_args": {"data": data}}
+    config["trainer"]["callbacks"]["init_args"]["target"] = target
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr("sys.argv", ["main.py", "fit", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(Validated, Data, save_config_callback=None)
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, HAMUCallback))  # type: ignore[attr-defined]
+    held_out = callback.settings.rule.target_quotas["forget"].target.data  # type: ignore[union-attr]
+    assert isinstance(held_out, Samples) and len(held_out) == 24
     assert callback.forget_passes > 0

@@ -51,6 +51,39 @@ def test_a_fit_without_a_batch(settings: Any, cause: str, tmp_path: Path) -> Non
             fit(build(Base), HAMUCallback(loader(), RULE), ckpt_path=tmp_path / "trained.ckpt", **settings)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_job_that_is_started_again_when_it_is_done(tmp_path: Path) -> None:
+    """It says so, and keeps its counts. Another request on the same checkpoint is an error: it has had no step."""
+    trainer, _ = fit(build(Base), HAMUCallback(loader(), RULE), max_epochs=1)
+    trainer.save_checkpoint(path := tmp_path / "done.ckpt")
+    again = HAMUCallback(loader(), RULE)
+    module = build(Base, seed=6)
+    fit(module, again, ckpt_path=path, max_epochs=1)
+    assert again.combined_steps == 6
+    assert again.summary is not None and "no step in this fit, max_epochs=1 is reached" in again.summary
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), trainer.model.parameters(), strict=True))  # type: ignore[union-attr]
+    others = {
+        "other data": HAMUCallback(DataLoader(make_data(40, seed=8), batch_size=8), RULE),
+        "other rule": HAMUCallback(loader(), HAMUQ(0.03, radius=FixedRadius(0.05))),
+        "one request more": HAMUCallback({"a": loader(), "b": loader()}, FeasibleDirection({"a": 0.01, "b": 0.01})),
+        "a target": HAMUCallback(loader(), target=2.0),
+        "data that cannot be told": HAMUCallback([*loader()], RULE),
+    }
+    for other in others.values():
+        with pytest.raises(HAMUStateError, match="ended without a training batch"):
+            fit(build(Base), other, ckpt_path=path, max_epochs=1)
+    with pytest.raises(HAMUStateError, match="limit_train_batches is 0"):
+        fit(build(Base), HAMUCallback(loader(), RULE), ckpt_path=path, max_epochs=9, limit_train_batches=0)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The fit has ended before the target")
+def test_a_target_that_was_not_reached_is_not_done(tmp_path: Path) -> None:
+    trainer, _ = fit(build(Base), HAMUCallback(loader(), target=5.0), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "short.ckpt")
+    with pytest.raises(HAMUStateError, match="max_epochs=1 is reached"):
+        fit(build(Base), HAMUCallback(loader(), target=5.0), ckpt_path=tmp_path / "short.ckpt", max_epochs=1)
+
+
 def test_a_trainer_that_has_fitted_already() -> None:
     module, callback = build(Base), HAMUCallback(loader(), RULE)
     trainer, _ = fit(module, max_epochs=1)

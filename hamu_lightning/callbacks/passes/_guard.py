@@ -24,6 +24,7 @@ from hamu_lightning.callbacks.passes._saved import (
     SavedTensor,
     save_container,
     save_data,
+    save_names,
     save_slots,
     save_state,
 )
@@ -50,8 +51,9 @@ class ModuleGuard:
 
     Covered are buffers, parameters (an average kept through `.data` among them), the states of torchmetrics, and the
     plain attributes of all submodules and of the datamodule: numbers, lists, dicts, tensors, arrays, random generators,
-    queues, and objects of classes of one's own: from the packages that the module's classes come from, or from a file
-    that is in no installed package.
+    queues, small pandas frames, and objects of classes of one's own: from the packages that the module's classes come
+    from, or from a file that is in no installed package. Of the trainer the attributes themselves are covered (a count,
+    `should_stop`), not what they hold.
 
     Copying everything at every pass would cost a copy of the model. So large tensors and arrays, and parameters, are
     copied at a *look* only: during the first three windows (steps of the optimizer: what follows the weights rests
@@ -112,7 +114,10 @@ class _Snapshot:
         """Walk over everything that hangs on the module and its datamodule."""
         trained = [p for p in root.parameters() if p.requires_grad and not is_lazy(p)]
         self._trained, self._shapes = {id(p) for p in trained}, {p.shape for p in trained}
-        datamodule = getattr(getattr(root, "_trainer", None), "datamodule", None)
+        trainer = getattr(root, "_trainer", None)
+        if trainer is not None:
+            self._undo.append(save_names(vars(trainer)))
+        datamodule = getattr(trainer, "datamodule", None)
         todo: list[tuple[_Place, Any]] = [((0, None), root)]
         if datamodule is not None:
             todo += self._save_container(datamodule.__dict__)

@@ -199,7 +199,7 @@ def _restore_sequence(container: Any, copy: list[Any]) -> None:
 
 
 def save_state(value: Any) -> Callable[[], object] | None:
-    """For a random generator, a queue or bytes: what puts the present state back; None for others."""
+    """For a random generator, a queue, bytes or a small pandas frame: what puts it back; None for others."""
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
@@ -212,7 +212,28 @@ def save_state(value: Any) -> Callable[[], object] | None:
         return save_container(value.queue)
     if isinstance(value, bytearray):
         return partial(value.__setitem__, slice(None), bytes(value))
+    if type(value).__module__.partition(".")[0] == "pandas" and 0 < getattr(value, "size", 0) <= SMALL:
+        return partial(_restore_frame, value, value.copy())
     return None
+
+
+def _restore_frame(frame: Any, copy: Any) -> None:
+    if not frame.equals(copy):
+        vars(frame).update(vars(copy))
+
+
+def save_names(namespace: dict[str, Any]) -> Callable[[], object]:
+    """Return what gives the names of an object its present values back, and takes new ones away.
+
+    Names that have their values are not touched: another thread may be reading them.
+    """
+    return partial(_restore_names, namespace, dict(namespace))
+
+
+def _restore_names(namespace: dict[str, Any], copy: dict[str, Any]) -> None:
+    for name in namespace.keys() - copy.keys():
+        del namespace[name]
+    namespace.update({name: value for name, value in copy.items() if namespace.get(name) is not value})
 
 
 def save_slots(value: Any) -> dict[str, Any]:

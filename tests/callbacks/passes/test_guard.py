@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks import PassOptions
@@ -46,6 +47,23 @@ class Unreadable:
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"no {name}")
 
+
+class Frame:
+    """What the guard asks of a table of pandas, which is no dependency here; the contents are not in an attribute."""
+
+    size = 2
+
+    def __init__(self, rows: list[int]) -> None:
+        self._mgr = np.array(rows)
+
+    def copy(self) -> Frame:
+        return Frame(self._mgr.tolist())
+
+    def equals(self, other: Frame) -> bool:
+        return np.array_equal(self._mgr, other._mgr)
+
+
+Frame.__module__ = "pandas.core.frame"
 
 KEPT: dict[str, Any] = {
     "sparse": lambda: torch.eye(3).to_sparse(),
@@ -88,6 +106,7 @@ CHANGED: dict[str, tuple[Any, Any, Any]] = {
     "slots": (Slots, lambda x: setattr(x, "n", 2), lambda x: x.n),
     "queue": (queue.Queue, lambda x: x.put(1), lambda x: x.qsize()),
     "bytes": (lambda: bytearray(b"ab"), lambda x: x.__setitem__(0, 7), bytes),
+    "frame": (lambda: Frame([1, 2]), lambda x: x._mgr.__setitem__(0, 7), lambda x: x._mgr.tolist()),
 }
 
 
@@ -102,6 +121,23 @@ def test_changes_are_undone(name: str) -> None:
         assert read(odd) != before
     assert module.odd is odd
     assert read(odd) == before
+
+
+class CountsOnTrainer(Base):
+    """Keeps a count on the trainer, and ends the fit at a loss that no retain batch has."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        trainer: Any = self.trainer
+        trainer.count = getattr(trainer, "count", 0) + 1
+        if len(batch[0]) == 8:
+            trainer.should_stop = trainer.is_forget = True
+        return super().training_step(batch, batch_idx)
+
+
+def test_names_on_the_trainer_are_those_of_the_retain_stream() -> None:
+    trainer, _ = fit(build(CountsOnTrainer), HAMUCallback(DataLoader(forget_data(), 8), FineTune()))
+    assert trainer.count == trainer.global_step == 12  # type: ignore[attr-defined]
+    assert not hasattr(trainer, "is_forget")
 
 
 def rest(guard: ModuleGuard) -> None:
