@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUCallback, Holdout, SecondChoice, Unseen, split_forget
+from hamu_lightning import HAMUQ, HAMUCallback, SecondChoice, Unseen, split_forget
 from hamu_lightning.callbacks import PassOptions, StopReason
 from hamu_lightning.callbacks.passes._classes import read_labels
-from hamu_lightning.errors import HAMUError, HAMUValueError
-from hamu_lightning.objectives import NPO, BatchPass, CachedLogits, FrozenCopy
+from hamu_lightning.errors import HAMUError
+from hamu_lightning.objectives import BatchPass, CachedLogits, FrozenCopy
 from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius, TargetQuota
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit
 from tests.callbacks.test_distributed import to_tensor
@@ -283,54 +283,3 @@ def test_stored_logits_are_a_reference_too(tmp_path: Path) -> None:
     unlearn(stored, SAMPLES, Unseen(HELD_OUT, reference=cache), max_steps=4)
     for a, b in zip(copied.parameters(), stored.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # other batches round otherwise
-
-
-class Regression(Base):
-    def make_net(self) -> nn.Module:
-        return nn.Linear(10, 1)
-
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(RETAIN)
-
-
-LESS, MORE = (TensorDataset(torch.randn(n, 10), torch.randn(n, 1)) for n in (10, 20))
-OUTSIDE = TensorDataset(torch.randn(30, 10), torch.randint(0, 3, (30,)) * 100)
-
-
-@pytest.mark.parametrize(
-    ("kind", "forget", "retain", "target", "message"),
-    [
-        (Regression, LESS, MORE, Unseen(MORE), "Expected labels that are classes, but got torch.float32"),
-        (Regression, LESS, MORE, SecondChoice(), "give the loss where the forget set should end, or Holdout"),
-        (Base, OUTSIDE, RETAIN, Unseen(HELD_OUT), "Expected labels in 0 .. 2"),
-        (Base, SAMPLES, DataLoader(Stream(), batch_size=8), Unseen(HELD_OUT), "Say it: Unseen\\(counts="),
-        (Base, SAMPLES, RETAIN, Unseen(HELD_OUT, counts={7: 1}), "Expected `class` to be .* but got 7"),
-        (Base, SAMPLES, RETAIN, Unseen(HELD_OUT, counts={0: 0, 1: 0, 2: 0}), "Expected a class that is kept"),
-    ],
-)
-def test_what_has_no_answer_is_refused_before_the_first_step(
-    kind: type[Base], forget: Any, retain: Any, target: Any, message: str
-) -> None:
-    module = build(kind)
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(HAMUError, match=message):
-        unlearn(module, forget, target, retain)
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-def test_what_makes_no_sense_is_refused_at_once() -> None:
-    with pytest.raises(HAMUValueError, match="Expected Unseen\\(counts=None\\) without `objective`, but got NPO"):
-        HAMUCallback(SAMPLES, target=Unseen(HELD_OUT), objective=NPO())
-    with pytest.raises(HAMUValueError, match="Expected `teacher` to be a model that never saw"):
-        Unseen(teacher=3)
-    with pytest.raises(HAMUValueError, match="Expected `counts` to be"):
-        Unseen(counts=[3])  # type: ignore[arg-type]
-    with pytest.raises(HAMUValueError, match="Expected held-out data"):
-        Unseen([])
-    assert Holdout(HELD_OUT).objective is None
