@@ -18,9 +18,10 @@ from hamu_lightning import HAMUQ, HAMUCallback, SecondChoice, Unseen, split_forg
 from hamu_lightning.callbacks import PassOptions, StopReason
 from hamu_lightning.callbacks.passes._classes import read_labels
 from hamu_lightning.errors import HAMUError
-from hamu_lightning.objectives import BatchPass, CachedLogits, FrozenCopy
+from hamu_lightning.objectives import BatchPass, CachedLogits, Calibration, FrozenCopy, UnseenAnswer
 from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius, TargetQuota
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit
+from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState
 from tests.callbacks.test_distributed import to_tensor
 from tests.distributed import run_ranks
 
@@ -199,6 +200,26 @@ def test_calibration_and_passes_leave_no_trace(kind: type[Base]) -> None:
     assert found.values == expected.values
     assert hamu.combined_steps == len(expected.values)
     assert paired.__dict__.keys() == plain.__dict__.keys()
+
+
+class OnRetain(UnseenAnswer):
+    is_forget_only = False
+
+
+@pytest.mark.parametrize("kind", [Base, WithBatchNorm, WithDropout])
+def test_gradients_cancel_on_the_same_batch(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    """I2, with the same objective on both streams, off its start, where there is a gradient."""
+    monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
+    calibration = Calibration()
+    x, y = torch.linspace(-2, 2, 90).double(), torch.arange(90) % 3
+    calibration.fit((x + 1, y), (x, y), torch.tensor([0.5, 0.9, 0.0]))
+    answers = [OnRetain(copy.deepcopy(calibration), reference=FrozenCopy(build(kind, seed=6))) for _ in range(2)]
+    check, same = GradientsAreEqual(), list(DataLoader(RETAIN, batch_size=16))
+    hamu = HAMUCallback(same, FineTune(), objective=answers[0], retain_objective=answers[1])
+    for part in answers:  # a fit begins with an empty state
+        monkeypatch.setattr(part.calibration, "load_state_dict", lambda state: None)
+    fit(build(kind), hamu, check, loader=DataLoader(RETAIN, batch_size=16))
+    assert check.steps == hamu.combined_steps > 0
 
 
 TARGETS: dict[str, Any] = {
