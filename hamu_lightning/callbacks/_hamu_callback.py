@@ -70,10 +70,12 @@ class HAMUCallback(Record, Callback):
         rule: How the gradients are combined, such as `HAMUQ(quota=1e-3)`, or
             `FeasibleDirection(quota={"request-17": 1e-3, "request-18": 5e-4}, floor={"minority": 0.0})`.
         protect: The data of the groups that the rule protects, by name.
-        target: Instead of a rule: where the forget loss should end, and the fit with it. A loss, `Holdout(loader)` (the
-            model's loss on held-out data: for samples), `Chance()` (the loss of a guess: for a whole class), or a
+        target: Instead of a rule: where forgetting should end, and the fit with it. `Unseen(holdout)` (what the model
+            says about samples that it never saw: for samples), `Unseen()` (the same for whole classes),
+            `SecondChoice()` (for wrong labels); for the module's own loss a number, `Holdout(loader)`, `Chance()`, or a
             function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(1e-3))`; `Approach` judges
-            when it is reached.
+            when it is reached. A mapping from the names of the requests to their targets means `FeasibleDirection`,
+            with a floor of 0 for what is protected.
         seed: Seed of the forget stream's own random state.
         stop_on: When to stop before a step is applied: "collateral_damage" (no step can meet the quota without harm,
             docs/method.md#certificates), "infeasible" (the trust region does not allow the quota), "not_finite", or
@@ -135,7 +137,7 @@ class HAMUCallback(Record, Callback):
         self.settings = FitSettings(
             forget=forget,
             protect={} if protect is None else protect,
-            rule=choose_rule(rule, target, schedule, passes.every_n_steps),
+            rule=choose_rule(rule, target, schedule, passes.every_n_steps, protect or ()),
             schedule=schedule,
             objective=objective,
             retain_objective=retain_objective,

@@ -224,7 +224,7 @@ class FitSettings(HoldsData):
         )
 
 
-def choose_rule(rule: Any, target: Any, schedule: Any, every_n_steps: int) -> Rule | None:
+def choose_rule(rule: Any, target: Any, schedule: Any, every_n_steps: int, protect: Iterable[str] = ()) -> Rule | None:
     """Return the rule that a fit begins with: the user's, the one that leads to a target, or the schedule's first.
 
     Raises:
@@ -239,9 +239,18 @@ def choose_rule(rule: Any, target: Any, schedule: Any, every_n_steps: int) -> Ru
                 "Expected `target` or `rule`, but got both. With a rule of your own: "
                 "HAMUQ(quota=TargetQuota(target), radius=...)."
             )
-        rule = HAMUQ(TargetQuota(as_target(target)), radius=RelativeRadius(_TARGET_RADIUS))
+        rule = lead_to(target, protect)
     chosen: Rule | None = check_type("rule", rule, Rule | None, "a rule such as HAMUQ(quota=1e-3)")
     return chosen
+
+
+def lead_to(target: Any, protect: Iterable[str]) -> Rule:
+    """The rule that leads to a target, or to one for each request by name, and lets no protected group get worse."""
+    radius = RelativeRadius(_TARGET_RADIUS)
+    if not isinstance(target, Mapping):
+        return HAMUQ(TargetQuota(as_target(target)), radius=radius)
+    quotas = {name: TargetQuota(as_target(one)) for name, one in target.items()}
+    return FeasibleDirection(quotas, dict.fromkeys(protect, 0.0), radius=radius)
 
 
 def check_alone(schedule: Any, **others: Any) -> None:

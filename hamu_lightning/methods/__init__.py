@@ -10,6 +10,7 @@ from hamu_lightning.methods._protocol import DataSource, Method
 from hamu_lightning.methods._relearn import Relearning, relearn
 from hamu_lightning.methods._retrain import Retrain
 from hamu_lightning.methods._ssd import SSD
+from hamu_lightning.methods._teacher import fit_teacher
 from hamu_lightning.methods._training_run import TrainingRun
 from hamu_lightning.methods._tuning import Search
 
@@ -30,5 +31,6 @@ __all__ = [
     "compare",
     "empirical_fisher",
     "expected_fisher",
+    "fit_teacher",
     "relearn",
 ]

@@ -85,6 +85,7 @@ class ClassReader(Objective):
     Attributes:
         classes: How many classes the outputs have; 0 before the first batch.
         is_sequence: Whether each sample is a sequence, such as a text.
+        has_places: Whether a sample has more than one label, as sequences and images have.
 
     Raises:
         HAMUValueError: If (at a batch) labels are no classes.
@@ -94,7 +95,7 @@ class ClassReader(Objective):
         self._reference, self._outputs = reference, outputs
         self._log_odds: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self.classes, self.is_sequence = 0, False
+        self.classes, self.is_sequence, self.has_places = 0, False, False
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
@@ -104,6 +105,7 @@ class ClassReader(Objective):
             check_classes(logits, labels)
             prediction = make_prediction(logits, labels.long())
             self.classes, self.is_sequence = prediction.logits.shape[-1], prediction.is_sequence
+            self.has_places = prediction.labels.shape[1] > 1
             labels = prediction.labels[prediction.mask]
             check_labels(labels, self.classes)
             self._labels.append(labels.cpu())

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, Holdout
+from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, Holdout, SecondChoice
 from hamu_lightning.callbacks import Infeasible
 from hamu_lightning.rules import (
     FineTune,
@@ -99,6 +99,10 @@ RULES: dict[str, tuple[str, Rule]] = {
             radius: {class_path: hamu_lightning.rules.LearningRateRadius}
         """,
         HAMUQ(TargetQuota(Chance(10), steps=3), radius=LearningRateRadius()),
+    ),
+    "answers": (
+        "target: {class_path: hamu_lightning.SecondChoice}",
+        HAMUQ(TargetQuota(SecondChoice()), radius=RelativeRadius(1e-3)),
     ),
     "target": ("target: 2.5", HAMUQ(TargetQuota(2.5), radius=RelativeRadius(1e-3))),
     "chance, by its name": (

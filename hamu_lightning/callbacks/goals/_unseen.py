@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals._surroundings import Surroundings
 from hamu_lightning.callbacks.goals._targets import Target, check_held_out
 from hamu_lightning.callbacks.passes import HoldsData
@@ -54,7 +55,9 @@ class Unseen(HoldsData, AnswerTarget):
     At the start of the fit one pass over the forget set and one over the held-out data, in evaluation mode, measure
     what is needed. A class of which no sample is in the retain data goes as a whole; which share of the others is kept
     is counted as well: from the labels of the datasets (`targets`, `TensorDataset`, subsets of them), and where these
-    cannot be read, by a pass over the retain data. A text (logits `[N, T, V]`) has no classes that go.
+    cannot be read, by a pass over the retain data. A text (logits `[N, T, V]`) has no classes that go. Whole classes
+    and samples of other classes are two groups, each with its own end:
+    `target={"classes": Unseen(), "samples": Unseen(data)}`.
 
     Args:
         data: Data that the model was never trained on, as for `Holdout`: a DataLoader, another iterable of batches, or
@@ -103,8 +106,10 @@ class Unseen(HoldsData, AnswerTarget):
         forget = ClassReader(objective.reference, objective.outputs)
         around.run(forget, around.forget)
         share = self._find_share(around, forget)
-        held_out = None
-        if bool((share[forget.labels] > 0).any()):
+        held_out, stays = None, share[forget.labels] > 0
+        if not forget.has_places:
+            check_kind(int(stays.sum()), len(stays))
+        if bool(stays.any()):
             reader = ClassReader(objective.reference, objective.outputs)
             around.run(reader, around.open_held_out(self.data))
             held_out = reader.log_odds, reader.labels
@@ -162,6 +167,20 @@ class SecondChoice(AnswerTarget):
         """Check the labels, and return how far it is to the second choice, 0-d in nats."""
         around.run(ClassReader(None, self.objective.outputs), around.forget)
         return super().prepare(around)
+
+
+def check_kind(staying: int, total: int) -> None:
+    """Raise where a set holds samples of classes that stay, and whole classes: the nats of one would pay for the other.
+
+    Raises:
+        HAMUMisconfigurationError: Then.
+    """
+    if 0 < staying < total:
+        raise HAMUMisconfigurationError(
+            f"Expected whole classes to forget, or samples of classes that stay, but got {total - staying} samples of "
+            f"the one and {staying} of the other kind: each has an end of its own. Make two groups of them: "
+            "HAMUCallback({'classes': ..., 'samples': ...}, target={'classes': Unseen(), 'samples': Unseen(holdout)})."
+        )
 
 
 def as_teacher(teacher: Any) -> Reference | None:

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUCallback, Holdout, SecondChoice, Unseen, split_forget
+from hamu_lightning import HAMUQ, HAMUCallback, SecondChoice, Unseen, split_forget
 from hamu_lightning.callbacks import PassOptions, StopReason
 from hamu_lightning.callbacks.passes._classes import read_labels
-from hamu_lightning.errors import HAMUError, HAMUValueError
-from hamu_lightning.objectives import NPO, BatchPass, CachedLogits, FrozenCopy
+from hamu_lightning.errors import HAMUError
+from hamu_lightning.objectives import BatchPass, CachedLogits, Calibration, FrozenCopy, UnseenAnswer
 from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius, TargetQuota
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit
+from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState
 from tests.callbacks.test_distributed import to_tensor
 from tests.distributed import run_ranks
 
@@ -201,6 +202,26 @@ def test_calibration_and_passes_leave_no_trace(kind: type[Base]) -> None:
     assert paired.__dict__.keys() == plain.__dict__.keys()
 
 
+class OnRetain(UnseenAnswer):
+    is_forget_only = False
+
+
+@pytest.mark.parametrize("kind", [Base, WithBatchNorm, WithDropout])
+def test_gradients_cancel_on_the_same_batch(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    """I2, with the same objective on both streams, off its start, where there is a gradient."""
+    monkeypatch.setattr("hamu_lightning.callbacks._group.RandomStream", SameRandomState)
+    calibration = Calibration()
+    x, y = torch.linspace(-2, 2, 90).double(), torch.arange(90) % 3
+    calibration.fit((x + 1, y), (x, y), torch.tensor([0.5, 0.9, 0.0]))
+    answers = [OnRetain(copy.deepcopy(calibration), reference=FrozenCopy(build(kind, seed=6))) for _ in range(2)]
+    check, same = GradientsAreEqual(), list(DataLoader(RETAIN, batch_size=16))
+    hamu = HAMUCallback(same, FineTune(), objective=answers[0], retain_objective=answers[1])
+    for part in answers:  # a fit begins with an empty state
+        monkeypatch.setattr(part.calibration, "load_state_dict", lambda state: None)
+    fit(build(kind), hamu, check, loader=DataLoader(RETAIN, batch_size=16))
+    assert check.steps == hamu.combined_steps > 0
+
+
 TARGETS: dict[str, Any] = {
     "samples": lambda: (SAMPLES, RETAIN, Unseen(HELD_OUT)),
     "class": lambda: (WHOLE, OTHERS, Unseen()),
@@ -283,54 +304,3 @@ def test_stored_logits_are_a_reference_too(tmp_path: Path) -> None:
     unlearn(stored, SAMPLES, Unseen(HELD_OUT, reference=cache), max_steps=4)
     for a, b in zip(copied.parameters(), stored.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # other batches round otherwise
-
-
-class Regression(Base):
-    def make_net(self) -> nn.Module:
-        return nn.Linear(10, 1)
-
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(RETAIN)
-
-
-LESS, MORE = (TensorDataset(torch.randn(n, 10), torch.randn(n, 1)) for n in (10, 20))
-OUTSIDE = TensorDataset(torch.randn(30, 10), torch.randint(0, 3, (30,)) * 100)
-
-
-@pytest.mark.parametrize(
-    ("kind", "forget", "retain", "target", "message"),
-    [
-        (Regression, LESS, MORE, Unseen(MORE), "Expected labels that are classes, but got torch.float32"),
-        (Regression, LESS, MORE, SecondChoice(), "give the loss where the forget set should end, or Holdout"),
-        (Base, OUTSIDE, RETAIN, Unseen(HELD_OUT), "Expected labels in 0 .. 2"),
-        (Base, SAMPLES, DataLoader(Stream(), batch_size=8), Unseen(HELD_OUT), "Say it: Unseen\\(counts="),
-        (Base, SAMPLES, RETAIN, Unseen(HELD_OUT, counts={7: 1}), "Expected `class` to be .* but got 7"),
-        (Base, SAMPLES, RETAIN, Unseen(HELD_OUT, counts={0: 0, 1: 0, 2: 0}), "Expected a class that is kept"),
-    ],
-)
-def test_what_has_no_answer_is_refused_before_the_first_step(
-    kind: type[Base], forget: Any, retain: Any, target: Any, message: str
-) -> None:
-    module = build(kind)
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(HAMUError, match=message):
-        unlearn(module, forget, target, retain)
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-def test_what_makes_no_sense_is_refused_at_once() -> None:
-    with pytest.raises(HAMUValueError, match="Expected Unseen\\(counts=None\\) without `objective`, but got NPO"):
-        HAMUCallback(SAMPLES, target=Unseen(HELD_OUT), objective=NPO())
-    with pytest.raises(HAMUValueError, match="Expected `teacher` to be a model that never saw"):
-        Unseen(teacher=3)
-    with pytest.raises(HAMUValueError, match="Expected `counts` to be"):
-        Unseen(counts=[3])  # type: ignore[arg-type]
-    with pytest.raises(HAMUValueError, match="Expected held-out data"):
-        Unseen([])
-    assert Holdout(HELD_OUT).objective is None

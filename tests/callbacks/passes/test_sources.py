@@ -71,6 +71,16 @@ def test_data_are_loaded_like_the_training_data(forget: Any, loader: Any, sizes:
 DATA = make_data(8)
 
 
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target")
+@pytest.mark.parametrize(("samples", "asked", "size"), [(40, None, 40), (300, None, 150), (257, None, 129), (40, 7, 7)])
+def test_with_a_target_forget_batches_are_large_and_equal(samples: int, asked: int | None, size: int) -> None:
+    SHAPES.clear()
+    passes = PassOptions(batch_size=asked)
+    hamu = HAMUCallback(make_data(samples, seed=9), target=9.0, verify=False, passes=passes)
+    fit(build(Seen), hamu, max_steps=1)
+    assert {shape[0] for shape in SHAPES if shape[0] not in (16, samples % size)} == {size}
+
+
 @pytest.mark.parametrize(
     ("forget", "message"),
     [
