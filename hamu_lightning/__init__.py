@@ -6,7 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hamu_lightning.callbacks import Chance, HAMUCallback, Holdout, VerifySteps, preflight, split_forget
+    from hamu_lightning.callbacks import (
+        Chance,
+        HAMUCallback,
+        Holdout,
+        RetainGuard,
+        VerifySteps,
+        preflight,
+        split_forget,
+    )
     from hamu_lightning.gramian import compute_gramian
     from hamu_lightning.methods import compare
     from hamu_lightning.optim import HAMUOptimizer
@@ -20,6 +28,7 @@ __all__ = [
     "HAMUCallback",
     "HAMUOptimizer",
     "Holdout",
+    "RetainGuard",
     "VerifySteps",
     "compare",
     "compute_gramian",
@@ -35,6 +44,7 @@ _HOMES = {
     "HAMUCallback": "callbacks",
     "HAMUOptimizer": "optim",
     "Holdout": "callbacks",
+    "RetainGuard": "callbacks",
     "VerifySteps": "callbacks",
     "compare": "methods",
     "compute_gramian": "gramian",

@@ -102,6 +102,7 @@ class Account:
             + ("" if parts.turns is None else f" {parts.turns.describe()}.")
             + parts.journal.describe_promises(requests)
             + parts.groups.describe_unseen()
+            + ("" if parts.guarding is None else parts.guarding.describe())
             + (self._describe_run() if parts.is_resumed else "")
             + "".join(
                 f" {name} then puts another model in place, an average: no number here is of it."

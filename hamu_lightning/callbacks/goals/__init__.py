@@ -2,6 +2,7 @@
 
 from hamu_lightning.callbacks.goals._approach import Approach
 from hamu_lightning.callbacks.goals._conditions import (
+    CEILINGS,
     CollateralDamage,
     ForgetAbove,
     Infeasible,
@@ -12,12 +13,16 @@ from hamu_lightning.callbacks.goals._conditions import (
     StopReason,
     as_conditions,
 )
+from hamu_lightning.callbacks.goals._reading import Reader
+from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
+from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
 from hamu_lightning.callbacks.goals._stopper import Stopper
 from hamu_lightning.callbacks.goals._targets import Chance, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._turns import Turns
 from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
 
 __all__ = [
+    "CEILINGS",
     "Approach",
     "Chance",
     "CollateralDamage",
@@ -25,7 +30,11 @@ __all__ = [
     "Holdout",
     "Infeasible",
     "NotFinite",
+    "RETAIN",
+    "Reader",
     "RetainAbove",
+    "RetainGuard",
+    "RetainWatch",
     "StopCondition",
     "StopOn",
     "StopReason",
@@ -36,4 +45,5 @@ __all__ = [
     "VerifySteps",
     "as_conditions",
     "as_target",
+    "choose_guard",
 ]
