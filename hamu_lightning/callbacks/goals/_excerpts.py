@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from itertools import islice
@@ -34,7 +35,12 @@ def choose_place(loader: Any, samples: int, seed: int, per_batch: float) -> dict
         per_batch: How many samples one of its batches has; NaN where nobody knows.
     """
     positions = choose_positions(loader, samples, seed)
-    return {"batches": count_batches(samples, per_batch)} if positions is None else {"positions": positions}
+    if positions is not None:
+        return {"positions": positions}
+    # One that knows its place in the data will be at another one when the run goes on.
+    knows = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+    state = {"state": copy.deepcopy(loader.state_dict())} if knows else {}
+    return {"batches": count_batches(samples, per_batch), **state}
 
 
 def open_excerpt(loader: Any, place: Mapping[str, Any]) -> MeasuringLoader:
@@ -48,6 +54,9 @@ def open_excerpt(loader: Any, place: Mapping[str, Any]) -> MeasuringLoader:
         HAMUValueError: If the loader cannot be read beside a pass that is under way.
     """
     if "positions" not in place:
+        if "state" in place:
+            loader = twin_loader(loader)
+            loader.load_state_dict(copy.deepcopy(place["state"]))
         return MeasuringLoader(loader, most=place["batches"])
     chosen = Subset(loader.dataset, place["positions"])
     return MeasuringLoader(load_like(chosen, loader, batch_size=loader.batch_size))

@@ -114,7 +114,7 @@ class RetainWatch:
 
     def conclude(self) -> bool:
         """Measure at the end of the fit, at the weights that it leaves; return whether they went back."""
-        if self.absent is not None or not self._start or self._is_over:
+        if self._is_over or not self._start or not self._last_step or not self._open():
             return False
         self._is_over, goes_back = True, False
         if self._has_moved:
@@ -134,11 +134,10 @@ class RetainWatch:
 
     def numbers(self) -> dict[str, float]:
         """What is logged beside the step: what was measured last."""
-        found = (
-            {"retain_level": self._now[RETAIN].loss, "retain_accuracy": self._now[RETAIN].accuracy} if self._now else {}
-        )
-        held_out = {f"{name.replace('-', '')}_level": r.loss for name, r in self._now.items() if name != RETAIN}
-        return {name: number for name, number in (found | held_out).items() if not math.isnan(number)}
+        found = {f"{name}_level": reading.loss for name, reading in self._now.items()}
+        if RETAIN in self._now and not math.isnan(self._now[RETAIN].accuracy):
+            found["retain_accuracy"] = self._now[RETAIN].accuracy
+        return found
 
     def describe(self) -> str:
         """What was measured at the start and at the end, in words, and how often it went back."""
@@ -151,8 +150,7 @@ class RetainWatch:
         ]
         if not told:
             return "The retain data were never measured."
-        times = "once" if self.returns == 1 else f"{self.returns} times"
-        back = f"; went back {times}" if self.returns else ""
+        back = f"; went back {_times(self.returns)}" if self.returns else ""
         region = f", the trust region is at most {self.limit:.3g} times the rule's" if self.limit < 1 else ""
         return f"In evaluation mode: {'; '.join(told)}{back}{region}."
 
@@ -184,13 +182,16 @@ class RetainWatch:
         self._kept.load_state_dict(state["kept"])
         self._optimizer.region_limit = self.limit
 
-    def _open(self, batch: Any) -> bool:
-        """Open the excerpts at the first look; return whether there is one of the retain data."""
-        if not self._excerpts and self.absent is None:
+    def _open(self, batch: Any = None) -> bool:
+        """Open the excerpts at the first look, which needs a batch to go by; return whether there is a guard."""
+        if self._excerpts or self.absent is not None:
+            return self.absent is None
+        for name, loader in self._sources.items():
             try:
-                self._excerpts = {name: self._open_one(name, loader, batch) for name, loader in self._sources.items()}
+                self._excerpts[name] = self._open_one(name, loader, batch)
             except HAMUValueError as error:
-                self._give_up(str(error))
+                if name == RETAIN or self._settings.holdout:
+                    self._give_up(str(error))
         return self.absent is None
 
     def _open_one(self, name: str, loader: Any, batch: Any) -> MeasuringLoader:
@@ -220,6 +221,9 @@ class RetainWatch:
             self._measure(self._excerpts)
         except Exception as error:
             self._give_up(f"measuring them in evaluation mode raised {type(error).__name__}: {error}")
+            return
+        if not all(math.isfinite(reading.loss) for reading in self._now.values()):
+            self._give_up("their loss in evaluation mode is not finite before the first step")
         else:
             self._start = dict(self._now)
 
@@ -249,9 +253,9 @@ class RetainWatch:
         self._optimizer.region_limit = self.limit
         if self.returns >= self._settings.max_returns:
             self.message = (
-                f"{harm}, for the {self.returns}. time, in a trust region of {self.limit / self._settings.shrink:.3g} "
-                "times the rule's. The model goes back to where it was within bounds. More retain data in each step, a "
-                "nearer target, or RetainGuard(...) with other bounds let it go further."
+                f"{harm}, in the end in a trust region of {self.limit / self._settings.shrink:.3g} times the rule's. "
+                f"The model went back {_times(self.returns)}, and stays where it was within bounds. More retain data "
+                "in each step, a nearer target, or RetainGuard(...) with other bounds let it go further."
             )
         return True
 
@@ -261,6 +265,10 @@ _STATE = ("limit", "returns", "message", "_steps", "_has_moved", "_largest")
 
 def _word(name: str) -> str:
     return name.replace("_", " ").replace("holdout", "held-out")
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _describe_samples(samples: float) -> str:
