@@ -1,4 +1,4 @@
-"""With a target the rule's own step is applied, whatever optimizer the module has; else, and where asked, the base's."""
+"""With a target the rule's own step is applied, whatever the optimizer; else, and where asked, that of the base."""
 
 from __future__ import annotations
 
