@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._ending import describe_ending
 from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.errors import HAMUStateError
 
@@ -115,6 +116,8 @@ class Account:
             + ("" if parts.turns is None else f" {parts.turns.describe()}.")
             + parts.journal.describe_promises(requests)
             + parts.groups.describe_unseen()
+            + ("" if parts.guarding is None else parts.guarding.describe())
+            + self._describe_ending()
             + (self._describe_run() if parts.is_resumed else "")
             + "".join(
                 f" {name} then puts another model in place, an average: no number here is of it."
@@ -122,6 +125,14 @@ class Account:
             )
             + parts.prices.format(parts.journal.path, protected, requests)
         )
+
+    def _describe_ending(self) -> str:
+        """Who ended the fit: somebody else, or (on the way to a target) a limit of the Trainer."""
+        parts, trainer = self._parts, self._parts.trainer
+        if parts.stopper.reason is not None or not (trainer.should_stop or parts.optimizer.rule.target_quotas):
+            return ""
+        told = describe_ending(trainer)
+        return f" {told}" if told else ""
 
     def _describe_run(self) -> str:
         """What was done by the whole run, of which this fit is a part."""

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.optim import HAMUOptimizer
+from hamu_lightning.optim import HAMUOptimizer, is_plain_sgd
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -119,6 +119,27 @@ def check_own_optimizer(base: Any, **given: Any) -> None:
             "which has its own settings. Let it return the plain optimizer; a mask can also be given to the wrapper, "
             "HAMUOptimizer(..., mask=mask)."
         )
+
+
+def choose_exact(base: Any, settings: FitSettings) -> bool:
+    """Return whether the rule's step itself is applied: as the user says, and by default where there is a target."""
+    if settings.steps.exact is not None:
+        return settings.steps.exact
+    if not settings.has_target or isinstance(base, HAMUOptimizer) or is_plain_sgd(base):
+        return False
+    name, between = type(base).__name__, settings.passes.every_n_steps > 1
+    if between or callable(getattr(base, "eval", None)):
+        why = "the steps between the combined ones are its own" if between else "it keeps an average of its own steps"
+        rank_zero_info(
+            f"HAMU: {name} makes the steps towards the target, since {why}: it goes another way than the rule chose, "
+            "which can cost retain data. With plain SGD the weights go as chosen."
+        )
+        return False
+    rank_zero_info(
+        f"HAMU: on the way to a target each step is applied as the rule chose it, in the place of {name}, of which no "
+        "momentum, weight decay or scaling acts. StepOptions(exact=False) lets it act."
+    )
+    return True
 
 
 def wrap_optimizer(module: LightningModule, base: Any, rule: Any, mask: Any = None, **options: Any) -> HAMUOptimizer:

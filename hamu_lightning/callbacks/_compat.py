@@ -335,7 +335,17 @@ def misconfiguration_exception(trainer: Trainer) -> type[Exception]:
 
 def count_steps_left(trainer: Trainer) -> float:
     """How many optimizer steps the fit still has; infinite where nothing says when it ends."""
-    return float(trainer.estimated_stepping_batches) - trainer.global_step
+    return count_steps(trainer) - trainer.global_step
+
+
+def count_steps(trainer: Trainer) -> float:
+    """How many optimizer steps the fit has; infinite where nothing says when it ends."""
+    return float(trainer.estimated_stepping_batches)
+
+
+def count_epochs(trainer: Trainer) -> int:
+    """How many epochs of the fit have trained on their last batch."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
 
 def has_ended(trainer: Trainer) -> bool:

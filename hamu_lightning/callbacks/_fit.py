@@ -85,8 +85,11 @@ class Fit:
     def _release(self) -> None:
         optimizer = self.parts.optimizer
         self.parts.groups.close()
+        if self.parts.guarding is not None:
+            self.parts.guarding.close()
         optimizer.release_forget()
         optimizer.approve = optimizer.referee = optimizer.recompute = None
+        optimizer.region_limit = 1.0
 
 
 def lead(trainer: Trainer, callback: Any) -> None:

@@ -124,7 +124,8 @@ class Flow:
         """
         parts, groups = self._parts, self._parts.groups
         if self._window == 1:
-            moved = groups.open_window(steps, args, kwargs)
+            assert parts.guarding is not None
+            moved = parts.guarding.open_window(steps, args, kwargs)
             self._stop_where_it_is_over()
             for group in moved:
                 self._say_moved(group)
@@ -217,6 +218,10 @@ class Flow:
         if self._combines:
             self._close_window()
         parts.stopper.end_fit()
+        if parts.guarding is not None:
+            parts.guarding.close_window(was_combined=self._combines)
+            if _compat.has_ended(parts.trainer):
+                parts.guarding.conclude()  # before others save what the fit leaves
         self._window = 0
         parts.groups.guard.end_window()
         return True
@@ -224,7 +229,7 @@ class Flow:
     def _report(self) -> None:
         """Log the step of the window; none where it had none."""
         parts, report = self._parts, self._parts.optimizer.last_step
-        more = parts.stopper.numbers() | parts.groups.levels()
+        more = self._numbers()
         if parts.verifier is not None:
             more |= parts.verifier.numbers()
         is_new = report is not self._reported
@@ -241,8 +246,13 @@ class Flow:
     def publish(self) -> None:
         """At the end of an epoch, give monitors the numbers that are logged at steps, and the means over the epoch."""
         parts = self._parts
-        more = parts.stopper.numbers() | parts.groups.levels()
-        parts.journal.publish_epoch({f"hamu/{name}": value for name, value in more.items()})
+        parts.journal.publish_epoch({f"hamu/{name}": value for name, value in self._numbers().items()})
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """What is measured besides the steps."""
+        parts = self._parts
+        guarded = {} if parts.guarding is None else parts.guarding.numbers()
+        return parts.stopper.numbers() | parts.groups.levels() | guarded
 
     def _close_window(self) -> None:
         parts = self._parts

@@ -27,7 +27,15 @@ from hamu_lightning.callbacks._settings import (
     take_deprecated,
 )
 from hamu_lightning.callbacks.forecast import PreflightReport
-from hamu_lightning.callbacks.goals import StopCondition, StopOn, Target, VerifySteps, as_conditions
+from hamu_lightning.callbacks.goals import (
+    RetainGuard,
+    StopCondition,
+    StopOn,
+    Target,
+    VerifySteps,
+    as_conditions,
+    choose_guard,
+)
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
@@ -99,6 +107,8 @@ class HAMUCallback(Record, Callback):
             the steps. Epochs count from where unlearning began.
         verify: `VerifySteps()`, or True, measures both losses again after each step, and takes back a step that breaks
             its promise. Default: with `target`, and not else.
+        guard: `RetainGuard()`, or True, measures the retain data as a whole every so many steps, and goes back where
+            they have lost too much. Default: with `target`, and not else.
         passes: Batch size, BatchNorm, and how often forget passes run.
         steps: How the optimizer takes the steps: exactly, within a mask, from projections.
         **deprecated: The fields of `passes` and `steps` by their own names, as before there were these two.
@@ -125,6 +135,7 @@ class HAMUCallback(Record, Callback):
         progress_bar: bool = False,
         preflight: bool = False,
         verify: VerifySteps | bool | None = None,
+        guard: RetainGuard | bool | None = None,
         objective: Objective | None = None,
         retain_objective: Objective | None = None,
         schedule: Schedule | None = None,
@@ -143,11 +154,13 @@ class HAMUCallback(Record, Callback):
             retain_objective=retain_objective,
             stop_on=as_conditions(stop_on),
             verify=choose_verification(verify, has_target=target is not None),
+            guard=choose_guard(guard, has_target=target is not None),
             passes=passes,
             steps=steps,
             preflight=preflight,
             progress_bar=progress_bar,
             seed=seed,
+            has_target=target is not None,
         )
         self._requests: list[str] = []
         self._summary: str | None = None
@@ -249,6 +262,8 @@ class HAMUCallback(Record, Callback):
         fit, account = self._running, self._running.account
         fit.parts.journal.publish_again()
         account.check_it_happened()
+        if fit.parts.guarding is not None:
+            fit.parts.guarding.conclude()
         account.warn_if_short()
         fit.flow.batchnorm.thaw()
         # Where processes were spawned, nothing but this comes back to the first one.

@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._checks import check_own_optimizer, check_sketch, check_target, wrap_optimizer
+from hamu_lightning.callbacks._checks import (
+    check_own_optimizer,
+    check_sketch,
+    check_target,
+    choose_exact,
+    wrap_optimizer,
+)
 from hamu_lightning.callbacks._groups import Groups
+from hamu_lightning.callbacks._guarding import Guarding
 from hamu_lightning.callbacks._identity import is_same_request, is_same_run
 from hamu_lightning.callbacks._journal import Journal
 from hamu_lightning.callbacks._prices import Prices
 from hamu_lightning.callbacks._settings import FitSettings, check_brought
-from hamu_lightning.callbacks.goals import Stopper, StopReason, Turns, Verifier
+from hamu_lightning.callbacks.goals import RetainWatch, Stopper, StopReason, Turns, Verifier
 from hamu_lightning.errors import HAMUError
 
 if TYPE_CHECKING:
@@ -42,8 +49,10 @@ class Past:
         """What of the state holds in a fit with the same data. Conclusions do not: they are measured again."""
         if self.is_loaded:
             stop = self.state.get("stop", {})
-            ended: dict[str, Any] = {} if stop.get("reason") is None else {"stop": {}, "verifier": {}}
-            return {**self.state, **ended}
+            if stop.get("reason") is None:
+                return self.state
+            began = {n: x for n, x in self.state.get("guard", {}).items() if n in RetainWatch.beginning}
+            return {**self.state, "stop": {}, "verifier": {}, "guard": began}
         # Between two fits of one callback anything may have happened to the weights: what was done and read counts on.
         kept = ("groups", "turns", "optimizer", *(["objectives"] if self.is_same_module else []))
         state = {name: self.state[name] for name in kept if name in self.state}
@@ -67,6 +76,7 @@ class Parts:
         turns: Whose turn it is, with a schedule.
         stopper: Ends the fit.
         verifier: Judges steps, once the fit has started.
+        guarding: Watches over the retain data, once the fit has started.
         before: What had been done (`counts`) before this fit.
         is_resumed: Whether the fit goes on with the run of a checkpoint.
         is_started: Whether there was a training batch to come.
@@ -77,7 +87,8 @@ class Parts:
         base, steps, reuses = trainer.optimizers[0], settings.steps, settings.passes.groups_per_step is not None
         check_sketch(trainer, steps.sketch, verifies=settings.verify is not None)
         check_own_optimizer(base, mask=steps.mask, schedule=settings.schedule)
-        options = {name: getattr(steps, name) for name in ("mask", "exact", "track_actual", "sketch")}
+        options = {name: getattr(steps, name) for name in ("mask", "track_actual", "sketch")}
+        options["exact"] = choose_exact(base, settings)
         self.optimizer = wrap_optimizer(trainer.lightning_module, base, settings.rule, reuse_groups=reuses, **options)
         self.has_wrapped = self.optimizer is not base
         check_target(settings.objective, self.optimizer.rule)
@@ -88,6 +99,7 @@ class Parts:
         schedule = settings.schedule
         self.turns = None if schedule is None else Turns(trainer, self.optimizer, schedule)
         self.verifier: Verifier | None = None
+        self.guarding: Guarding | None = None
         self.stopper = Stopper(trainer, self.optimizer, settings.stop_on, {})
         self.before: dict[str, int] = {}
         self.is_resumed = self.is_started = False
@@ -98,7 +110,8 @@ class Parts:
         """Continue an earlier run; some strategies load checkpoints after `on_fit_start`."""
         self._past = Past(state, is_loaded=True)
         if self.is_started:
-            self._load(self._past.choose())
+            self._load(state := self._past.choose())
+            self._start_guarding(state)
 
     def _load(self, state: dict[str, Any]) -> None:
         if "optimizer" in state:
@@ -127,6 +140,11 @@ class Parts:
         self._load(state)
         self.is_started = True
         self.groups.start()
+        self._start_guarding(state)
+
+    def _start_guarding(self, state: dict[str, Any]) -> None:
+        parts = self.trainer, self.optimizer, self.settings, self.groups, self.stopper
+        self.guarding = Guarding(*parts, state.get("guard", {}))
 
     def _recognise(self) -> dict[str, Any]:
         """The state to go on with: none where it belongs to other data to forget."""
@@ -180,7 +198,7 @@ class Parts:
     @property
     def is_deciding(self) -> bool:
         """Whether something may end the fit before a step."""
-        return bool(self.settings.stop_on or self.optimizer.rule.target_quotas)
+        return bool(self.settings.stop_on or self.settings.guard or self.optimizer.rule.target_quotas)
 
     def counts(self) -> dict[str, int]:
         """What was done, by this fit and the one that it continues; reads the host."""
@@ -210,6 +228,7 @@ class Parts:
             "journal": self.journal.state_dict(),
             "prices": self.prices.state_dict(),
             **({} if self.turns is None else {"turns": self.turns.state_dict()}),
+            **({} if self.guarding is None else {"guard": self.guarding.state_dict()}),
             **({} if self.verifier is None else {"verifier": self.verifier.state_dict()}),
         }
 

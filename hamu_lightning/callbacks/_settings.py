@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
-from hamu_lightning.callbacks.goals import StopCondition, VerifySteps, as_target
+from hamu_lightning.callbacks.goals import RetainGuard, StopCondition, VerifySteps, as_target
 from hamu_lightning.callbacks.passes import HoldsData, check_can_be_read, name_sources
 from hamu_lightning.checks import (
     check_choice,
@@ -75,7 +75,8 @@ class StepOptions:
     """How the optimizer takes the combined steps: the options of `HAMUOptimizer`, in which the callback wraps it.
 
     Args:
-        exact: For an optimizer that is not plain SGD: apply the rule's step itself.
+        exact: For an optimizer that is not plain SGD: apply the rule's step itself. Momentum, weight decay and Adam's
+            scaling then do not act. Default: with `target`, and not else.
         track_actual: Log `hamu/actual_retain_improvement` and `hamu/actual_forget_improvement`, what the weights'
             actual change did to first order.
         sketch: Keep projections of so many numbers in place of the groups' gradients, for memory: each group then runs
@@ -91,7 +92,7 @@ class StepOptions:
         False
     """
 
-    exact: bool = False
+    exact: bool | None = None
     track_actual: bool = False
     sketch: int | None = None
     mask: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
@@ -100,7 +101,7 @@ class StepOptions:
         """Check the options."""
         store(
             self,
-            exact=check_flag("exact", self.exact),
+            exact=check_optional(check_flag, "exact", self.exact),
             track_actual=check_flag("track_actual", self.track_actual),
             sketch=check_optional(check_count, "sketch", self.sketch),
         )
@@ -175,11 +176,13 @@ class FitSettings(HoldsData):
     retain_objective: Objective | None
     stop_on: tuple[StopCondition, ...]
     verify: VerifySteps | None
+    guard: RetainGuard | None
     passes: PassOptions
     steps: StepOptions
     preflight: bool
     progress_bar: bool
     seed: int
+    has_target: bool = False
     _data: ClassVar[tuple[str, ...]] = ("forget", "protect")
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The optimizer wrapper: works in a plain PyTorch loop, with Fabric, and under Lightning."""
 
 from hamu_lightning.optim._aim import Aim
+from hamu_lightning.optim._checks import is_plain_sgd
 from hamu_lightning.optim._engine import Plan
 from hamu_lightning.optim._hamu_optimizer import HAMUOptimizer
 from hamu_lightning.optim._mask import NamedMasks, keep_largest
@@ -20,6 +21,7 @@ __all__ = [
     "StepReport",
     "Verdict",
     "hidden_gradients",
+    "is_plain_sgd",
     "keep_largest",
     "unscale_unseen_",
 ]

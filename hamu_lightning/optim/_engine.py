@@ -22,7 +22,7 @@ from hamu_lightning.optim._report import StepReport
 from hamu_lightning.optim._scaling import Unscalings
 from hamu_lightning.optim._sketch import Sketch, SketchedGradients, SketchSlot
 from hamu_lightning.optim._slots import GradientSlot, SpentGradients, pointed_gradients
-from hamu_lightning.optim._trial import Referee, Snapshot
+from hamu_lightning.optim._trial import Referee, Snapshot, shorten_step_
 from hamu_lightning.rules import Rule
 
 Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
@@ -57,6 +57,7 @@ class Engine:
     window_shares: tuple[float, float] = (1.0, 1.0)
     approve: Callable[[StepReport], bool] | None = None
     referee: Referee | None = None
+    region_limit: float = 1.0
     unscalings: Unscalings = field(default_factory=Unscalings)
 
     def __post_init__(self) -> None:
@@ -76,6 +77,11 @@ class Engine:
     def is_filled(self) -> bool:
         """Whether a slot holds a gradient of the present step."""
         return any(slot.is_fresh for slot in self.slots.values())
+
+    @property
+    def region(self) -> float:
+        """What the radius of the rule is multiplied by; with a base other than plain SGD, its step."""
+        return self.region_limit if self.referee is None else min(self.referee.region, self.region_limit)
 
     def find_slot(self, name: str) -> GradientSlot:
         """Return the slot of a group other than retain.
@@ -225,8 +231,8 @@ class Engine:
     def _ask_rule(self, gradients: StepGradients) -> StepReport:
         """Ask the rule for the coefficients."""
         rule, layout, groups = self.rule, gradients.layout, gradients.groups
-        if self.referee is not None and self.referee.region != 1 and self.applier.moves_by_d:
-            rule = rule.in_region(self.referee.region)
+        if self.region != 1 and self.applier.moves_by_d:
+            rule = rule.in_region(self.region)
         gramian = self.unscalings.mark_overflow(gradients.gramian())
         known: dict[str, Any] = {}
         if rule.radius.needs_weights:
@@ -249,33 +255,37 @@ class Engine:
 
     def _try_until_judged(self, gradients: StepGradients, referee: Referee, before: Snapshot) -> bool:
         while True:
-            self._take_step(gradients, keeps_last=True)
+            self._take_step(gradients, before, keeps_last=True)
             assert self.last_step is not None
             if not bool(self.last_step.coefficients.is_finite):
                 return True  # it has moved nothing, and is counted: the promise is not to blame
-            if not self.applier.moves_by_d:
-                before.shorten_step(referee.region)
             if not self.applier.moves_by_d or gradients.layout.rounds:
                 self.last_step = replace(self.last_step, actual_changes=gradients.measure(before.weights))
             verdict = referee.judge(self.last_step)
             if verdict == "accept":
+                referee.region = self.region  # which may have grown beyond the limit
                 return True
             before.restore()
             if verdict == "drop":
                 return False
             self.last_step = self._ask_rule(gradients)
 
-    def _take_step(self, gradients: StepGradients, *, keeps_last: bool = False) -> None:
-        """Let the base apply the last answer of the rule."""
+    def _take_step(self, gradients: StepGradients, before: Snapshot | None = None, *, keeps_last: bool = False) -> None:
+        """Let the base apply the last answer of the rule; `before` is there where somebody else needs it as well."""
         parameters = gradients.layout.parameters
-        before = [p.detach().clone() for p in parameters] if self.track_actual else None
+        is_shortened = self.region != 1 and not self.applier.moves_by_d and not self.rule.is_plain
+        weights = None if before is None else before.weights
+        if weights is None and (self.track_actual or is_shortened):
+            weights = [p.detach().clone() for p in parameters]
         # The combination is written over the last gradients: they may be needed again to measure, or in later steps.
         combined = self._combine(gradients, keeps_last or self.track_actual or self.reuse_groups)
         with pointed_gradients(parameters, combined):
             self._step_base()
-        if before is not None:
+        if weights is not None and is_shortened:
+            shorten_step_(parameters, weights, self.region)
+        if weights is not None and self.track_actual:
             assert self.last_step is not None
-            self.last_step = replace(self.last_step, actual_changes=gradients.measure(before))
+            self.last_step = replace(self.last_step, actual_changes=gradients.measure(weights))
 
     def _combine(self, gradients: StepGradients, keeps_last: bool) -> list[Tensor | None]:
         """The gradients that make the base apply the coefficients; the report says whether float16 holds them."""

@@ -51,6 +51,22 @@ class SteeredSteps:
         self._core.referee = referee
 
     @property
+    def region(self) -> float:
+        """What the radius of the rule is multiplied by; with a base other than plain SGD, its step."""
+        return self._core.region
+
+    @property
+    def region_limit(self) -> float:
+        """How large `region` may be at most, whatever the referee says."""
+        return self._core.region_limit
+
+    @region_limit.setter
+    def region_limit(self, limit: float) -> None:
+        self._core.region_limit = limit
+        if self._core.referee is not None:
+            self._core.referee.region = self._core.region
+
+    @property
     def recompute(self) -> Callable[[str], object] | None:
         """With `sketch`: runs the backward pass of a group again, on the same batches with the same random numbers."""
         return self._core.recompute

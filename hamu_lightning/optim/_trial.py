@@ -54,13 +54,6 @@ class Snapshot:
         self._settings = [{n: copy.deepcopy(v) for n, v in g.items() if n != "params"} for g in optimizer.param_groups]
 
     @torch.no_grad()
-    def shorten_step(self, factor: float) -> None:
-        """Leave the weights at `factor` of their way since the snapshot."""
-        if factor != 1:
-            for parameter, weight in zip(self._parameters, self.weights, strict=True):
-                parameter.copy_(torch.lerp(weight, parameter, factor))
-
-    @torch.no_grad()
     def restore(self) -> None:
         """Put everything back, bit by bit."""
         for parameter, weight in zip(self._parameters, self.weights, strict=True):
@@ -99,6 +92,13 @@ class Snapshot:
                 del values[name]
             for name, value in kept.items():
                 values[name] = _overwritten(values.get(name), value)
+
+
+@torch.no_grad()
+def shorten_step_(parameters: Sequence[Tensor], before: Sequence[Tensor], factor: float) -> None:
+    """Leave weights at `factor` of their way from where they were before."""
+    for parameter, weight in zip(parameters, before, strict=True):
+        parameter.copy_(torch.lerp(weight, parameter, factor))
 
 
 def _placed(value: Any, parameter: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from hamu_lightning.callbacks.goals._approach import Approach
 from hamu_lightning.callbacks.goals._conditions import (
+    CEILINGS,
     CollateralDamage,
     ForgetAbove,
     Infeasible,
@@ -12,6 +13,9 @@ from hamu_lightning.callbacks.goals._conditions import (
     StopReason,
     as_conditions,
 )
+from hamu_lightning.callbacks.goals._reading import Reader
+from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
+from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
 from hamu_lightning.callbacks.goals._stopper import Stopper
 from hamu_lightning.callbacks.goals._targets import Chance, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._turns import Turns
@@ -19,6 +23,7 @@ from hamu_lightning.callbacks.goals._unseen import SecondChoice, Unseen
 from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
 
 __all__ = [
+    "CEILINGS",
     "Approach",
     "Chance",
     "CollateralDamage",
@@ -26,8 +31,12 @@ __all__ = [
     "Holdout",
     "Infeasible",
     "NotFinite",
+    "RETAIN",
+    "Reader",
     "RetainAbove",
     "SecondChoice",
+    "RetainGuard",
+    "RetainWatch",
     "StopCondition",
     "StopOn",
     "StopReason",
@@ -39,4 +48,5 @@ __all__ = [
     "VerifySteps",
     "as_conditions",
     "as_target",
+    "choose_guard",
 ]

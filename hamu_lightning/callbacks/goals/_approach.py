@@ -168,6 +168,13 @@ class Approach:
             self._check(level, "the forget loss", self._given, step)
         self.is_reached = not self.is_lost and self.is_at_target
 
+    def start_over(self, level: Tensor | None) -> None:
+        """The weights went back to an earlier step, where the forget loss was this."""
+        self._kept.release()
+        self._seen, self._aim.level = PassMean(), level
+        self._level, self._level_at, self._kept_level = level, -1, None
+        self._not_finite, self.is_reached, self.is_lost = "", False, False
+
     def close(self) -> None:
         """Let the workers go that read for measurements."""
         self._reader.close()

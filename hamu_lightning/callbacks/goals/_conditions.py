@@ -31,6 +31,8 @@ class StopReason(str, Enum):
     """Forgotten too far: an odd loss is as revealing as a low one."""
     PROMISES_BROKEN = "promises broken"
     """Steps break their promise however small the trust region."""
+    RETAIN_GUARD = "retain data out of bounds"
+    """The retain loss or accuracy leaves what `RetainGuard` allows however small the trust region."""
     NOT_FINITE = "not finite"
     """Step after step was left out for numbers that are not finite."""
 

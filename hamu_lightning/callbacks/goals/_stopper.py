@@ -85,6 +85,11 @@ class Stopper:
         if self.reason is None:
             self.reason, self.message = reason, message
 
+    def start_over(self) -> None:
+        """The weights went back to an earlier step: what was seen since, and what was kept, says nothing of them."""
+        self._kept.release()
+        self._monitor = StopMonitor(self._conditions)
+
     def end_fit(self) -> None:
         """At the end of a step: end the fit if there is a reason to."""
         trainer = self._trainer

@@ -2,7 +2,7 @@
 
 from hamu_lightning.callbacks.passes._absent import AbsentData, HoldsData
 from hamu_lightning.callbacks.passes._bare_pass import BarePass, check_module, without_trainer
-from hamu_lightning.callbacks.passes._batches import split_batch
+from hamu_lightning.callbacks.passes._batches import count_samples, split_batch
 from hamu_lightning.callbacks.passes._batchnorm import FrozenBatchNorm, batchnorm_frozen
 from hamu_lightning.callbacks.passes._classes import read_labels
 from hamu_lightning.callbacks.passes._forget_pass import (
@@ -43,6 +43,7 @@ __all__ = [
     "check_loss",
     "check_module",
     "copied",
+    "count_samples",
     "count_shared_samples",
     "detached_loss",
     "find_loader",
