@@ -35,7 +35,7 @@ class Target(ABC):
         """Measure the level.
 
         Args:
-            module: The module, in the mode that it trains in.
+            module: The module, in evaluation mode.
             mean_loss: Gives the module's own training loss on the batches of a loader, mean over samples, without
                 leaving a trace. A Dataset is loaded like the training data; None stands for the Trainer's validation
                 data.

@@ -7,10 +7,10 @@ from hamu_lightning.callbacks.passes._forget_pass import (
     ForgetPass,
     Recording,
     check_loss,
-    detached_loss,
     split_batch,
 )
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
+from hamu_lightning.callbacks.passes._isolated_pass import IsolatedPass, detached_loss
 from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
 from hamu_lightning.callbacks.passes._objective import wrap_step
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
@@ -32,6 +32,7 @@ __all__ = [
     "FrozenBatchNorm",
     "MeasuringLoader",
     "HoldsData",
+    "IsolatedPass",
     "ModuleGuard",
     "Recording",
     "batchnorm_frozen",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks.passes._batches import comparing, count_samples, counted
+from hamu_lightning.callbacks.passes._batches import comparing, count_samples
 from hamu_lightning.callbacks.passes._batchnorm import explaining_single_samples
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
+from hamu_lightning.callbacks.passes._isolated_pass import IsolatedPass, detached_loss
 from hamu_lightning.callbacks.passes._loaders import copied
 from hamu_lightning.callbacks.passes._objective import is_wrapped
 from hamu_lightning.callbacks.passes._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
-from hamu_lightning.optim import HAMUOptimizer, hidden_gradients, unscale_unseen_
+from hamu_lightning.optim import HAMUOptimizer, unscale_unseen_
 from hamu_lightning.randomness import RandomStream, capture_random, restore_random
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Recording:
     loss: Tensor
 
 
-class ForgetPass:
+class ForgetPass(IsolatedPass):
     """Runs forget batches through the module, isolated from everything that the retain stream owns.
 
     Args:
@@ -53,7 +54,6 @@ class ForgetPass:
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
         logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
-        not_finite: The numbers of the batches whose loss was not finite in the last measurement.
     """
 
     def __init__(
@@ -64,12 +64,11 @@ class ForgetPass:
         slot: Callable[[], AbstractContextManager[None]],
         guard: ModuleGuard,
     ) -> None:
-        self._trainer, self._optimizer, self._random = trainer, optimizer, random
-        self._slot, self._guard = slot, guard
+        super().__init__(trainer, optimizer, random, guard)
+        self._slot = slot
         self.stream: ForgetStream | None = None
         self.records: Callable[[Recording], None] | None = None
         self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
-        self.not_finite: list[int] = []
         self._group = _compat.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
 
@@ -110,43 +109,6 @@ class ForgetPass:
             with self._slot():
                 unscale_unseen_(scaler, [p for group in self._optimizer.param_groups for p in group["params"]])
 
-    def measure(
-        self, level: Callable[..., Any], step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Measure a level at the present weights, without a trace.
-
-        Every process takes all of its data: with shares of unequal length the forward passes could not be joint ones.
-
-        Args:
-            level: Called with the module, a function that gives its mean loss on the batches of a loader, and a retain
-                batch; see `Target.measure`.
-            step: As in `run`.
-            args: The arguments of the retain batch.
-            kwargs: Likewise.
-
-        Raises:
-            HAMUStateError: If there is no loss to measure.
-        """
-
-        def mean_loss(loader: Iterable[Any]) -> Tensor:
-            losses, sizes = [], []
-            for batch, size in counted(loader):
-                self._results.batch = batch = _compat.transfer_batch(self._trainer, copied(batch))
-                loss = detached_loss(step(batch, *args[1:], **kwargs))
-                if loss is not None:
-                    losses.append(loss)
-                    sizes.append(size)
-            if not losses:
-                raise HAMUStateError("Expected a loss on the held-out data of the target, but it has no batch.")
-            # Where one of them is not known, all count the same.
-            weights = torch.tensor(sizes if all(map(math.isfinite, sizes)) else [1.0] * len(sizes)).to(losses[0])
-            all_losses = torch.stack(losses)
-            self.not_finite = (~all_losses.isfinite()).nonzero().flatten().tolist()
-            return all_losses @ weights / weights.sum()
-
-        with self._isolated(args[0]), self._as_in_training():
-            return torch.as_tensor(level(self._trainer.lightning_module, mean_loss, copied(args[0]))).detach()
-
     def clip(self) -> None:
         """Clip the forget gradient as the trainer and the module clip the retain gradient, on its own."""
         trainer, module = self._trainer, self._trainer.lightning_module
@@ -161,36 +123,6 @@ class ForgetPass:
         if batch is not None or self.stream is None or self._group is not None:
             return 1  # with several processes a pass is a joint one: it cannot be repeated on one of them
         return self.stream.length or 100
-
-    def _isolated(self, batch: Any) -> ExitStack:
-        """Everything that the pass must not touch, put back at the end."""
-        module = self._trainer.lightning_module
-        owned = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        stack = ExitStack()
-        stack.enter_context(self._random.active())
-        stack.enter_context(self._guard.guarding())
-        stack.enter_context(hidden_gradients(p for p in module.parameters() if id(p) not in owned))
-        stack.enter_context(_compat.without_callbacks(self._trainer))
-        stack.enter_context(_compat.silent_loggers(self._trainer))
-        stack.enter_context(_compat.buffers_due(self._trainer))
-        self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch))
-        return stack
-
-    @contextmanager
-    def _as_in_training(self) -> Iterator[None]:
-        """With gradients, which a module may take inside of its step; those that it leaves in `.grad` are dropped.
-
-        No backward pass follows: processes are not told to wait for one.
-        """
-        module = self._trainer.lightning_module
-        owned = {p for group in self._optimizer.param_groups for p in group["params"]}
-        with (
-            hidden_gradients({*module.parameters(), *owned}),
-            _compat.without_sync(self._trainer),
-            _compat.hook_name(module, "training_step"),
-            torch.enable_grad(),
-        ):
-            yield
 
     def _run_once(
         self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any
@@ -319,9 +251,3 @@ def split_batch(batch: Any, groups: Sequence[str]) -> tuple[Any, ...]:
             "Let the shorter loader cycle: CombinedLoader(..., mode='max_size_cycle')."
         )
     return parts
-
-
-def detached_loss(output: Any) -> Tensor | None:
-    """The loss of a step's output as a 0-d tensor without a graph; None where there is none."""
-    loss = _compat.split_step_output(output)
-    return loss.detach().float().mean().clone() if isinstance(loss, torch.Tensor) else None
