@@ -27,7 +27,7 @@ from hamu_lightning.callbacks._settings import (
     take_deprecated,
 )
 from hamu_lightning.callbacks.forecast import PreflightReport
-from hamu_lightning.callbacks.goals import StopCondition, StopOn, VerifySteps, as_conditions
+from hamu_lightning.callbacks.goals import ForgottenSamples, StopCondition, StopOn, VerifySteps, as_conditions
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.objectives import Objective
 from hamu_lightning.optim import StepReport
@@ -149,6 +149,7 @@ class HAMUCallback(Record, Callback):
         )
         self._requests: list[str] = []
         self._summary: str | None = None
+        self._forgotten_samples: dict[str, ForgottenSamples] = {}
         self._costs: Tensor | None = None
         self._preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
@@ -195,6 +196,15 @@ class HAMUCallback(Record, Callback):
     def summary(self) -> str | None:
         """What the last fit did, in words: counts, the way of each loss, and a table where there are several groups."""
         return self._summary
+
+    @property
+    def forgotten_samples(self) -> dict[str, ForgottenSamples]:
+        """After a fit with a target, for each group (`"forget"` where there is one): what became of each sample.
+
+        `forgotten_samples["forget"].to_csv(path)` writes it. Of more than 50,000 samples a part is measured; there is
+        no table where samples come in no order that is known, as in streams.
+        """
+        return self._forgotten_samples
 
     @property
     def mean_costs(self) -> Tensor | None:
@@ -247,10 +257,12 @@ class HAMUCallback(Record, Callback):
         fit, account = self._running, self._running.account
         fit.parts.journal.publish_again()
         account.check_it_happened()
-        account.warn_if_short()
+        account.conclude()
         fit.flow.batchnorm.thaw()
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(account.totals())
+        account.log_evidence()
+        self._forgotten_samples = fit.parts.groups.tables()
         self._summary, self._costs = account.summary(), account.mean_costs()
         rank_zero_info(self._summary)
         fit.parts.release()

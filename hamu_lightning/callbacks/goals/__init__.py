@@ -12,6 +12,7 @@ from hamu_lightning.callbacks.goals._conditions import (
     StopReason,
     as_conditions,
 )
+from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._stopper import Stopper
 from hamu_lightning.callbacks.goals._targets import Chance, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._turns import Turns
@@ -22,6 +23,7 @@ __all__ = [
     "Chance",
     "CollateralDamage",
     "ForgetAbove",
+    "ForgottenSamples",
     "Holdout",
     "Infeasible",
     "NotFinite",

@@ -12,8 +12,8 @@ from hamu_lightning.callbacks.passes._forget_pass import (
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._isolated_pass import IsolatedPass, detached_loss
 from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
-from hamu_lightning.callbacks.passes._objective import wrap_step
-from hamu_lightning.callbacks.passes._overlap import count_shared_samples
+from hamu_lightning.callbacks.passes._objective import unwrap_step, wrap_step
+from hamu_lightning.callbacks.passes._overlap import count_shared_samples, read_positions
 from hamu_lightning.callbacks.passes._samples import split_forget
 from hamu_lightning.callbacks.passes._sources import (
     check_can_be_read,
@@ -46,9 +46,11 @@ __all__ = [
     "find_loader",
     "is_data",
     "name_sources",
+    "read_positions",
     "split_batch",
     "split_forget",
     "twin_loader",
+    "unwrap_step",
     "without_trainer",
     "wrap_step",
 ]

@@ -53,6 +53,8 @@ class ForgetPass(IsolatedPass):
     Attributes:
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
+        sees_levels: Whether each batch is run a second time, in evaluation mode and without a trace, for its `level`.
+        level: The loss of the last batch in evaluation mode, weighted as the loss is; None where it was not seen.
         logged: What the module logged in the last pass: for each name the value and the arguments of `log`.
     """
 
@@ -71,6 +73,8 @@ class ForgetPass(IsolatedPass):
         self.logged: dict[str, tuple[Tensor, dict[str, Any]]] = {}
         self._group = _compat.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
+        self.sees_levels = False
+        self.level: Tensor | None = None
 
     def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None) -> Tensor:
         """Run one forget batch through `step`, the strategy's `training_step`, and accumulate its gradient.
@@ -139,6 +143,7 @@ class ForgetPass(IsolatedPass):
                 samples = count_samples(batch)
             share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
+            again = copied(batch) if self.sees_levels else None
             with explaining, explaining_single_samples():
                 output = step(batch, *args[1:], **kwargs)
             loss = _compat.split_step_output(output)
@@ -151,7 +156,10 @@ class ForgetPass(IsolatedPass):
             value = loss.detach().float().mean().clone()
             if self.records is not None and kept is not None:
                 self.records(Recording(*kept, args[1:], kwargs, share, value))
-            return value
+        if again is not None:
+            seen = self.measuring(lambda: detached_loss(step(again, *args[1:], **kwargs)), args[0])
+            self.level = value if seen is None else _weigh(seen, share)
+        return value
 
     @property
     def generators(self) -> list[torch.Generator]:

@@ -62,7 +62,7 @@ class IsolatedPass:
         """
 
         def mean_loss(loader: Iterable[Any]) -> Tensor:
-            sized = [(loss, size) for loss, size in self._losses(loader, step, args, kwargs) if loss is not None]
+            sized = [(loss, size) for loss, size in self.losses(loader, step, args, kwargs) if loss is not None]
             if not sized:
                 raise HAMUStateError("Expected a loss on the held-out data of the target, but it has no batch.")
             losses, sizes = torch.stack([loss for loss, _ in sized]), [size for _, size in sized]
@@ -109,10 +109,10 @@ class IsolatedPass:
         with self._isolated(batch), self._as_in_training():
             return measure()
 
-    def _losses(
+    def losses(
         self, loader: Iterable[Any], step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[tuple[Tensor | None, float]]:
-        """For each batch its loss and the number of its samples."""
+        """For each batch its loss and the number of its samples; to be called inside of `measuring`."""
         for batch, size in counted(loader):
             self._results.batch = batch = _compat.transfer_batch(self._trainer, copied(batch))
             yield detached_loss(step(batch, *args[1:], **kwargs)), size
