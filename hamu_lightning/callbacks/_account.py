@@ -73,10 +73,7 @@ class Account:
         groups.conclude()
         short = groups.describe_short()
         if short:
-            rank_zero_warn(
-                f"The fit has ended before the target: {short}. "
-                "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."
-            )
+            rank_zero_warn(f"The fit has ended before the target: {short}")
 
     def log_evidence(self) -> None:
         """Log once what single samples show: hooks at the end of training take no `self.log`."""

@@ -248,6 +248,11 @@ class Groups:
         """Where the loss of the only group should end, 0-d; None where there are several."""
         return self._optimizer.aim_of(next(iter(self._groups))).target if self._is_single else None
 
+    @property
+    def level(self) -> Tensor | None:
+        """Where the loss of the only group is, as it is followed to its target; None without one."""
+        return self._optimizer.aim_of(next(iter(self._groups))).level if self.target is not None else None
+
     def levels(self) -> dict[str, Tensor]:
         """The losses as they are followed, and their targets, for the log."""
         return {
@@ -269,11 +274,11 @@ class Groups:
         )
 
     def describe_short(self) -> str:
-        """The same of what has not reached its target; empty where all have."""
-        return "; ".join(
-            approach.describe() if self._is_single else f"{name}: {approach.describe()}"
+        """The same of what has not reached its target, with the cure; empty where all have."""
+        return " ".join(
+            approach.describe_short() if self._is_single else f"{name}: {approach.describe_short()}"
             for name, approach in self._approaches.items()
-            if not self._groups[name].is_done and not approach.is_at_target
+            if not self._groups[name].is_done and approach.is_short
         )
 
     @property

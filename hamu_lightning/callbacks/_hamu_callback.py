@@ -80,7 +80,8 @@ class HAMUCallback(Record, Callback):
             conditions with settings: `CollateralDamage`, `Infeasible`, `NotFinite`, `RetainAbove(loss)`,
             `ForgetAbove(loss)`. The model reached is kept; above a ceiling, the one from before. `hamu/score` is for
             `ModelCheckpoint`.
-        progress_bar: Whether `forget/loss` and `hamu/margin` are shown in the progress bar.
+        progress_bar: Whether `forget/loss` (of training batches), `hamu/margin`, and with a target `hamu/forget_level`
+            (of the whole set, in evaluation mode) are shown in the progress bar.
         preflight: Before the first forget pass, predict from up to 16 batch pairs what can be had and what it costs,
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
             bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.

@@ -26,7 +26,8 @@ class Journal:
     Args:
         trainer: The trainer.
         groups: The groups of the rule.
-        progress_bar: Whether the losses of the groups to forget and protect, and `hamu/margin`, are shown there.
+        progress_bar: Whether the losses of the groups to forget and protect, their levels where there is a target, and
+            `hamu/margin` are shown there.
     """
 
     def __init__(self, trainer: Trainer, groups: Iterable[str], progress_bar: bool) -> None:
@@ -109,7 +110,8 @@ class Journal:
             _compat.withdraw_logged(self._trainer, f"{name}/")
         losses = {self._own_name(f"{n}/loss"): windows[n].close_window() for n in present if n not in self._ended}
         numbers |= losses
-        shown = {"hamu/margin", *losses} - {"retain/loss"} if self._progress_bar else set()
+        levels = {name for name in numbers if name.endswith("forget_level")}
+        shown = {"hamu/margin", *levels, *losses} - {"retain/loss"} if self._progress_bar else set()
         device = self._trainer.strategy.root_device
         values = torch.stack([value.to(device, torch.float32) for value in numbers.values()]).tolist()
         for name, value in zip(numbers, values, strict=True):

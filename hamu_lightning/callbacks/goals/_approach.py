@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ _MEASURE_EVERY = 10
 _TOO_FAR = 1.1
 # And from here on, advice is due.
 _FAR_BEYOND = 1.5
+_MORE = "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."
 
 
 class Approach:
@@ -98,10 +100,12 @@ class Approach:
         self._last_step: tuple[Any, ...] | None = None
         self.is_reached = self.is_lost = False
         self._load(state or {})
-        held_out = None
+        held_out, doubt = None, ""
         if isinstance(self._target, Holdout):
-            held_out = self._reader.take_held_out(self._target.data, forget, self._target.transform_like)
+            doubt = self._reader.take_held_out(self._target.data, forget, self._target.transform_like)
+            held_out = partial(self._reader.find, self._target.data)
         self.evidence = Evidence(trainer, forget_pass, forget, held_out, (state or {}).get("evidence", {}))
+        self.evidence.doubt = doubt
         if not isinstance(read, MeasuringLoader):
             rank_zero_warn(
                 f"The target of {group!r} is judged by the mean loss over a whole pass, as it was seen while the "
@@ -119,8 +123,7 @@ class Approach:
         """
         self._last_step = step, (None, *args[1:]), kwargs
         aim, target = self._aim, self._look_at_target(step, args, kwargs)
-        is_near = self._is_near(target)
-        if self._forget is not None and (is_near or aim.taken % _MEASURE_EVERY == 0):
+        if self._forget is not None and (self._is_near(target) or aim.taken % _MEASURE_EVERY == 0):
             aim.level = self._look_at_forget_set(self._forget, target, step, args, kwargs)
             self._trail.mark(aim.level)
         elif self._forget is None:
@@ -134,7 +137,7 @@ class Approach:
             return
         if self.is_reached or (is_there and self._is_too_far(target)):
             self._land(self._known, target)
-        elif is_near and self._forget is not None and aim.level is not None:
+        elif self._forget is not None and aim.level is not None and self._is_near(target):
             self._kept.keep()
             self._kept_level = aim.level
         else:
@@ -206,6 +209,17 @@ class Approach:
         if level is None or target is None or self._level_at != self._aim.taken:
             return False
         return bool(level >= REACHED * target)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the target cannot be believed to be reached."""
+        return not self.is_at_target or self.evidence.contradicts
+
+    def describe_short(self) -> str:
+        """How far the loss came where it is short of its target, in words with the cure; reads the host."""
+        if self.is_at_target:
+            return f"{self.describe()}. {self.evidence.judge()}."
+        return f"{self.describe()}. {_MORE}"
 
     def levels(self) -> dict[str, Tensor]:
         """The forget loss as it is followed, and the target, for the log."""

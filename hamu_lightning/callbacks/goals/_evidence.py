@@ -49,6 +49,7 @@ class Evidence:
 
     Attributes:
         table: What became of each sample; None before the end, and where it cannot be told.
+        doubt: Why the losses do not compare, in words; empty where nothing speaks against it.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Evidence:
         self._read_at = -1
         self._first: Tensor | None = state.get("held_out_level")
         self._runaway = ""
+        self.doubt = ""
         self.table: ForgottenSamples | None = None
 
     def begin(self, *step: Any) -> None:
@@ -160,15 +162,14 @@ class Evidence:
         if self._auc is not None:
             before = "" if self._auc_before is None else f", before {self._auc_before}"
             told.append(f"AUC against {len(self._now[HELD_OUT].losses)} held-out samples {self._auc}{before}")
-        verdict = self._judge() if is_reached else ""
+        verdict = self.judge() if is_reached else ""
         unknown = "" if told or not self._is_begun else self._explain_unknown()
-        return "".join(f" {part}." for part in ("; ".join(told), verdict, unknown) if part) + (
-            f" {self._runaway}" if self._runaway else ""
-        )
+        parts = "; ".join(told), verdict, unknown, self.doubt, self._runaway
+        return "".join(f" {part.rstrip('.')}." for part in parts if part)
 
-    def _judge(self) -> str:
-        """Where the mean is at its target, and the samples are not, in words."""
-        if self._auc is not None and looks_remembered(self._auc):
+    def judge(self) -> str:
+        """Where the mean is at its target, and the samples are not, in words; empty where nothing speaks against it."""
+        if self.contradicts:
             fault = "forgotten samples still have lower losses than held-out ones"
         elif self.table is not None and self.table.surer > _MANY:
             fault = f"{100 * self.table.surer:.0f} % of the forgotten samples are surer than before"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ class Reader:
             loader = self._load_as_in_training(data) if is_data(data) else data
         return loader if like is None else with_transforms_of(loader, like)
 
-    def take_held_out(self, data: Any, forget: Any, transform_like: str | None) -> Callable[[], Any]:
+    def take_held_out(self, data: Any, forget: Any, transform_like: str | None) -> str:
         """Take held-out data in, and warn where its losses do not compare with those of what is to be forgotten.
 
         Args:
@@ -72,16 +72,16 @@ class Reader:
             transform_like: "forget", or None.
 
         Returns:
-            What finds its loader.
+            The warning, or "".
         """
         self._warn_about_shared_samples(data, forget)
         if transform_like is not None:
             with_transforms_of(self.find(data), forget)  # what cannot be done is refused at once
             self._like[id(data)] = forget
         difference = explain_difference(forget, self.find(data))
-        if difference is not None:
+        if difference:
             rank_zero_warn(difference)
-        return lambda: self.find(data)
+        return difference
 
     def close(self) -> None:
         """Let all workers go."""

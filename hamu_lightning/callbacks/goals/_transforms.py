@@ -25,8 +25,8 @@ _CURE = (
 )
 
 
-def explain_difference(forget: Any, held_out: Any) -> str | None:
-    """Why losses of two sets do not compare, in words with the cure; None where nothing speaks against it.
+def explain_difference(forget: Any, held_out: Any) -> str:
+    """Why losses of two sets do not compare, in words with the cure; empty where nothing speaks against it.
 
     Args:
         forget: The loader or Dataset of what is to be forgotten.
@@ -35,11 +35,11 @@ def explain_difference(forget: Any, held_out: Any) -> str | None:
     ours, theirs = _transforms_of(forget), _transforms_of(held_out)
     if ours is not None and theirs is not None:
         if _are_alike(ours, theirs):
-            return None  # augmentation, if any, is on both sides
+            return ""  # augmentation, if any, is on both sides
         return f"The forget set and the held-out data of the target go through different transforms. {_CURE}"
     changing = [name for name, data in (("forget set", forget), ("held-out data", held_out)) if _changes(data)]
     if len(changing) != 1:
-        return None
+        return ""
     return f"A sample of the {changing[0]} gives other tensors at each reading, one of the other data does not. {_CURE}"
 
 

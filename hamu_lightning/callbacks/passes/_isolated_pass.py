@@ -23,6 +23,9 @@ from hamu_lightning.randomness import RandomStream
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+# Passes count their draws from 1. All measurements see the numbers of one draw: augmentation is the same in them.
+_MEASURING = 0
+
 
 class IsolatedPass:
     """Isolates passes from everything that the retain stream owns, and measures losses.
@@ -106,8 +109,12 @@ class IsolatedPass:
             raise
 
     def _measure_in_own_mode(self, measure: Callable[[], Any], batch: Any) -> Any:
-        with self._isolated(batch), self._as_in_training():
-            return measure()
+        draw, self._random.draw = self._random.draw, _MEASURING
+        try:
+            with self._isolated(batch), self._as_in_training():
+                return measure()
+        finally:
+            self._random.draw = draw
 
     def losses(
         self, loader: Iterable[Any], step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
