@@ -102,9 +102,10 @@ class Account:
         """What was done by this fit, and by the run that it continues; a table where there are several groups."""
         parts, done = self._parts, self._done()
         protected, requests = parts.groups.names_by_role()
+        means = parts.groups.means()
         return (
             f"HAMU: {done['combined_steps']} combined steps ({done['left_out_steps']} left out), "
-            f"{parts.journal.summary(parts.groups.means())}."
+            f"{parts.journal.summary(means)}."
             + ("" if parts.verifier is None or parts.is_resumed else f" {parts.verifier.describe()}.")
             + ("" if parts.turns is None else f" {parts.turns.describe()}.")
             + parts.journal.describe_promises(requests)
@@ -115,7 +116,7 @@ class Account:
                 f" {name} then puts another model in place, an average: no number here is of it."
                 for name in self.averages
             )
-            + parts.prices.format(parts.journal.path, protected, requests)
+            + parts.prices.format(lambda n: means[n] if n in means else parts.journal.path(n), protected, requests)
         )
 
     def _describe_run(self) -> str:
