@@ -16,7 +16,7 @@ from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
 from hamu_lightning.callbacks.goals._planning import plan_steps
 from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, find_not_finite, read_beside
-from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, as_target
+from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._trail import Trail
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader
 from hamu_lightning.errors import HAMUStateError
@@ -100,10 +100,11 @@ class Approach:
         self._last_step: tuple[Any, ...] | None = None
         self.is_reached = self.is_lost = False
         self._load(state or {})
-        held_out, doubt = None, ""
-        if isinstance(self._target, Holdout):
-            doubt = self._reader.take_held_out(self._target.data, forget, self._target.transform_like)
-            held_out = partial(self._reader.find, self._target.data)
+        held_out, doubt, target = None, "", self._target
+        if isinstance(target, Target) and target.has_held_out:
+            data: Any = target.data  # type: ignore[attr-defined]
+            doubt = self._reader.take_held_out(data, forget, target.transform_like)
+            held_out = partial(self._reader.find, data)
         self.evidence = Evidence(trainer, forget_pass, forget, held_out, (state or {}).get("evidence", {}))
         self.evidence.doubt = doubt
         if not isinstance(read, MeasuringLoader):
@@ -331,6 +332,7 @@ class Approach:
         goes_on = referee is not None and bool(level > _TOO_FAR * target)
         if goes_on or bool(level - target > target - before):
             self._kept.restore()
+            self.evidence.clear()
             self._aim.level = before
             # Of a large set it may have been measured on a part.
             self._level, self._level_at = before, self._aim.taken if self._is_small else -1

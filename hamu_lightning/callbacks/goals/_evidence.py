@@ -100,6 +100,10 @@ class Evidence:
             self.look(taken, *step)
         return not self.contradicts
 
+    def clear(self) -> None:
+        """Forget what was read last: the weights have gone back since."""
+        self._now, self._auc, self._read_at = {}, None, -1
+
     @property
     def contradicts(self) -> bool:
         """Whether forgotten samples still have lower losses than held-out ones, as they were read last."""
@@ -130,8 +134,9 @@ class Evidence:
             times = str(ratio)
         self._runaway = (
             f"The loss of the held-out data runs away: from {float(self._first):.4g} to {float(level):.4g}, times "
-            f"{times}, since the start. They hold samples of what is forgotten, or such as look like it, and a target "
-            "that they give moves on with each step. Hold out samples of what stays, or give Chance() or a loss."
+            f"{times}, since the start. They hold samples of what is forgotten, or such as look like it, or the steps "
+            "harm the model as a whole; a target that they give moves on with each step. Hold out samples of what "
+            "stays, give Chance() or a loss, or take a smaller radius."
         )
         rank_zero_warn(self._runaway)
 

@@ -74,7 +74,7 @@ class Reader:
         Returns:
             The warning, or "".
         """
-        self._warn_about_shared_samples(data, forget)
+        self.warn_about_shared_samples(data, forget)
         if transform_like is not None:
             with_transforms_of(self.find(data), forget)  # what cannot be done is refused at once
             self._like[id(data)] = forget
@@ -101,7 +101,7 @@ class Reader:
             )
         return loaders
 
-    def _warn_about_shared_samples(self, data: Any, forget: Any) -> None:
+    def warn_about_shared_samples(self, data: Any, forget: Any) -> None:
         """Warn where held-out data is trained on or to be forgotten as well, as far as it can be seen.
 
         Args:

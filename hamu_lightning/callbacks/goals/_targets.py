@@ -26,9 +26,16 @@ class Target(ABC):
 
     Attributes:
         every: Measured again after so many combined steps; None: once, at the start.
+        transform_like: "forget": held-out data, where there are such in `data`, go through the forget set's transforms.
     """
 
     every: int | None = None
+    transform_like: Literal["forget"] | None = None
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether `data` are held-out data, with which forgotten samples are compared one by one."""
+        return False
 
     @abstractmethod
     def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
@@ -91,6 +98,11 @@ class Holdout(HoldsData, Target):
             raise HAMUValueError(
                 f"Expected held-out data to measure the target on, but the {type(self.data).__name__} is empty."
             )
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are such data: always."""
+        return True
 
     def measure(self, module: nn.Module, mean_loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
         """Return the mean loss on the held-out data."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
@@ -21,7 +22,7 @@ from hamu_lightning.callbacks import StopReason
 from hamu_lightning.objectives import evaluating
 from hamu_lightning.rules import RelativeRadius, TargetQuota
 from tests.callbacks.goals.test_targets import FORGET, HELD_OUT, trained
-from tests.callbacks.modules import Base, fit, make_data
+from tests.callbacks.modules import Base, build, fit, make_data
 
 
 class Points(Dataset[Any]):
@@ -255,3 +256,19 @@ def test_a_held_out_loss_that_runs_away_is_said() -> None:
         hamu = HAMUCallback(DataLoader(FORGET, batch_size=40), rule)
         fit(module, hamu, loader=DataLoader(make_data(20, seed=3), batch_size=20), max_epochs=-1, max_steps=12)
     assert "runs away" in (hamu.summary or "") and not math.isnan(levels[-1])
+
+
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target", "ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_fit_compares_with_the_start_of_the_run(tmp_path: Path) -> None:
+    def make() -> HAMUCallback:
+        return HAMUCallback(DataLoader(FORGET, batch_size=20), target=Holdout(HELD_OUT))
+
+    whole, resumed = make(), make()
+    options: dict[str, Any] = {"loader": DataLoader(make_data(32), batch_size=32), "max_epochs": 4}
+    saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit(trained(), whole, saves, enable_checkpointing=True, **options)
+    fit(build(Base), resumed, ckpt_path=tmp_path / "epoch=1.ckpt", **options)
+    columns, others = (hamu.forgotten_samples["forget"].columns() for hamu in (whole, resumed))
+    assert all(torch.equal(columns[name], others[name]) for name in columns)
+    # Of a fit that has ended, nothing of what the model knew of single samples stays behind.
+    assert not resumed.state_dict()["groups"]["forget"]["approach"]["evidence"]
