@@ -29,6 +29,7 @@ from hamu_lightning.report import StepRecorder, plot_costs
 from hamu_lightning.rules import RelativeRadius, TargetQuota
 from hamu_lightning.solvers import FeasibleDirection
 
+DIGITS = 3, 7
 REQUESTS = ("digit 3", "digit 7", "40 at random")
 # Digits that are easily taken for the forgotten ones: 8 and 9 for 3, 9 and 1 for 7.
 PROTECTED = {"digit 8": 8, "digit 9": 9}
@@ -38,10 +39,14 @@ BATCH_SIZE = 128
 
 
 class Data(NamedTuple):
-    """The training set without what is forgotten or protected, and these two by name."""
+    """The training set without what is forgotten or protected, and these two by name.
+
+    The held-out samples are of the classes that the samples at random come from: with the forgotten digits among them,
+    their loss would rise as the digits are forgotten, and the target of the samples with it.
+    """
 
     train: TensorDataset
-    val: TensorDataset
+    held_out: Subset[Any]
     retain: Subset[Any]
     forget: Mapping[str, Subset[Any]]
     protect: Mapping[str, Subset[Any]]
@@ -53,13 +58,14 @@ def load_data(seed: int) -> Data:
     train, val, test = load_splits()
     labels = train.tensors[1]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    positions = {f"digit {c}": (labels == c).nonzero().flatten() for c in (3, 7, *PROTECTED.values())}
+    positions = {f"digit {c}": (labels == c).nonzero().flatten() for c in (*DIGITS, *PROTECTED.values())}
     others = order[~torch.isin(order, torch.cat([*positions.values()]))]
     positions["40 at random"] = others[:40]
     groups = {name: Subset(train, index.tolist()) for name, index in positions.items()}
+    is_held_out = torch.isin(val.tensors[1], torch.tensor([*DIGITS, *PROTECTED.values()]), invert=True)
     return Data(
         train,
-        val,
+        Subset(val, is_held_out.nonzero().flatten().tolist()),
         Subset(train, others[40:].tolist()),
         {name: groups[name] for name in REQUESTS},
         {name: groups[name] for name in PROTECTED},
@@ -67,9 +73,9 @@ def load_data(seed: int) -> Data:
     )
 
 
-def choose_quota(val: TensorDataset) -> dict[str, TargetQuota]:
+def choose_quota(held_out: Subset[Any]) -> dict[str, TargetQuota]:
     """Where each request should end, and in how many steps: a class at the loss of a guess, samples as if unseen."""
-    targets = Chance(10), Chance(10), Holdout(val)
+    targets = Chance(10), Chance(10), Holdout(held_out)
     return {
         name: TargetQuota(target, steps) for name, target, steps in zip(REQUESTS, targets, (30, 40, 50), strict=True)
     }
@@ -80,7 +86,9 @@ def unlearn(
 ) -> tuple[DigitsClassifier, HAMUCallback]:
     """Serve all requests with a copy of the original."""
     module = copy.deepcopy(original)
-    rule = FeasibleDirection(choose_quota(data.val), dict.fromkeys(PROTECTED, 0.0) if protects else {}, radius=RADIUS)
+    rule = FeasibleDirection(
+        choose_quota(data.held_out), dict.fromkeys(PROTECTED, 0.0) if protects else {}, radius=RADIUS
+    )
     protect = data.protect if protects else {}
     hamu = HAMUCallback(
         data.forget, rule, protect=protect, passes=PassOptions(batch_size=BATCH_SIZE), seed=args.seed, verify=True

@@ -78,17 +78,24 @@ class Account:
         """What was done by this fit."""
         return {name: count - self._parts.before[name] for name, count in self._parts.counts().items()}
 
-    def warn_if_short(self) -> None:
-        """Say so if there is a target and the fit has ended before it."""
+    def conclude(self) -> None:
+        """Measure at the weights that the fit leaves; say so if there is a target and the fit has ended before it."""
+        groups = self._parts.groups
+        groups.conclude_evidence()
         if self._parts.stopper.reason is not None:
             return
-        self._parts.groups.conclude()
-        short = self._parts.groups.describe_short()
+        groups.conclude()
+        short = groups.describe_short()
         if short:
-            rank_zero_warn(
-                f"The fit has ended before the target: {short}. "
-                "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."
-            )
+            rank_zero_warn(f"The fit has ended before the target: {short}")
+
+    def log_evidence(self) -> None:
+        """Log once what single samples show: hooks at the end of training take no `self.log`."""
+        trainer = self._parts.trainer
+        numbers = {f"hamu/{name}": number for name, number in self._parts.groups.evidence_numbers().items()}
+        trainer.callback_metrics.update(numbers)
+        for logger in trainer.loggers if numbers else ():
+            logger.log_metrics({name: float(number) for name, number in numbers.items()}, step=trainer.global_step)
 
     def draw_costs(self) -> None:
         """Show in TensorBoard which request makes which protection expensive."""
@@ -109,13 +116,15 @@ class Account:
         """What was done by this fit, and by the run that it continues; a table where there are several groups."""
         parts, done = self._parts, self._done()
         protected, requests = parts.groups.names_by_role()
+        means = parts.groups.means()
         return (
             f"HAMU: {done['combined_steps']} combined steps ({done['left_out_steps']} left out), "
-            f"{parts.journal.summary()}."
+            f"{parts.journal.summary(means)}."
             + ("" if parts.verifier is None or parts.is_resumed else f" {parts.verifier.describe()}.")
             + ("" if parts.turns is None else f" {parts.turns.describe()}.")
             + parts.journal.describe_promises(requests)
             + parts.groups.describe_unseen()
+            + parts.groups.describe_evidence()
             + ("" if parts.guarding is None else parts.guarding.describe())
             + self._describe_ending()
             + (self._describe_run() if parts.is_resumed else "")
@@ -123,7 +132,7 @@ class Account:
                 f" {name} then puts another model in place, an average: no number here is of it."
                 for name in self.averages
             )
-            + parts.prices.format(parts.journal.path, protected, requests)
+            + parts.prices.format(lambda n: means[n] if n in means else parts.journal.path(n), protected, requests)
         )
 
     def _describe_ending(self) -> str:

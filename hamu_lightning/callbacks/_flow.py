@@ -199,7 +199,8 @@ class Flow:
     def approve(self, report: StepReport) -> bool:
         """Whether a step is to be applied."""
         groups = self._parts.groups
-        return self._parts.stopper.approves(report, self._retain_losses, groups.forget_losses, groups.target)
+        losses = self._retain_losses, groups.forget_losses
+        return self._parts.stopper.approves(report, *losses, groups.target, groups.level)
 
     def end_batch(self) -> bool:
         """After a batch: log, stop, and open a new window where one has ended; return whether one has."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._group import Group, take_turns
 from hamu_lightning.callbacks._identity import identify
-from hamu_lightning.callbacks.goals import Approach
+from hamu_lightning.callbacks.goals import Approach, ForgottenSamples
 from hamu_lightning.callbacks.passes import ModuleGuard, Recording, check_disjoint, find_loader, name_sources, wrap_step
 
 if TYPE_CHECKING:
@@ -218,6 +218,34 @@ class Groups:
             if group.approach is not None:
                 group.approach.conclude()
 
+    def conclude_evidence(self) -> None:
+        """Read all samples with a target once more, at the weights that the fit leaves."""
+        for approach in self._approaches.values():
+            approach.conclude_evidence()
+
+    def tables(self) -> dict[str, ForgottenSamples]:
+        """What became of each sample, for each group with a target where it can be told."""
+        tables = {name: approach.evidence.table for name, approach in self._approaches.items()}
+        return {name: table for name, table in tables.items() if table is not None}
+
+    def means(self) -> dict[str, tuple[float, float]]:
+        """The loss of each group before and after the fit: of the whole set, in evaluation mode, where it is known."""
+        means = {name: approach.evidence.means() for name, approach in self._approaches.items()}
+        return {name: pair for name, pair in means.items() if pair is not None}
+
+    def evidence_numbers(self) -> dict[str, Tensor]:
+        """What single samples show at the end, in numbers for the log."""
+        return {
+            name if self._is_single else f"{group}_{name}": number
+            for group, approach in self._approaches.items()
+            for name, number in approach.evidence.numbers().items()
+        }
+
+    def describe_evidence(self) -> str:
+        """The same in words."""
+        told = {name: approach.describe_evidence() for name, approach in self._approaches.items()}
+        return "".join(text if self._is_single else f" {name}:{text}" for name, text in told.items() if text)
+
     @property
     def _active(self) -> list[Group]:
         return [group for group in self._groups.values() if not group.is_done]
@@ -250,6 +278,11 @@ class Groups:
         """Where the loss of the only group should end, 0-d; None where there are several."""
         return self._optimizer.aim_of(next(iter(self._groups))).target if self._is_single else None
 
+    @property
+    def level(self) -> Tensor | None:
+        """Where the loss of the only group is, as it is followed to its target; None without one."""
+        return self._optimizer.aim_of(next(iter(self._groups))).level if self.target is not None else None
+
     def levels(self) -> dict[str, Tensor]:
         """The losses as they are followed, and their targets, for the log."""
         return {
@@ -271,11 +304,11 @@ class Groups:
         )
 
     def describe_short(self) -> str:
-        """The same of what has not reached its target; empty where all have."""
-        return "; ".join(
-            approach.describe() if self._is_single else f"{name}: {approach.describe()}"
+        """The same of what has not reached its target, with the cure; empty where all have."""
+        return " ".join(
+            approach.describe_short() if self._is_single else f"{name}: {approach.describe_short()}"
             for name, approach in self._approaches.items()
-            if not self._groups[name].is_done and not approach.is_at_target
+            if not self._groups[name].is_done and approach.is_short
         )
 
     @property

@@ -117,7 +117,7 @@ def find_sources(trainer: Trainer, optimizer: HAMUOptimizer) -> dict[str, Any]:
     quotas = optimizer.rule.target_quotas
     for group, quota in quotas.items():
         target = quota.target
-        if isinstance(target, Target) and hasattr(target, "data") and not any(target.data is data for data in known):
+        if isinstance(target, Target) and target.has_held_out and not any(target.data is data for data in known):
             known.append(target.data)
             name = "holdout" if len(quotas) == 1 else f"{group}_holdout"
             sources[name] = Reader(trainer).find(target.data)

@@ -28,6 +28,7 @@ from hamu_lightning.callbacks._settings import (
 )
 from hamu_lightning.callbacks.forecast import PreflightReport
 from hamu_lightning.callbacks.goals import (
+    ForgottenSamples,
     RetainGuard,
     StopCondition,
     StopOn,
@@ -90,7 +91,8 @@ class HAMUCallback(Record, Callback):
             conditions with settings: `CollateralDamage`, `Infeasible`, `NotFinite`, `RetainAbove(loss)`,
             `ForgetAbove(loss)`. The model reached is kept; above a ceiling, the one from before. `hamu/score` is for
             `ModelCheckpoint`.
-        progress_bar: Whether `forget/loss` and `hamu/margin` are shown in the progress bar.
+        progress_bar: Whether `forget/loss` (of training batches), `hamu/margin`, and with a target `hamu/forget_level`
+            (of the whole set, in evaluation mode) are shown in the progress bar.
         preflight: Before the first forget pass, predict from up to 16 batch pairs what can be had and what it costs,
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
             bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.
@@ -164,6 +166,7 @@ class HAMUCallback(Record, Callback):
         )
         self._requests: list[str] = []
         self._summary: str | None = None
+        self._forgotten_samples: dict[str, ForgottenSamples] = {}
         self._costs: Tensor | None = None
         self._preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
@@ -210,6 +213,15 @@ class HAMUCallback(Record, Callback):
     def summary(self) -> str | None:
         """What the last fit did, in words: counts, the way of each loss, and a table where there are several groups."""
         return self._summary
+
+    @property
+    def forgotten_samples(self) -> dict[str, ForgottenSamples]:
+        """After a fit with a target, for each group (`"forget"` where there is one): what became of each sample.
+
+        `forgotten_samples["forget"].to_csv(path)` writes it. Of more than 50,000 samples a part is measured; there is
+        no table where samples come in no order that is known, as in streams.
+        """
+        return self._forgotten_samples
 
     @property
     def mean_costs(self) -> Tensor | None:
@@ -264,10 +276,12 @@ class HAMUCallback(Record, Callback):
         account.check_it_happened()
         if fit.parts.guarding is not None:
             fit.parts.guarding.conclude()
-        account.warn_if_short()
+        account.conclude()
         fit.flow.batchnorm.thaw()
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(account.totals())
+        account.log_evidence()
+        self._forgotten_samples = fit.parts.groups.tables()
         self._summary, self._costs = account.summary(), account.mean_costs()
         rank_zero_info(self._summary)
         fit.parts.release()

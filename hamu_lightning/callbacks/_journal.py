@@ -27,7 +27,8 @@ class Journal:
     Args:
         trainer: The trainer.
         groups: The groups of the rule.
-        progress_bar: Whether the losses of the groups to forget and protect, and `hamu/margin`, are shown there.
+        progress_bar: Whether the losses of the groups to forget and protect, their levels where there is a target, and
+            `hamu/margin` are shown there.
     """
 
     def __init__(self, trainer: Trainer, groups: Iterable[str], progress_bar: bool) -> None:
@@ -110,7 +111,8 @@ class Journal:
             _compat.withdraw_logged(self._trainer, f"{name}/")
         losses = {self._own_name(f"{n}/loss"): windows[n].close_window() for n in present if n not in self._ended}
         numbers |= losses
-        shown = {"hamu/margin", *losses} - {"retain/loss"} if self._progress_bar else set()
+        levels = {name for name in numbers if name.endswith("forget_level")}
+        shown = {"hamu/margin", *levels, *losses} - {"retain/loss"} if self._progress_bar else set()
         device = self._trainer.strategy.root_device
         values = torch.stack([value.to(device, torch.float32) for value in numbers.values()]).tolist()
         for name, value in zip(numbers, values, strict=True):
@@ -164,13 +166,20 @@ class Journal:
         rows = torch.stack([self._courses[name].numbers() for name in names])
         return dict(zip(names, self._trainer.strategy.reduce(rows, reduce_op="mean").tolist(), strict=True))
 
-    def summary(self) -> str:
-        """The way of the losses in this fit, in words: means over a tenth of the batches, ten at most."""
+    def summary(self, means: Mapping[str, tuple[float, float]]) -> str:
+        """The way of the losses in this fit, in words.
+
+        Args:
+            means: Of groups whose loss was measured on the whole set before and after, in evaluation mode: both. Of
+                the others batches are known, as they were trained on: means over a tenth of them, ten at most.
+        """
         for course in self._courses.values():
             if course.windows.update_called:
                 course.windows.close_window()
         retain, *others = self._courses
-        return ", ".join(f"{name} loss {self._describe(name)}" for name in (*others, retain))
+        told = [f"{name} loss {a:.4g} -> {b:.4g}" for name, (a, b) in means.items()]
+        seen = [f"{name} loss {self._describe(name)}" for name in (*others, retain) if name not in means]
+        return ", ".join((*told, *seen)) + " on training batches"
 
     def describe_run(self) -> str:
         """The way of the losses in the run that this fit continues, in words: means between logging steps."""

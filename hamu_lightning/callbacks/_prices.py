@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _FIGURE = "hamu/costs"
-_NOTE = "Price: mean multiplier, by how much the retain loss would be lower per loss unit less asked for the group."
+_NOTE = (
+    "Price: mean multiplier, by how much the retain loss would be lower per loss unit less asked for the group. Losses "
+    "of groups without a target are those of training batches."
+)
 
 
 class Prices:

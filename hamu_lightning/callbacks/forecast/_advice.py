@@ -95,7 +95,7 @@ def _on_quota(mean: Mapping[str, float], largest: Estimate, bound: str) -> list[
 
 
 def _on_target(mean: Mapping[str, float], steps: Estimate, target: float) -> str:
-    now = f"the forget loss is {mean['forget_loss']:.3g} now"
+    now = f"the forget loss is {mean['forget_loss']:.3g} now, on training batches"
     if steps.mean == 0:
         return f"The target of {target:.3g} is reached already: {now}."
     if math.isinf(steps.mean):

@@ -16,6 +16,7 @@ from hamu_lightning.callbacks.goals._conditions import (
 from hamu_lightning.callbacks.goals._reading import Reader
 from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
 from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
+from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._stopper import Stopper
 from hamu_lightning.callbacks.goals._targets import Chance, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._turns import Turns
@@ -28,6 +29,7 @@ __all__ = [
     "Chance",
     "CollateralDamage",
     "ForgetAbove",
+    "ForgottenSamples",
     "Holdout",
     "Infeasible",
     "NotFinite",

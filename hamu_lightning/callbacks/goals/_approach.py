@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,24 +11,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks.goals._evidence import ONE_BY_ONE, Evidence
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
-from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, in_order, one_by_one, read_beside, shorten
+from hamu_lightning.callbacks.goals._planning import plan_steps
+from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, find_not_finite, read_beside
 from hamu_lightning.callbacks.goals._surroundings import Surroundings
 from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, Target, as_target
+from hamu_lightning.callbacks.goals._trail import Trail
 from hamu_lightning.callbacks.goals._unseen import AnswerTarget
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
-from hamu_lightning.rules import TargetQuota
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-# A target is approached over this share of the steps; the rest is left to settle.
-_APPROACH = 2 / 3
 # From this share of the target on, the forget loss is measured before each step, not only every so many.
 _NEAR = 0.7
 _MEASURE_EVERY = 10
@@ -36,16 +35,19 @@ _MEASURE_EVERY = 10
 _TOO_FAR = 1.1
 # And from here on, advice is due.
 _FAR_BEYOND = 1.5
+_MORE = "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."
 
 
 class Approach:
     """Measures the target, follows the forget loss, and tells when the one has reached the other.
 
-    The optimizer's `Aim` follows the loss from batch to batch. Batches are noisy, and what a step promises holds for
-    its own batch; so the loss is also measured on the forget set itself: every 10 steps, and before each step from 0.7
-    of the target on. Of a set of more than 32 batches, 32 that are spread over it; the target counts as reached only
-    where the loss of all of it has come there. A set that cannot be read beside the fit is judged by what was seen of
-    it in a whole pass.
+    Levels are those of the model in evaluation mode: measured on the forget set itself every 10 steps, and before each
+    step from 0.7 of the target on; in between the optimizer's `Aim` adds what the steps promise. Batches run in the
+    mode that the module trains in, where dropout makes their losses higher: their rise only tells when to measure
+    (`Trail`). Of a set of more than 32 batches, 32 are measured that are spread over it; the target counts as reached
+    only where the loss of all of it has come there, and, with held-out data, where the ranks of single samples do not
+    speak against it (`Evidence`). Where they do, the fit goes on with the mean held at its target. A set that cannot be
+    read beside the fit is judged by what was seen of it, batch by batch in evaluation mode, in a whole pass.
 
     A step that ends more than a tenth beyond the target is taken back (weights and the optimizer's state), and the next
     one is half as long; where steps are not verified, the nearer of the last two counts.
@@ -87,7 +89,8 @@ class Approach:
             forget = _compat.train_loader_parts(trainer)[group]
         self._given, read = forget, read_beside(forget)
         self._forget = read if isinstance(read, MeasuringLoader) else None
-        self._seen = PassMean()
+        self._seen, self._trail = PassMean(), Trail()
+        forget_pass.sees_levels = self._forget is None
         # The numbers of a run that this one continues stand: it is to go on as if it had not been interrupted.
         if self._aim.steps is None or quota.steps is not None:
             self._aim.steps = plan_steps(trainer, quota, self._aim.taken, every_n_steps)
@@ -99,8 +102,13 @@ class Approach:
         self._last_step: tuple[Any, ...] | None = None
         self.is_reached = self.is_lost = False
         self._load(state or {})
-        if isinstance(self._target, Holdout):
-            self._reader.warn_about_shared_samples(self._target.data, forget)
+        held_out, doubt, target = None, "", self._target
+        if isinstance(target, Target) and target.has_held_out:
+            data: Any = target.data
+            doubt = self._reader.take_held_out(data, forget, target.transform_like)
+            held_out = partial(self._reader.find, data)
+        self.evidence = Evidence(trainer, forget_pass, forget, held_out, (state or {}).get("evidence", {}))
+        self.evidence.doubt = doubt
         if not isinstance(read, MeasuringLoader):
             rank_zero_warn(
                 f"The target of {group!r} is judged by the mean loss over a whole pass, as it was seen while the "
@@ -118,34 +126,51 @@ class Approach:
         """
         self._last_step = step, (None, *args[1:]), kwargs
         aim, target = self._aim, self._look_at_target(step, args, kwargs)
-        is_near = aim.level is not None and bool(aim.level >= _NEAR * target)
-        if self._forget is not None and (is_near or aim.taken % _MEASURE_EVERY == 0):
+        if self._forget is not None and (self._is_near(target) or aim.taken % _MEASURE_EVERY == 0):
             aim.level = self._look_at_forget_set(self._forget, target, step, args, kwargs)
+            self._trail.mark(aim.level)
         elif self._forget is None:
             self._know(self._seen.mean)
-        self.is_reached = not self.is_lost and self.is_at_target
-        if self.is_reached and aim.taken == 0:
-            rank_zero_warn(
-                f"The forget loss is {float(self._known):.4g} before the first step, and the target only "
-                f"{float(target):.4g}: there is nothing to forget. Check the forget set, or choose a higher target."
-            )
+        self.evidence.begin(step, args, kwargs)
+        is_there = not self.is_lost and self.is_at_target
+        self.is_reached = is_there and self.evidence.confirms(aim.taken, step, args, kwargs)
+        if is_there and aim.taken == 0:
+            self._warn_at_the_start(target)
         if not lands:
             return
-        if self.is_reached:
+        if self.is_reached or (is_there and self._is_too_far(target)):
             self._land(self._known, target)
-        elif is_near and self._forget is not None and aim.level is not None:
+        elif self._forget is not None and aim.level is not None and self._is_near(target):
             self._kept.keep()
             self._kept_level = aim.level
         else:
             self._kept.release()
 
+    def _is_near(self, target: Tensor) -> bool:
+        levels = (self._aim.level, self._trail.estimate)
+        return any(level is not None and bool(level >= _NEAR * target) for level in levels)
+
+    def _warn_at_the_start(self, target: Tensor) -> None:
+        found = f"The forget loss is {float(self._known):.4g} before the first step, and the target only "
+        found += f"{float(target):.4g}{self.evidence.intervals()}: "
+        if self.is_reached:
+            rank_zero_warn(f"{found}there is nothing to forget. Check the forget set, or choose a higher target.")
+        else:
+            rank_zero_warn(f"{found}the mean has nothing to rise, but single samples are remembered: {ONE_BY_ONE}.")
+
+    def _is_too_far(self, target: Tensor) -> bool:
+        return self._optimizer.referee is not None and bool(self._known > _TOO_FAR * target)
+
     def observe(self, loss: Tensor) -> None:
         """Take the loss of a forget batch in: that of this process, weighted by its share of the samples."""
-        loss = self._trainer.strategy.reduce(loss, reduce_op="mean")
-        self._aim.observe(loss)
-        if self._forget is None:
-            stream = self._forget_pass.stream
-            self._seen.add(loss, self._trainer.current_epoch if stream is None else stream.state_dict()["pass"])
+        if self._forget is not None:
+            self._trail.add(self._trainer.strategy.reduce(loss, reduce_op="mean"))
+            return
+        assert self._forget_pass.level is not None
+        level = self._trainer.strategy.reduce(self._forget_pass.level, reduce_op="mean")
+        self._aim.observe(level)
+        stream = self._forget_pass.stream
+        self._seen.add(level, self._trainer.current_epoch if stream is None else stream.state_dict()["pass"])
 
     def conclude(self) -> None:
         """Measure the forget loss at the end of the fit, at the weights that it leaves."""
@@ -153,6 +178,11 @@ class Approach:
             self._know(self._seen.mean)
         elif self._last_step is not None and self._level_at != self._aim.taken:
             self._know(self._measure(self._mean_loss_on(self._forget), *self._last_step))
+
+    def conclude_evidence(self) -> None:
+        """Read all samples at the end of the fit, however it ended."""
+        if self._last_step is not None:
+            self.evidence.conclude(*self._last_step)
 
     def look_after(self, *step: Any) -> None:
         """Measure a loss again that had reached its target: steps for other groups have moved the weights since.
@@ -178,6 +208,7 @@ class Approach:
     def close(self) -> None:
         """Let the workers go that read for measurements."""
         self._reader.close()
+        self.evidence.close()
         if self._forget is not None:
             self._forget.close()
 
@@ -188,6 +219,17 @@ class Approach:
         if level is None or target is None or self._level_at != self._aim.taken:
             return False
         return bool(level >= REACHED * target)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the target cannot be believed to be reached."""
+        return not self.is_at_target or self.evidence.contradicts
+
+    def describe_short(self) -> str:
+        """How far the loss came where it is short of its target, in words with the cure; reads the host."""
+        if self.is_at_target:
+            return f"{self.describe()}. {self.evidence.judge()}."
+        return f"{self.describe()}. {_MORE}"
 
     def levels(self) -> dict[str, Tensor]:
         """The forget loss as it is followed, and the target, for the log."""
@@ -203,15 +245,25 @@ class Approach:
         advice = (
             "" if level <= _FAR_BEYOND * target else ", far beyond it: verified steps or a smaller radius prevent that"
         )
-        return f"forget loss {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
+        return (
+            f"forget loss {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
+            f"{self.evidence.intervals()}"
+        )
+
+    def describe_evidence(self) -> str:
+        """What single samples show at the end, in words."""
+        return self.evidence.describe(is_reached=self.is_at_target)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the way back needs, and what was seen of a set that cannot be measured."""
         kept = self._kept.state_dict()
-        return {"seen": self._seen.state_dict(), **({"kept": kept, "kept_level": self._kept_level} if kept else {})}
+        evidence = {} if _compat.has_ended(self._trainer) else self.evidence.state_dict()
+        numbers = {"seen": self._seen.state_dict(), "trail": self._trail.state_dict(), "evidence": evidence}
+        return {**numbers, **({"kept": kept, "kept_level": self._kept_level} if kept else {})}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._seen.load_state_dict(state.get("seen", {}))
+        self._trail.load_state_dict(state.get("trail", {}))
         self._kept.load_state_dict(state.get("kept", {}))
         self._kept_level = state.get("kept_level")
 
@@ -234,6 +286,7 @@ class Approach:
         elif aim.target is None or (target.every and aim.taken % target.every == 0):
             aim.target = level = self._measure_target(target, *step)
             self._check(level, f"the target {target}", target.data if isinstance(target, Holdout) else (), step)
+            self.evidence.watch(level, *step)
         assert aim.target is not None
         return aim.target
 
@@ -278,33 +331,12 @@ class Approach:
         """Notice a level that is not finite, and find out where."""
         if bool(level.isfinite()):
             return
-        self._not_finite = self._find_not_finite(self._reader.find(data), step)
+        self._not_finite = find_not_finite(self._forget_pass, self._reader.find(data), step)
         if self._aim.taken == 0:
             raise HAMUStateError(
                 f"Expected {what} to be a finite number before the first step, but got {level}{self._not_finite}."
             )
         self.is_lost = True
-
-    def _find_not_finite(self, loader: Any, step: tuple[Any, ...]) -> str:
-        """Which samples of a Dataset, or which batches, give no finite loss, in words; empty where it is not known."""
-        ordered = in_order(loader)
-        if ordered is None:
-            if not isinstance(loader, list | tuple) or not loader:
-                return ""
-            self._measure(lambda module, mean_loss, batch: mean_loss(MeasuringLoader(loader)), *step)
-            return f"; not finite in the batches at {shorten(self._forget_pass.not_finite)}"
-        batches, size = ordered
-        self._forget_pass.measure(lambda module, mean_loss, batch: mean_loss(batches), *step)
-        n = len(loader.dataset)
-        found = [i for b in self._forget_pass.not_finite for i in range(b * size, min((b + 1) * size, n))]
-        if len(found) == n:
-            return "; in no batch it is finite"
-        try:
-            self._forget_pass.measure(lambda module, mean_loss, batch: mean_loss(one_by_one(loader, found)), *step)
-        except Exception:  # some modules take no batch of one sample
-            return f"; not finite in batches with the samples at {shorten(found)} of the Dataset"
-        found = [found[i] for i in self._forget_pass.not_finite] or found
-        return f"; not finite in the samples at {shorten(found)} of the Dataset"
 
     def _land(self, level: Tensor, target: Tensor) -> None:
         """Take the last step back if it went too far: to try a shorter one, or because the target was nearer before."""
@@ -314,6 +346,7 @@ class Approach:
         goes_on = referee is not None and bool(level > _TOO_FAR * target)
         if goes_on or bool(level - target > target - before):
             self._kept.restore()
+            self.evidence.clear()
             self._aim.level = before
             # Of a large set it may have been measured on a part.
             self._level, self._level_at = before, self._aim.taken if self._is_small else -1
@@ -323,21 +356,3 @@ class Approach:
         else:
             self._kept.release()
             self.conclude()
-
-
-def plan_steps(trainer: Trainer, quota: TargetQuota, taken: int, every_n_steps: int) -> int:
-    """In how many combined steps the target should be reached."""
-    left = _compat.count_steps_left(trainer) / every_n_steps
-    if quota.steps is not None:
-        if quota.steps > taken + left:
-            rank_zero_warn(
-                f"The target should be reached in {quota.steps} combined steps, but the fit has only "
-                f"{taken + math.floor(left)}: it will end too early. Set TargetQuota(steps=...) or the Trainer's steps."
-            )
-        return quota.steps
-    if math.isinf(left):
-        raise HAMUMisconfigurationError(
-            "Expected to know how many steps the fit has, to divide the way to the target among them, but the Trainer "
-            "has neither `max_steps` nor `max_epochs`. Set one of them, or TargetQuota(target, steps=...)."
-        )
-    return math.ceil((taken + left) * _APPROACH)

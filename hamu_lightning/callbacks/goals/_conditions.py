@@ -146,7 +146,7 @@ class _Ceiling(StopCondition):
         mean = _mean(getattr(s, f"{self.objective}_loss") for s in steps)
         if not mean > self.loss:
             return None
-        return f"the {self.objective} loss is {mean:.4g}, its ceiling {self.loss:.4g}."
+        return f"the {self.objective} loss is {mean:.4g} on training batches, its ceiling {self.loss:.4g}."
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
-from hamu_lightning.callbacks.passes import MeasuringLoader, count_shared_samples, is_data
+from hamu_lightning.callbacks.goals._transforms import explain_difference, with_transforms_of
+from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader, count_shared_samples, is_data, read_positions
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.loaders import load_like, loader_options
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # While a target is under way, so many batches of a larger set are measured, at equal distances in a pass.
 _MOST_BATCHES = 32
+# So many samples are read one for one, or batches of a list whose samples cannot be counted beforehand; and so many in
+# batches of one.
+_MOST_SAMPLES, _MOST_LIST, _MOST_SINGLES = 50_000, 1000, 1000
 
 
 class Reader:
@@ -33,6 +37,7 @@ class Reader:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._open: dict[int, tuple[Any, Iterable[Any]]] = {}
+        self._like: dict[int, Any] = {}
 
     def open(self, data: Any) -> Iterable[Any]:
         """The batches of a loader, of a Dataset (in those of the training data), or (None) of the validation data.
@@ -51,9 +56,32 @@ class Reader:
 
     def find(self, data: Any, target: str = "Holdout") -> Any:
         """The loader that is read, where there is one for the data; `target` is named in errors."""
+        like = self._like.get(id(data))
         if data is None:
-            return self._validation_loader(target)
-        return self._load_as_in_training(data) if is_data(data) else data
+            loader = self._validation_loader(target)
+        else:
+            loader = self._load_as_in_training(data) if is_data(data) else data
+        return loader if like is None else with_transforms_of(loader, like)
+
+    def take_held_out(self, data: Any, forget: Any, transform_like: str | None) -> str:
+        """Take held-out data in, and warn where its losses do not compare with those of what is to be forgotten.
+
+        Args:
+            data: The data, as for `open`; read under the transforms of the forget set from now on where that is asked.
+            forget: The loader of what is to be forgotten.
+            transform_like: "forget", or None.
+
+        Returns:
+            The warning, or "".
+        """
+        self.warn_about_shared_samples(data, forget)
+        if transform_like is not None:
+            with_transforms_of(self.find(data), forget)  # what cannot be done is refused at once
+            self._like[id(data)] = forget
+        difference = explain_difference(forget, self.find(data))
+        if difference:
+            rank_zero_warn(difference)
+        return difference
 
     def close(self) -> None:
         """Let all workers go."""
@@ -130,6 +158,42 @@ class Excerpt:
         return iter(self.loader) if self.is_all else self.loader.batches(_MOST_BATCHES)
 
 
+@dataclass(frozen=True)
+class InOrder:
+    """The samples behind a loader, in the same order at each reading where that is known.
+
+    Attributes:
+        batches: Their batches.
+        positions: Where each stands in its Dataset; empty for a list of batches, whose samples are counted; None where
+            no order is known.
+        singles: Each in a batch of its own, where they are few; else None.
+        is_excerpt: Whether they are a part of too many.
+    """
+
+    batches: MeasuringLoader
+    positions: list[int] | None
+    singles: Iterable[Any] | None = None
+    is_excerpt: bool = False
+
+
+def read_in_order(loader: Any) -> InOrder | None:
+    """The samples behind a loader, 50,000 at most, spread over them; None where they cannot be read beside the fit."""
+    positions = read_positions(loader)
+    batches = read_beside(loader)
+    if isinstance(batches, HAMUValueError):
+        return None
+    if positions is None:
+        is_long = batches.length is None or batches.length > _MOST_LIST
+        batches = MeasuringLoader(loader, most=_MOST_LIST) if is_long else batches
+        return InOrder(batches, [] if isinstance(loader, list | tuple) else None, None, is_long)
+    n = len(positions)
+    chosen = positions if n <= _MOST_SAMPLES else [positions[i * n // _MOST_SAMPLES] for i in range(_MOST_SAMPLES)]
+    data = loader.dataset if chosen == [*range(len(loader.dataset))] else Subset(loader.dataset, chosen)
+    singles = one_by_one(loader, chosen) if n <= _MOST_SINGLES else None
+    ordered = MeasuringLoader(load_like(data, loader, batch_size=loader.batch_size))
+    return InOrder(ordered, chosen, singles, len(chosen) < n)
+
+
 def read_beside(loader: Any) -> MeasuringLoader | HAMUValueError:
     """A second reader of a loader that others read as well; the reason where there can be none."""
     try:
@@ -145,6 +209,35 @@ def in_order(loader: Any) -> tuple[Iterable[Any], int] | None:
         return None
     options = {**loader_options(loader), "num_workers": 0}
     return DataLoader(loader.dataset, batch_size=loader.batch_size, **options), loader.batch_size
+
+
+def find_not_finite(forget_pass: ForgetPass, loader: Any, step: tuple[Any, ...]) -> str:
+    """Which samples of a Dataset, or which batches, give no finite loss, in words; empty where it is not known.
+
+    Args:
+        forget_pass: What runs batches without a trace.
+        loader: Their loader.
+        step: What runs a batch, and the arguments of the retain batch.
+    """
+
+    def find(batches: Any) -> list[int]:
+        forget_pass.measure(lambda module, mean_loss, batch: mean_loss(batches), *step)
+        return forget_pass.not_finite
+
+    ordered = in_order(loader)
+    if ordered is None:
+        is_list = isinstance(loader, list | tuple) and loader
+        return f"; not finite in the batches at {shorten(find(MeasuringLoader(loader)))}" if is_list else ""
+    batches, size = ordered
+    n = len(loader.dataset)
+    found = [i for b in find(batches) for i in range(b * size, min((b + 1) * size, n))]
+    if len(found) == n:
+        return "; in no batch it is finite"
+    try:
+        single = find(one_by_one(loader, found))
+    except Exception:  # some modules take no batch of one sample
+        return f"; not finite in batches with the samples at {shorten(found)} of the Dataset"
+    return f"; not finite in the samples at {shorten([found[i] for i in single] or found)} of the Dataset"
 
 
 def one_by_one(loader: DataLoader[Any], positions: Iterable[int]) -> Iterable[Any]:

@@ -52,7 +52,12 @@ class Stopper:
                 self._kept.load_state_dict(state.get("kept", {}))
 
     def approves(
-        self, report: StepReport, retain_losses: list[Tensor], forget_losses: list[Tensor], target: Tensor | None
+        self,
+        report: StepReport,
+        retain_losses: list[Tensor],
+        forget_losses: list[Tensor],
+        target: Tensor | None,
+        level: Tensor | None = None,
     ) -> bool:
         """Whether a step is to be applied; reads one packed tensor on the host.
 
@@ -61,6 +66,7 @@ class Stopper:
             retain_losses: The losses of the window, 0-d each.
             forget_losses: Likewise.
             target: Where the forget loss should end, 0-d.
+            level: Where it is on the whole set, as it is followed, 0-d.
         """
         if self.reason is not None:
             return False
@@ -68,7 +74,8 @@ class Stopper:
         numbers = self._trainer.strategy.reduce(numbers, reduce_op="mean")
         bound = "forget" if report.coefficients.constrained == 1 else "retain"
         signals = Signals(**dict(zip(NUMBERS, numbers.tolist(), strict=True)), bound=bound)
-        self._score = compute_score(signals, self._conditions, None if target is None else float(target))
+        aim = (None if number is None else float(number) for number in (target, level))
+        self._score = compute_score(signals, self._conditions, *aim)
         found = self._monitor.judge(signals)
         if found is not None:
             reason, message = found

@@ -51,9 +51,10 @@ class Surroundings:
         return self._measure(lambda module, mean, batch: mean(batches), with_objective(step, objective), *args)
 
     def open_held_out(self, data: Any) -> Iterable[Any]:
-        """The batches of held-out data, as for `Holdout`; warns where they are not."""
+        """The batches of held-out data, as for `Holdout`; the validation data, for None, are checked here."""
         loader = undivided(self._reader.find(data, "Unseen"))
-        self._reader.warn_about_shared_samples(loader, self._given)
+        if data is None:
+            self._reader.take_held_out(loader, self._given, None)
         return self._reader.open(loader)
 
     def count_retained(self, forget: ClassReader) -> Tensor:

@@ -6,14 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hamu_lightning.callbacks.passes import HoldsData
-from hamu_lightning.checks import check_count, check_number, check_optional, describe, is_iterable, store
+from hamu_lightning.checks import check_choice, check_count, check_number, check_optional, describe, is_iterable, store
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import Objective
 
@@ -28,17 +28,26 @@ class Target(ABC):
     Attributes:
         every: Measured again after so many combined steps; None: once, at the start.
         objective: What is raised to come to it; None for the loss, or the objective that the user chose.
+        data: Held-out data, where `has_held_out`.
+        transform_like: "forget": these go through the forget set's transforms.
     """
 
     every: int | None = None
     objective: Objective | None = None
+    data: Any = None
+    transform_like: Literal["forget"] | None = None
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether `data` are held-out data, with which forgotten samples are compared one by one."""
+        return False
 
     @abstractmethod
     def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
         """Measure the level.
 
         Args:
-            module: The module, in the mode that it trains in.
+            module: The module, in evaluation mode.
             mean_loss: Gives the module's own training loss on the batches of a loader, mean over samples, without
                 leaving a trace. A Dataset is loaded like the training data; None stands for the Trainer's validation
                 data.
@@ -57,16 +66,21 @@ class Holdout(HoldsData, Target):
     no worse. Then a test of membership by the loss finds nothing. The level is measured again as the model changes.
     Each measurement takes one forward pass over the loader in each process, so a few hundred samples are best.
 
-    The data should be of the distribution of the forget set: for a mixture of classes the same mixture. For a class
-    that is forgotten as a whole see `Chance`.
+    The data should be of the distribution of the forget set, under the same transforms: for a mixture of classes the
+    same mixture. For a class that is forgotten as a whole see `Chance`. The target is reached where the mean of the
+    forget set has come to that of the data, and single samples do not speak against it: no attack by the loss tells
+    forgotten samples from held-out ones beyond the 95 % interval of its AUC.
 
     Args:
         data: A DataLoader, another iterable of batches, or a Dataset (loaded like the training data, in batches of the
             same size); None for the Trainer's validation loader.
         every: Measured again after so many combined steps.
+        transform_like: "forget": the samples go through the transforms of the forget set (of its Dataset's attribute
+            `transform`), in a view: the data that is given stays as it is. None: through their own.
 
     Raises:
-        HAMUValueError: If the data is empty, or `every` less than 1.
+        HAMUValueError: If the data is empty, `every` less than 1, or `transform_like` unknown; at the start of the fit
+            if the Datasets have no `transform`.
 
     Example:
         >>> Holdout([("a batch",)], every=20).every
@@ -75,12 +89,18 @@ class Holdout(HoldsData, Target):
 
     data: Iterable[Any] | Dataset | None = field(default=None, repr=False)  # type: ignore[type-arg]  # for LightningCLI
     every: int | None = 10
+    transform_like: Literal["forget"] | None = None
     _data: ClassVar[tuple[str, ...]] = ("data",)
 
     def __post_init__(self) -> None:
         """Check the data."""
         store(self, every=check_optional(check_count, "every", self.every))
-        check_held_out(self.data)
+        check_held_out(self.data, self.transform_like)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are such data: always."""
+        return True
 
     def measure(self, module: nn.Module, mean_loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
         """Return the mean loss on the held-out data."""
@@ -136,12 +156,14 @@ class Measured(Target):
         return self.function(module)
 
 
-def check_held_out(data: object) -> None:
-    """Raise unless something, or None, can be held-out data.
+def check_held_out(data: object, transform_like: object) -> None:
+    """Raise unless something, or None, can be held-out data, and be read so.
 
     Raises:
         HAMUValueError: Otherwise.
     """
+    if transform_like is not None:
+        check_choice("transform_like", transform_like, ("forget",))
     if data is not None and not is_iterable(data):
         raise HAMUValueError(f"Expected `data` to be a DataLoader or a Dataset, but got {describe(data)}.")
     if isinstance(data, Sized) and len(data) == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class Unseen(HoldsData, AnswerTarget):
         teacher: A model that never saw what is to be forgotten, such as the one before fine-tuning, or a reference such
             as `AdaptersDisabled()`: it says what to answer in the place of the second choice. Its logits are of the
             same form.
+        transform_like: "forget" for held-out data under the transforms of the forget set; see `Holdout`.
         counts: How many samples of each class stay, where they cannot be counted; 0 for a class that goes as a whole.
             Classes that are not named stay as they are.
         reference: The model before unlearning; default: a frozen copy.
@@ -81,6 +82,7 @@ class Unseen(HoldsData, AnswerTarget):
 
     data: Iterable[Any] | Dataset | None = field(default=None, repr=False)  # type: ignore[type-arg]  # for LightningCLI
     teacher: Any = field(default=None, repr=False, kw_only=True)
+    transform_like: Literal["forget"] | None = field(default=None, repr=False, kw_only=True)
     counts: Mapping[int, int] | None = field(default=None, kw_only=True)
     reference: Reference | None = field(default=None, repr=False, kw_only=True)
     outputs: Outputs | None = field(default=None, repr=False, kw_only=True)
@@ -89,7 +91,7 @@ class Unseen(HoldsData, AnswerTarget):
 
     def __post_init__(self) -> None:
         """Check the data, and make what is raised."""
-        check_held_out(self.data)
+        check_held_out(self.data, self.transform_like)
         check_type(
             "counts", self.counts, Mapping | None, "for each class of the forget set how many samples of it stay"
         )
@@ -98,6 +100,11 @@ class Unseen(HoldsData, AnswerTarget):
         }
         objective = UnseenAnswer(reference=self.reference, teacher=as_teacher(self.teacher), outputs=self.outputs)
         store(self, counts=counts, objective=objective)
+
+    @property
+    @override
+    def has_held_out(self) -> bool:
+        return self.data is not None
 
     @override
     def prepare(self, around: Surroundings) -> Tensor:

@@ -10,12 +10,12 @@ from hamu_lightning.callbacks.passes._forget_pass import (
     NoLossError,
     Recording,
     check_loss,
-    detached_loss,
 )
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
+from hamu_lightning.callbacks.passes._isolated_pass import IsolatedPass, detached_loss
 from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
-from hamu_lightning.callbacks.passes._objective import with_objective, wrap_step
-from hamu_lightning.callbacks.passes._overlap import count_shared_samples
+from hamu_lightning.callbacks.passes._objective import unwrap_step, with_objective, wrap_step
+from hamu_lightning.callbacks.passes._overlap import count_shared_samples, read_positions
 from hamu_lightning.callbacks.passes._samples import split_forget
 from hamu_lightning.callbacks.passes._sources import (
     check_can_be_read,
@@ -34,6 +34,7 @@ __all__ = [
     "FrozenBatchNorm",
     "MeasuringLoader",
     "HoldsData",
+    "IsolatedPass",
     "ModuleGuard",
     "NoLossError",
     "Recording",
@@ -50,9 +51,11 @@ __all__ = [
     "is_data",
     "name_sources",
     "read_labels",
+    "read_positions",
     "split_batch",
     "split_forget",
     "twin_loader",
+    "unwrap_step",
     "with_objective",
     "without_trainer",
     "wrap_step",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from hamu_lightning.callbacks import _compat
-from hamu_lightning.callbacks.passes._batches import comparing, count_samples, counted
+from hamu_lightning.callbacks.passes._batches import comparing, count_samples
 from hamu_lightning.callbacks.passes._batchnorm import explaining_single_samples
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
+from hamu_lightning.callbacks.passes._isolated_pass import IsolatedPass, detached_loss
 from hamu_lightning.callbacks.passes._loaders import copied
 from hamu_lightning.callbacks.passes._metrics import StreamMetrics
 from hamu_lightning.callbacks.passes._objective import is_wrapped
 from hamu_lightning.callbacks.passes._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
-from hamu_lightning.optim import HAMUOptimizer, hidden_gradients, unscale_unseen_
+from hamu_lightning.optim import HAMUOptimizer, unscale_unseen_
 from hamu_lightning.randomness import RandomStream, capture_random, restore_random
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Recording:
     loss: Tensor
 
 
-class ForgetPass:
+class ForgetPass(IsolatedPass):
     """Runs forget batches through the module, isolated from everything that the retain stream owns.
 
     Args:
@@ -59,8 +60,9 @@ class ForgetPass:
     Attributes:
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
+        sees_levels: Whether each batch is run a second time, in evaluation mode and without a trace, for its `level`.
+        level: The loss of the last batch in evaluation mode, weighted as the loss is; None where it was not seen.
         logged: What the module logged in the last pass: by name the value or a metric, and the arguments of `log`.
-        not_finite: The numbers of the batches whose loss was not finite in the last measurement.
     """
 
     def __init__(
@@ -71,17 +73,16 @@ class ForgetPass:
         slot: Callable[[], AbstractContextManager[None]],
         guard: ModuleGuard,
     ) -> None:
-        self._trainer, self._optimizer, self._random = trainer, optimizer, random
-        self._slot, self._guard = slot, guard
+        super().__init__(trainer, optimizer, random, guard)
+        self._slot = slot
         self.stream: ForgetStream | None = None
         self.records: Callable[[Recording], None] | None = None
         self.logged: dict[str, tuple[Tensor | Metric, dict[str, Any]]] = {}
         self._metrics = StreamMetrics()
-        self.not_finite: list[int] = []
         self._group = _compat.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
-        # The arguments beside the batch when there last was a loss: some modules give none at some numbers of batches.
-        self._gave_loss: tuple[Any, ...] | None = None
+        self.sees_levels = False
+        self.level: Tensor | None = None
 
     def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None) -> Tensor:
         """Run one forget batch through `step`, the strategy's `training_step`, and accumulate its gradient.
@@ -121,50 +122,6 @@ class ForgetPass:
             with self._slot():
                 unscale_unseen_(scaler, [p for group in self._optimizer.param_groups for p in group["params"]])
 
-    def measure(
-        self, level: Callable[..., Any], step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Measure a level at the present weights, without a trace.
-
-        Every process takes all of its data: with shares of unequal length the forward passes could not be joint ones.
-
-        Args:
-            level: Called with the module, a function that gives its mean loss on the batches of a loader, and a retain
-                batch; see `Target.measure`.
-            step: As in `run`.
-            args: The arguments of the retain batch.
-            kwargs: Likewise.
-
-        Raises:
-            HAMUStateError: If there is no loss to measure.
-        """
-
-        def mean_loss(loader: Iterable[Any]) -> Tensor:
-            losses, sizes = self._read_losses(loader, step, args[1:], kwargs)
-            if not losses and self._gave_loss is not None:
-                losses, sizes = self._read_losses(loader, step, self._gave_loss, kwargs)
-            if not losses:
-                raise HAMUStateError("Expected a loss on the held-out data of the target, but it has no batch.")
-            # Where one of them is not known, all count the same.
-            weights = torch.tensor(sizes if all(map(math.isfinite, sizes)) else [1.0] * len(sizes)).to(losses[0])
-            all_losses = torch.stack(losses)
-            self.not_finite = (~all_losses.isfinite()).nonzero().flatten().tolist()
-            return all_losses @ weights / weights.sum()
-
-        with self._isolated(args[0]), self._as_in_training():
-            return torch.as_tensor(level(self._trainer.lightning_module, mean_loss, copied(args[0]))).detach()
-
-    def _read_losses(self, loader: Any, step: Any, more: tuple[Any, ...], kwargs: Any) -> tuple[list[Any], list[float]]:
-        """The losses of batches, and how many samples each has; `more` are the arguments beside the batch."""
-        losses, sizes = [], []
-        for batch, size in counted(loader):
-            self._results.batch = batch = _compat.transfer_batch(self._trainer, copied(batch))
-            loss = detached_loss(step(batch, *more, **kwargs))
-            if loss is not None:
-                losses.append(loss)
-                sizes.append(size)
-        return losses, sizes
-
     def clip(self) -> None:
         """Clip the forget gradient as the trainer and the module clip the retain gradient, on its own."""
         trainer, module = self._trainer, self._trainer.lightning_module
@@ -179,36 +136,6 @@ class ForgetPass:
         if batch is not None or self.stream is None or self._group is not None:
             return 1  # with several processes a pass is a joint one: it cannot be repeated on one of them
         return self.stream.length or 100
-
-    def _isolated(self, batch: Any) -> ExitStack:
-        """Everything that the pass must not touch, put back at the end."""
-        module = self._trainer.lightning_module
-        owned = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        stack = ExitStack()
-        stack.enter_context(self._random.active())
-        stack.enter_context(self._guard.guarding())
-        stack.enter_context(hidden_gradients(p for p in module.parameters() if id(p) not in owned))
-        stack.enter_context(_compat.without_callbacks(self._trainer))
-        stack.enter_context(_compat.silent_loggers(self._trainer))
-        stack.enter_context(_compat.buffers_due(self._trainer))
-        self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch))
-        return stack
-
-    @contextmanager
-    def _as_in_training(self) -> Iterator[None]:
-        """With gradients, which a module may take inside of its step; those that it leaves in `.grad` are dropped.
-
-        No backward pass follows: processes are not told to wait for one.
-        """
-        module = self._trainer.lightning_module
-        owned = {p for group in self._optimizer.param_groups for p in group["params"]}
-        with (
-            hidden_gradients({*module.parameters(), *owned}),
-            _compat.without_sync(self._trainer),
-            _compat.hook_name(module, "training_step"),
-            torch.enable_grad(),
-        ):
-            yield
 
     def _run_once(
         self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any
@@ -225,6 +152,7 @@ class ForgetPass:
                 samples = count_samples(batch)
             share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
+            again = copied(batch) if self.sees_levels else None
             with explaining, explaining_single_samples(), self._metrics.noting(self._trainer.lightning_module):
                 output = step(batch, *args[1:], **kwargs)
             loss = _compat.split_step_output(output)
@@ -238,7 +166,10 @@ class ForgetPass:
             value = loss.detach().float().mean().clone()
             if self.records is not None and kept is not None:
                 self.records(Recording(*kept, args[1:], kwargs, share, value))
-            return value
+        if again is not None:
+            seen = self.measuring(lambda: detached_loss(step(again, *args[1:], **kwargs)), args[0])
+            self.level = value if seen is None else _weigh(seen, share)
+        return value
 
     def _read_logged(self) -> dict[str, tuple[Tensor | Metric, dict[str, Any]]]:
         """What the module logged; of a process without samples only the metrics, which all processes gather jointly."""
@@ -328,9 +259,3 @@ def check_loss(loss: object) -> None:
             "Expected the forget loss to depend on the weights, but it has no graph. "
             "Return the loss from `training_step` without detach() and outside torch.no_grad()."
         )
-
-
-def detached_loss(output: Any) -> Tensor | None:
-    """The loss of a step's output as a 0-d tensor without a graph; None where there is none."""
-    loss = _compat.split_step_output(output)
-    return loss.detach().float().mean().clone() if isinstance(loss, torch.Tensor) else None

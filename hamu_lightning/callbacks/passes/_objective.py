@@ -43,6 +43,11 @@ def is_wrapped(step: Callable[..., Any]) -> bool:
     return isinstance(step, _ObjectiveStep)
 
 
+def unwrap_step(step: Callable[..., Any]) -> tuple[Callable[..., Any], Objective | None]:
+    """The strategy's `training_step` behind a step, and the objective that the step returns, if any."""
+    return (step.step, step.objective) if isinstance(step, _ObjectiveStep) else (step, None)
+
+
 @dataclass(frozen=True)
 class _ObjectiveStep:
     step: Callable[..., Any]

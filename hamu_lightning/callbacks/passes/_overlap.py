@@ -1,4 +1,4 @@
-"""Finds samples that two loaders share, through subsets, concatenations, wrappers and shared tensors."""
+"""Finds samples that two loaders read, and share, through subsets, concatenations, wrappers and shared tensors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -40,6 +41,23 @@ def count_shared_samples(a: object, b: object) -> int:
         size = min(len(one), len(other))
         count += int(np.count_nonzero(one[:size] & other[:size]))
     return count
+
+
+def read_positions(loader: Any) -> list[int] | None:
+    """The positions in its Dataset that a DataLoader reads in a pass, in ascending order of reading without a shuffle.
+
+    None where they are not known: for a stream, for other iterables, and for samplers that do not tell.
+
+    Example:
+        >>> read_positions(DataLoader([5, 6, 7], batch_size=2, shuffle=True)), read_positions([5, 6])
+        ([0, 1, 2], None)
+    """
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
+        return None
+    positions = _sampled(loader)
+    if positions is None:
+        return list(range(len(loader.dataset)))  # type: ignore[arg-type]
+    return [int(position) for position in positions] or None
 
 
 def _mark_samples(loader: object) -> dict[Hashable, np.ndarray[Any, Any]]:

@@ -1,0 +1,224 @@
+"""What single samples show: whether a target that the mean has reached can be believed, and the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from hamu_lightning.callbacks.goals._reading import InOrder, read_in_order
+from hamu_lightning.callbacks.goals._sample_losses import OBJECTIVE, SampleLosses, SampleReader
+from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
+from hamu_lightning.callbacks.goals._statistics import (
+    Estimate,
+    estimate_auc,
+    estimate_mean,
+    estimate_ratio,
+    looks_remembered,
+)
+from hamu_lightning.callbacks.passes import ForgetPass
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+# A held-out loss that has become so many times what it was runs away.
+_RUNS_AWAY = 2.0
+# Where the mean alone has reached its target, ranks are looked at again after so many combined steps.
+_LOOK_EVERY = 10
+# Of samples that a retrained model never saw, up to 44 % were surer than before: from here on it is said.
+_MANY = 0.5
+FORGET, HELD_OUT = "forget", "held-out"
+ONE_BY_ONE = (
+    "not forgotten one by one. A few samples can raise a mean while others become surer; a target with an end for each "
+    "sample, Unseen(holdout), does not let them"
+)
+
+
+class Evidence:
+    """Reads the losses of single samples at the start, where the mean has reached its target, and at the end.
+
+    Args:
+        trainer: The trainer.
+        forget_pass: What runs batches without a trace.
+        forget: The loader of what is to be forgotten.
+        held_out: Gives the loader of held-out data; None where the target has none.
+        state: What `state_dict` returned in the run that this one continues.
+
+    Attributes:
+        table: What became of each sample; None before the end, and where it cannot be told.
+        doubt: Why the losses do not compare, in words; empty where nothing speaks against it.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        forget_pass: ForgetPass,
+        forget: Any,
+        held_out: Callable[[], Any] | None,
+        state: Mapping[str, Any],
+    ) -> None:
+        self._reader = SampleReader(trainer, forget_pass, state.get("form"))
+        self._sources: dict[str, Callable[[], Any]] = {FORGET: lambda: forget}
+        if held_out is not None:
+            self._sources[HELD_OUT] = held_out
+        self._data: dict[str, InOrder | None] = {}
+        self._is_begun = bool(state)
+        self._before = {name: SampleLosses(*losses) for name, losses in state.get("before", {}).items()}
+        self._auc_before = self._estimate_auc(self._before)
+        self._now: dict[str, SampleLosses] = {}
+        self._auc: Estimate | None = None
+        self._read_at = -1
+        self._first: Tensor | None = state.get("held_out_level")
+        self._runaway = ""
+        self.doubt = ""
+        self.table: ForgottenSamples | None = None
+
+    def begin(self, *step: Any) -> None:
+        """Read all samples before the first step.
+
+        Args:
+            step: What runs a batch, and the arguments of the retain batch.
+        """
+        if not self._is_begun:
+            self._is_begun = True
+            self._before = self._read(*step)
+            self._auc_before = self._estimate_auc(self._before)
+
+    def look(self, taken: int, *step: Any) -> None:
+        """Read them at the present weights, after so many steps."""
+        self._read_at, self._now = taken, self._read(*step)
+        self._auc = self._estimate_auc(self._now)
+
+    def confirms(self, taken: int, *step: Any) -> bool:
+        """Whether ranks do not speak against a mean that has reached its target: looks again every 10 steps."""
+        if HELD_OUT not in self._before:
+            return True
+        if not 0 <= taken - self._read_at < _LOOK_EVERY or self._read_at < 0:
+            self.look(taken, *step)
+        return not self.contradicts
+
+    def clear(self) -> None:
+        """Forget what was read last: the weights have gone back since."""
+        self._now, self._auc, self._read_at = {}, None, -1
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether forgotten samples still have lower losses than held-out ones, as they were read last."""
+        return self._auc is not None and looks_remembered(self._auc)
+
+    def conclude(self, *step: Any) -> None:
+        """Read all samples at the end of the fit, and make the table."""
+        self.look(self._read_at, *step)
+        before, now, data = self._before.get(FORGET), self._now.get(FORGET), self._data.get(FORGET)
+        if before is None or now is None or data is None or data.positions is None:
+            return
+        if len(before.losses) == len(now.losses):
+            held_out = self._now[HELD_OUT].losses if HELD_OUT in self._now else None
+            positions = torch.tensor(data.positions or range(len(now.losses)))
+            self.table = ForgottenSamples.of(positions, before.losses, now.losses, now.recognised, held_out)
+
+    def watch(self, level: Tensor, *step: Any) -> None:
+        """Notice a level of held-out data that runs away."""
+        if self._first is None:
+            self._first = level
+        if HELD_OUT not in self._sources or self._runaway or not bool(level >= _RUNS_AWAY * self._first):
+            return
+        times = f"{float(level / self._first):.3g}"
+        if HELD_OUT in self._before:
+            ratio = estimate_ratio(self._read(*step)[HELD_OUT].losses, self._before[HELD_OUT].losses)
+            if ratio.lower < _RUNS_AWAY:
+                return
+            times = str(ratio)
+        self._runaway = (
+            f"The loss of the held-out data runs away: from {float(self._first):.4g} to {float(level):.4g}, times "
+            f"{times}, since the start. They hold samples of what is forgotten, or such as look like it, or the steps "
+            "harm the model as a whole; a target that they give moves on with each step. Hold out samples of what "
+            "stays, give Chance() or a loss, or take a smaller radius."
+        )
+        rank_zero_warn(self._runaway)
+
+    def means(self) -> tuple[float, float] | None:
+        """The loss of what is to be forgotten, before and now, where both are means of the module's own loss."""
+        if self._reader.form == OBJECTIVE or not (FORGET in self._before and FORGET in self._now):
+            return None
+        return float(self._before[FORGET].losses.mean()), float(self._now[FORGET].losses.mean())
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What is logged at the end."""
+        found: dict[str, float] = {}
+        if self.table is not None:
+            found |= {"surer": self.table.surer, "recognised": self.table.recognised}
+        if self._auc is not None:
+            found |= {"auc": self._auc.value, "auc_lower": self._auc.lower, "auc_upper": self._auc.upper}
+        return {name: torch.tensor(value) for name, value in found.items() if value == value}
+
+    def intervals(self) -> str:
+        """What was read last, in words with 95 % intervals; empty where nothing was."""
+        told = [f"{name} loss {estimate_mean(read.losses)}" for name, read in self._now.items()]
+        told += [] if self._auc is None else [f"AUC {self._auc}"]
+        return f"; 95 % intervals over samples: {', '.join(told)}" if told else ""
+
+    def describe(self, *, is_reached: bool) -> str:
+        """What single samples show at the end, in words; `is_reached`: whether the mean is at its target."""
+        told = [] if self.table is None else [_describe_table(self.table, is_part=self._is_excerpt)]
+        if self._auc is not None:
+            before = "" if self._auc_before is None else f", before {self._auc_before}"
+            told.append(f"AUC against {len(self._now[HELD_OUT].losses)} held-out samples {self._auc}{before}")
+        verdict = self.judge() if is_reached else ""
+        unknown = "" if told or not self._is_begun else self._explain_unknown()
+        parts = "; ".join(told), verdict, unknown, self.doubt, self._runaway
+        return "".join(f" {part.rstrip('.')}." for part in parts if part)
+
+    def judge(self) -> str:
+        """Where the mean is at its target, and the samples are not, in words; empty where nothing speaks against it."""
+        if self.contradicts:
+            fault = "forgotten samples still have lower losses than held-out ones"
+        elif self.table is not None and self.table.surer > _MANY:
+            fault = f"{100 * self.table.surer:.0f} % of the forgotten samples are surer than before"
+        else:
+            return ""
+        return f"The mean loss has reached its target, but {fault}: {ONE_BY_ONE}"
+
+    def _explain_unknown(self) -> str:
+        data = self._data.get(FORGET)
+        if data is not None and data.positions is None and FORGET in self._now:
+            return "There is no table of samples: the loader gives them in no order that is known"
+        return "The losses of single samples cannot be told, so that nothing is known of their ranks"
+
+    @property
+    def _is_excerpt(self) -> bool:
+        data = self._data.get(FORGET)
+        return data is not None and data.is_excerpt
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was read before the first step, in tensors and numbers; empty before."""
+        if not self._is_begun:
+            return {}
+        before = {name: list(read) for name, read in self._before.items()}
+        return {"form": self._reader.form, "before": before, "held_out_level": self._first}
+
+    def close(self) -> None:
+        """Let the workers go that read."""
+        for data in self._data.values():
+            if data is not None:
+                data.batches.close()
+
+    def _read(self, *step: Any) -> dict[str, SampleLosses]:
+        self._data = self._data or {name: read_in_order(find()) for name, find in self._sources.items()}
+        found = {n: self._reader.read(data, *step) for n, data in self._data.items() if data is not None}
+        return {name: losses for name, losses in found.items() if losses is not None}
+
+    @staticmethod
+    def _estimate_auc(read: Mapping[str, SampleLosses]) -> Estimate | None:
+        has_both = FORGET in read and HELD_OUT in read
+        return estimate_auc(read[FORGET].losses, read[HELD_OUT].losses) if has_both else None
+
+
+def _describe_table(table: ForgottenSamples, *, is_part: bool) -> str:
+    known = table.recognised == table.recognised
+    recognised = f" and {100 * table.recognised:.0f} % are still recognised" if known else ""
+    what = f"{len(table)} forgotten samples, a part of them," if is_part else f"{len(table)} forgotten samples"
+    return f"Of {what} {100 * table.surer:.0f} % are surer than before{recognised}"
