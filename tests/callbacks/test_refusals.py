@@ -76,6 +76,17 @@ def test_batches_are_skipped_by_their_number(goal: dict[str, Any], accumulation:
         assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_window_of_which_one_half_is_skipped_is_the_other_half() -> None:
+    gramians = []
+    for accumulation in (1, 2):
+        callback = HAMUCallback(DataLoader(forget_data(), batch_size=8), RULE)
+        fit(build(SkipsByNumber), callback, accumulate_grad_batches=accumulation, max_steps=1)
+        assert callback.last_step is not None
+        gramians.append(callback.last_step.gramian)
+    torch.testing.assert_close(*gramians)
+
+
 class Breaks(WithBatchNorm):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
