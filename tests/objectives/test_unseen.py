@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
-from hamu_lightning.objectives import BatchPass, Calibration, FrozenCopy, SecondAnswer, UnseenAnswer
-from tests.objectives.models import CLASSES, grads, make_batch, make_model, perturbed
+from hamu_lightning.objectives import AdaptersDisabled, BatchPass, Calibration, FrozenCopy, SecondAnswer, UnseenAnswer
+from tests.objectives.models import CLASSES, Adapted, grads, make_batch, make_model, perturbed
 
 # Both sides are in float64 with numbers of order 1 to 10; what is left is rounding, about 1e-14.
 TOLERANCE = 1e-8
@@ -192,6 +192,19 @@ def test_the_second_choice_in_the_place_of_the_label(has_teacher: bool) -> None:
         assert float(found[i].detach()) == pytest.approx(float(value.detach()), abs=TOLERANCE)
         for a, b in zip(grads(found[i], model), grads(value, model), strict=True):
             assert torch.allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_a_model_with_its_adapters_switched_off_is_a_teacher() -> None:
+    """The adapters have seen what is to be forgotten, the model below has not."""
+    base = make_model("classes")
+    adapted = Adapted(base).double().eval()
+    adapted.adapter.data = torch.randn(CLASSES).double()
+    batch, original = make_batch("classes"), FrozenCopy(copy.deepcopy(adapted))
+    found = [
+        SecondAnswer(reference=original, teacher=teacher).samples(BatchPass(adapted, batch))
+        for teacher in (AdaptersDisabled(), FrozenCopy(copy.deepcopy(base)))
+    ]
+    assert torch.equal(*found) and adapted.is_on
 
 
 class Says(nn.Module):
