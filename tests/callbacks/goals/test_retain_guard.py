@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, RetainGuard, VerifySteps
-from hamu_lightning.callbacks import RetainAbove, StopReason
+from hamu_lightning.callbacks import RetainAbove, StepOptions, StopReason
 from hamu_lightning.callbacks.goals._retain_guard import Reading
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.rules import FixedRadius, TargetQuota
 from tests.callbacks.goals.test_way_back import train as train_and_save
 from tests.callbacks.modules import Base, build, fit, make_data
 from tests.callbacks.test_checkpoints import assert_same, end_of
+from tests.callbacks.test_model_parallel import Sharded
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -245,17 +246,32 @@ def test_a_fit_that_goes_on_after_its_end_has_the_same_start(tmp_path: Path) -> 
     assert (watch_of(again)["returns"], watch_of(again)["limit"]) == (0, 1.0)
 
 
-def guard_on_ranks(rank: int) -> tuple[list[float], dict[str, Any]]:
-    from lightning.pytorch.strategies import DDPStrategy
+def guard_on_ranks(rank: int) -> list[Any]:
+    """With the weights on each process, and with a part of them on each."""
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     warnings.simplefilter("ignore")
-    strategy = DDPStrategy(process_group_backend="gloo")
-    module, hamu, _ = run(max_steps=8, strategy=strategy, devices=2)
-    state = watch_of(hamu)
-    return [float(p.detach().double().sum()) for p in module.parameters()], {n: state[n] for n in state if n != "kept"}
+    found = []
+    for kind, strategy in (
+        (Base, DDPStrategy(process_group_backend="gloo")),
+        (Sharded, ModelParallelStrategy(process_group_backend="gloo")),
+    ):
+        module = build(kind, "adamw")
+        hamu = HAMUCallback(
+            DataLoader(FORGET, batch_size=20), HARMFUL, guard=GUARD, verify=True, steps=StepOptions(exact=True)
+        )
+        fit(module, hamu, max_epochs=-1, max_steps=8, strategy=strategy, devices=2)
+        state = watch_of(hamu)
+        weights = [
+            float(getattr(p, "full_tensor", lambda p=p: p)().detach().double().sum()) for p in module.parameters()
+        ]
+        found.append((weights, {name: state[name] for name in state if name != "kept"}))
+    return found
 
 
 def test_processes_decide_alike() -> None:
     first, second = run_ranks(guard_on_ranks, 2)
     assert first == second
-    assert first[1]["returns"] > 0
+    for weights, state in first:
+        assert state["returns"] > 0
+        assert all(map(math.isfinite, weights))
