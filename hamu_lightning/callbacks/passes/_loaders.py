@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -22,6 +23,8 @@ from hamu_lightning.loaders import length_of, own_generators, stop_workers
 from hamu_lightning.randomness import RandomStream
 
 _SHARED = (Dataset, Tensor, np.ndarray, DataLoader)
+# A stream of unknown length may have no end: of such a one no more than so many batches are read.
+_MOST_OF_A_STREAM = 1024
 
 
 def twin_loader(loader: Any) -> Any:
@@ -62,7 +65,8 @@ class MeasuringLoader:
     Args:
         loader: A DataLoader, a list of batches, or another iterable of batches.
         most: Of more batches than that, so many are read, at equal distances in the pass; the first ones where the
-            length is not known. None for all.
+            length is not known. None for all; of a loader of unknown length the first 1,024, with a warning where there
+            are more.
 
     Attributes:
         length: How many batches a pass has; None where that is not known.
@@ -82,6 +86,9 @@ class MeasuringLoader:
         self._generators = [g for part in self._parts for g in own_generators(part)]
         self._states = [generator.get_state() for generator in self._generators]
         self.length = length_of(self._loader)
+        self._may_be_endless = self.length is None and most is None
+        if self._may_be_endless:
+            self._most = _MOST_OF_A_STREAM + 1
 
     def batches(self, most: int | None = None) -> Iterator[Any]:
         """Read a pass.
@@ -121,6 +128,12 @@ class MeasuringLoader:
         # A stream may remember its place: each pass begins with a copy of the first one, unless workers have copies.
         has_workers = any(getattr(part, "persistent_workers", False) for part in self._parts)
         for number, batch in enumerate(self._loader if has_workers else twin_loader(self._loader)):
+            if self._may_be_endless and number == _MOST_OF_A_STREAM:
+                rank_zero_warn(
+                    f"A loader of unknown length has more than {_MOST_OF_A_STREAM:,} batches: what is measured on it "
+                    "is measured on those. Give it a length, `__len__`, where it has one."
+                )
+                return
             if numbers is None or number in numbers:
                 yield number, batch
             if number == last:

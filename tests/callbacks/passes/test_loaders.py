@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -121,3 +122,22 @@ class Holds(IterableDataset[Any]):
 def test_what_cannot_be_read_beside_is_refused(loader: Any, message: str) -> None:
     with pytest.raises(HAMUValueError, match=message):
         MeasuringLoader(loader)
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return map(torch.tensor, count())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_without_an_end_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr("hamu_lightning.callbacks.passes._loaders._MOST_OF_A_STREAM", 3)
+    loader = MeasuringLoader(DataLoader(Endless(), 1, num_workers=workers))
+    with pytest.warns(UserWarning, match="more than 3 batches: what is measured on it is measured on those"):
+        assert read(loader, 1) == [[0], [1], [2]]
+    loader.close()
+
+
+def test_a_stream_with_an_end_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hamu_lightning.callbacks.passes._loaders._MOST_OF_A_STREAM", 12)
+    assert len(read(MeasuringLoader(DataLoader(Rows(), 1)), 1)) == 12
