@@ -16,10 +16,9 @@ from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
 from hamu_lightning.callbacks.goals._planning import plan_steps
 from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, find_not_finite, read_beside
-from hamu_lightning.callbacks.goals._surroundings import Surroundings
+from hamu_lightning.callbacks.goals._surroundings import AnswerTarget, Surroundings
 from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._trail import Trail
-from hamu_lightning.callbacks.goals._unseen import AnswerTarget
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float

@@ -1,4 +1,4 @@
-"""What is around a target at the start of a fit: the data to forget, held-out data, and those that stay."""
+"""Targets that bring an answer, and what is around them at the start of a fit: all the data."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from typing_extensions import override
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals._reading import Reader
+from hamu_lightning.callbacks.goals._targets import Target
 from hamu_lightning.callbacks.passes import MeasuringLoader, read_labels, with_objective
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.loaders import load_like
-from hamu_lightning.objectives import ClassReader, Objective
+from hamu_lightning.objectives import AnswerObjective, ClassReader, Objective
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -108,6 +110,21 @@ class Surroundings:
         finally:
             batches.close()
         return reader.count()
+
+
+class AnswerTarget(Target):
+    """A target that brings what is raised: from 0 towards an answer, of which 95 % are to come true."""
+
+    objective: AnswerObjective
+
+    @override
+    def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
+        """Not used: the end is measured by `prepare`."""
+        raise NotImplementedError
+
+    def prepare(self, around: Surroundings) -> Tensor:
+        """Measure what the answers depend on, and return how far it is to them, 0-d in nats."""
+        return around.run(self.objective.end, around.forget)
 
 
 def undivided(loader: Any) -> Any:

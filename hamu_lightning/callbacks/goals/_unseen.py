@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,12 +12,11 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
-from hamu_lightning.callbacks.goals._surroundings import Surroundings
-from hamu_lightning.callbacks.goals._targets import Target, check_held_out
+from hamu_lightning.callbacks.goals._surroundings import AnswerTarget, Surroundings
+from hamu_lightning.callbacks.goals._targets import check_held_out
 from hamu_lightning.callbacks.passes import HoldsData
 from hamu_lightning.checks import check_count, check_type, store
 from hamu_lightning.objectives import (
-    AnswerObjective,
     ClassReader,
     FrozenCopy,
     Outputs,
@@ -25,21 +24,6 @@ from hamu_lightning.objectives import (
     SecondAnswer,
     UnseenAnswer,
 )
-
-
-class AnswerTarget(Target):
-    """A target that brings what is raised: from 0 towards an answer, of which 95 % are to come true."""
-
-    objective: AnswerObjective
-
-    @override
-    def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
-        """Not used: the end is measured by `prepare`."""
-        raise NotImplementedError
-
-    def prepare(self, around: Surroundings) -> Tensor:
-        """Measure what the answers depend on, and return how far it is to them, 0-d in nats."""
-        return around.run(self.objective.end, around.forget)
 
 
 @dataclass(frozen=True)
