@@ -181,10 +181,10 @@ def test_a_target_that_has_cost_too_much_is_not_reached() -> None:
 
 def test_the_forget_level_goes_back_with_the_weights() -> None:
     rule = HAMUQ(TargetQuota(4.0, steps=3), radius=FixedRadius(0.4))
-    module, hamu, _ = run(rule, guard=GUARD, max_steps=3)
+    with pytest.warns(UserWarning, match="ended before the target") as caught:
+        module, hamu, _ = run(rule, guard=GUARD, max_steps=3)
     assert watch_of(hamu)["returns"] > 0
-    level = float(hamu.state_dict()["optimizer"]["aims"]["forget"]["level"])
-    assert level == pytest.approx(loss_on(module, FORGET), rel=0.1)
+    assert any(f"forget loss {loss_on(module, FORGET):.4g} for a target" in str(w.message) for w in caught)
 
 
 def test_a_loss_that_is_not_finite_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
