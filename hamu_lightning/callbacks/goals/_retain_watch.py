@@ -89,12 +89,12 @@ class RetainWatch:
             Whether the weights went back.
         """
         self._last_step = (step[0], (None, *step[1][1:]), step[2])
-        is_due |= self._steps % self._settings.every == 0 or not self._kept.are_there
-        if self.message is not None or not is_due or not self._open(step[1][0]):
+        is_regular = self._steps % self._settings.every == 0 or not self._kept.are_there
+        if self.message is not None or not (is_due or is_regular) or not self._open(step[1][0]):
             return False
         if not self._start:
             self._measure_first()
-        elif self._has_moved or not self._now:
+        elif is_due or self._has_moved or not self._now:
             self._measure(self._held)
         harm = None if self.absent is not None else self._explain()
         if self.absent is None and harm is None:
@@ -229,7 +229,11 @@ class RetainWatch:
 
     def _explain(self) -> str | None:
         """How the last readings are out of bounds; None where they are within them."""
-        found = (self._settings.explain(_word(name), self._start[name], self._now[name]) for name in self._held)
+        found = (
+            self._settings.explain(_word(name), self._start[name], self._now[name])
+            for name in self._held
+            if name in self._start
+        )
         return next((why for why in found if why is not None), None)
 
     def _keep(self) -> None:
