@@ -60,6 +60,7 @@ class Evidence:
         held_out: Callable[[], Any] | None,
         state: Mapping[str, Any],
     ) -> None:
+        self._trainer = trainer
         self._reader = SampleReader(trainer, forget_pass, state.get("form"))
         self._sources: dict[str, Callable[[], Any]] = {FORGET: lambda: forget}
         if held_out is not None:
@@ -98,7 +99,8 @@ class Evidence:
             return True
         if not 0 <= taken - self._read_at < _LOOK_EVERY or self._read_at < 0:
             self.look(taken, *step)
-        return not self.contradicts
+        # Processes may have computed in different orders; they have to decide alike.
+        return bool(self._trainer.strategy.broadcast(not self.contradicts))
 
     def clear(self) -> None:
         """Forget what was read last: the weights have gone back since."""
@@ -124,11 +126,13 @@ class Evidence:
         """Notice a level of held-out data that runs away."""
         if self._first is None:
             self._first = level
-        if HELD_OUT not in self._sources or self._runaway or not bool(level >= _RUNS_AWAY * self._first):
+        is_above = bool(level >= _RUNS_AWAY * self._first) and bool(self._first > 0)
+        if HELD_OUT not in self._sources or self._runaway or not is_above:
             return
         times = f"{float(level / self._first):.3g}"
-        if HELD_OUT in self._before:
-            ratio = estimate_ratio(self._read(*step)[HELD_OUT].losses, self._before[HELD_OUT].losses)
+        now = self._read(*step).get(HELD_OUT)
+        if now is not None and HELD_OUT in self._before:
+            ratio = self._trainer.strategy.broadcast(estimate_ratio(now.losses, self._before[HELD_OUT].losses))
             if ratio.lower < _RUNS_AWAY:
                 return
             times = str(ratio)

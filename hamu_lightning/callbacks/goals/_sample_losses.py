@@ -134,7 +134,7 @@ class _Asking(Objective):
     def samples(self, batch: BatchPass) -> Tensor:
         if self.form is None:
             self.form = self._find_form(batch)
-        self.read = None if self.form is None else self._read_as(self.form, batch)
+        self.read = None if self.form is None else self._try(self.form, batch)
         return torch.zeros(1) if self.read is None else self.read.losses
 
     def _find_form(self, batch: BatchPass) -> str | None:
@@ -143,13 +143,16 @@ class _Asking(Objective):
         except Exception:  # the data may be for the objective alone
             own = math.nan
         for form in (*_FORMS, OBJECTIVE):
-            try:
-                found = self._read_as(form, batch)
-            except Exception:  # what a module or an objective refuses with is its own choice
-                continue
+            found = self._try(form, batch)
             if found is not None and (form == OBJECTIVE or _agrees(found, own)):
                 return form
         return None
+
+    def _try(self, form: str, batch: BatchPass) -> _Read | None:
+        try:
+            return self._read_as(form, batch)
+        except Exception:  # what a module or an objective refuses with is its own choice
+            return None
 
     def _read_as(self, form: str, batch: BatchPass) -> _Read | None:
         if form == OBJECTIVE:
