@@ -61,14 +61,14 @@ class Stream(IterableDataset[Any]):
         return iter(RETAIN)
 
 
-LESS, MORE = (TensorDataset(torch.randn(n, 10), torch.randn(n, 1)) for n in (10, 20))
+LESS, MORE, NEW = (TensorDataset(torch.randn(n, 10), torch.randn(n, 1)) for n in (10, 20, 20))
 OUTSIDE = TensorDataset(torch.randn(30, 10), torch.randint(0, 3, (30,)) * 100)
 
 
 @pytest.mark.parametrize(
     ("kind", "forget", "retain", "target", "message"),
     [
-        (Regression, LESS, MORE, Unseen(MORE), "Expected labels that are classes, but got torch.float32"),
+        (Regression, LESS, MORE, Unseen(NEW), "Expected labels that are classes, but got torch.float32"),
         (Regression, LESS, MORE, SecondChoice(), "give the loss where the forget set should end, or Holdout"),
         (Base, OUTSIDE, RETAIN, Unseen(HELD_OUT), "Expected labels in 0 .. 2"),
         (Base, SAMPLES, DataLoader(Stream(), batch_size=8), Unseen(HELD_OUT), "Say it: Unseen\\(counts="),
