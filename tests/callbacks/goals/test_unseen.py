@@ -81,7 +81,7 @@ def likelihood(module: Base, data: Dataset[Any]) -> float:
         return float(module.eval()(x).softmax(1)[torch.arange(len(y)), y].mean())
 
 
-def end_of(hamu: HAMUCallback, module: Base, original: Base, target: Any, data: Dataset[Any]) -> tuple[float, float]:
+def end_of(module: Base, original: Base, target: Any, data: Dataset[Any]) -> tuple[float, float]:
     """What has come true, and the end, of the objective with the state that the fit began with."""
     objective = target.objective
     objective.reference = FrozenCopy(original)
@@ -94,9 +94,8 @@ def end_of(hamu: HAMUCallback, module: Base, original: Base, target: Any, data: 
 @pytest.mark.parametrize("kind", [Base, WithBatchNorm])
 def test_samples_look_unseen(kind: type[Base]) -> None:
     module, original, target = trained(kind), trained(kind), Unseen(HELD_OUT)
-    hamu = unlearn(module, SAMPLES, target)
-    assert hamu.stop_reason is StopReason.TARGET_REACHED
-    came, end = end_of(hamu, module, original, target, SAMPLES)
+    unlearn(module, SAMPLES, target)
+    came, end = end_of(module, original, target, SAMPLES)
     assert came >= 0.9 * end > 0
     pairs = (original, SAMPLES), (module, SAMPLES), (original, HELD_OUT)
     before, after, unseen = (likelihood(*pair) for pair in pairs)
