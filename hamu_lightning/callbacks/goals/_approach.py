@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat, _compat_loaders
 from hamu_lightning.callbacks.goals._evidence import ONE_BY_ONE, Evidence
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
@@ -85,7 +85,7 @@ class Approach:
         self._target = as_target(quota.target)
         self._reader = Reader(trainer)
         if forget is None:
-            forget = _compat.train_loader_parts(trainer)[group]
+            forget = _compat_loaders.train_loader_parts(trainer)[group]
         self._given, read = forget, read_beside(forget)
         self._forget = read if isinstance(read, MeasuringLoader) else None
         self._seen, self._trail = PassMean(), Trail()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks.goals._excerpts import choose_place, open_excerpt
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._meter import Meter
@@ -199,7 +199,7 @@ class RetainWatch:
         if name not in self._places:
             chosen = choose_place(loader, self._settings.samples, self._seed, count_samples(batch))
             self._places[name] = strategy.broadcast(chosen)
-        if "positions" not in self._places[name] and _compat.data_parallel_group(self._trainer) is not None:
+        if "positions" not in self._places[name] and _compat_loaders.data_parallel_group(self._trainer) is not None:
             raise HAMUValueError(
                 f"Expected a DataLoader over a map-style Dataset, with a batch size, to read an excerpt of the {name} "
                 f"data that all processes share, but got {describe(loader)}."
