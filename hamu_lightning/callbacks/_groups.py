@@ -185,10 +185,10 @@ class Groups:
             self.take_all_next()
         return back
 
-    def start_over(self, levels: Mapping[str, Tensor | None]) -> None:
-        """The weights went back to an earlier step, where the losses of groups with a target were these."""
-        for name, approach in self._approaches.items():
-            approach.start_over(levels.get(name))
+    def start_over(self) -> None:
+        """The weights went back to an earlier step: levels are measured again."""
+        for approach in self._approaches.values():
+            approach.start_over()
 
     def record(self, steps: Mapping[str, Callable[..., Any]]) -> Callable[[str], None]:
         """Keep the batches of the present window; return what runs those of a group again with their backward passes.

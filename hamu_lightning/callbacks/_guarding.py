@@ -73,14 +73,14 @@ class Guarding:
     def conclude(self) -> None:
         """Measure at the end of the fit, and go back where it has to; more than once does nothing."""
         if self._watch is not None and self._watch.conclude():
-            self._groups.start_over(self._watch.levels)
+            self._groups.start_over()
 
     def _look(self, *step: Any, is_due: bool = False) -> bool:
         if self._watch is None:
             return False
         went_back = self._watch.look(*step, is_due=is_due)
         if went_back:
-            self._groups.start_over(self._watch.levels)
+            self._groups.start_over()
             self._stopper.start_over()
         if self._watch.message is not None:
             self._stopper.stop(StopReason.RETAIN_GUARD, self._watch.message)
