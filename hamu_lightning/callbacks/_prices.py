@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _FIGURE = "hamu/costs"
 _NOTE = (
-    "Price: mean multiplier, by how much the retain loss would be lower per loss unit less asked for the group. Losses "
-    "of groups without a target are those of training batches."
+    "Price: mean multiplier, by how much the retain loss would be lower per loss unit less asked for the group.\n"
+    "Losses of groups without a target are those of training batches."
 )
 
 

@@ -142,7 +142,7 @@ def forget_loss(module: nn.Module, loader: DataLoader[Any]) -> float:
         return float(cross_entropy(module(x), y))
 
 
-TO_TARGET = HAMUQ(TargetQuota(2.0), radius=FixedRadius(0.3))
+TO_TARGET = HAMUQ(TargetQuota(2.0), radius=FixedRadius(0.2))
 
 
 def unlearn(forget: Any, rule: Any = TO_TARGET, checkpoint: Path | None = None, **options: Any) -> Any:

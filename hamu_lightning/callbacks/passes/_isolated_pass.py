@@ -68,7 +68,9 @@ class IsolatedPass:
 
         def mean_loss(loader: Iterable[Any]) -> Tensor:
             sized = self._sized_losses(loader, step, args, kwargs)
-            if not sized and self._gave_loss is not None:
+            if sized:
+                self._gave_loss = args[1:]
+            elif self._gave_loss is not None:
                 sized = self._sized_losses(loader, step, (None, *self._gave_loss), kwargs)
             if not sized:
                 raise HAMUStateError("Expected a loss on the held-out data of the target, but it has no batch.")
