@@ -150,7 +150,9 @@ class HAMUCallback(Record, Callback):
         self.settings = FitSettings(
             forget=forget,
             protect={} if protect is None else protect,
-            rule=choose_rule(rule, target, schedule, passes.every_n_steps, protect or ()),
+            rule=choose_rule(
+                rule, target, schedule, passes.every_n_steps, protect if isinstance(protect, Mapping) else ()
+            ),
             schedule=schedule,
             objective=objective,
             retain_objective=retain_objective,
