@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks.goals import Approach
 from hamu_lightning.callbacks.passes import ForgetPass, ForgetStream
 from hamu_lightning.randomness import RandomStream
@@ -56,7 +56,7 @@ class Group:
         self.name, self.objective = name, objective
         # By name: a request that is added later leaves the random numbers of the others alone.
         own = () if optimizer.rule.groups == ("retain", name) else (zlib.crc32(name.encode()),)
-        self._random = RandomStream(seed, _compat.data_rank(trainer), *own)
+        self._random = RandomStream(seed, _compat_loaders.data_rank(trainer), *own)
         self.run = ForgetPass(trainer, optimizer, self._random, partial(optimizer.group, name), guard)
         self.approach: Approach | None = None
         self.is_done, self.passes, self.before = False, 0, 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._group import Group, take_turns
 from hamu_lightning.callbacks._identity import identify
 from hamu_lightning.callbacks.goals import Approach, ForgottenSamples
@@ -131,7 +131,7 @@ class Groups:
 
     def identify(self, salt: str | None = None) -> dict[str, Any]:
         """Describe the data of the groups without holding it, see `identify`; all processes alike."""
-        train = _compat.train_loader_parts(self._trainer)
+        train = _compat_loaders.train_loader_parts(self._trainer)
         sources = {name: self._loaders[name] if name in self._loaders else train[name] for name in self._groups}
         is_first = self._trainer.is_global_zero
         found = identify(sources, self._settings.protect, salt) if is_first else {}
@@ -141,7 +141,7 @@ class Groups:
         settings, group, state = self._settings, self._groups[name], self._state.get(name, {})
         loader = self._loaders.get(name)
         if loader is not None:
-            group.read(_compat.prepare_loader(self._trainer, loader), state)
+            group.read(_compat_loaders.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
             every = settings.passes.every_n_steps
             kept = state.get("approach")
@@ -185,10 +185,10 @@ class Groups:
             self.take_all_next()
         return back
 
-    def start_over(self, levels: Mapping[str, Tensor | None]) -> None:
-        """The weights went back to an earlier step, where the losses of groups with a target were these."""
-        for name, approach in self._approaches.items():
-            approach.start_over(levels.get(name))
+    def start_over(self) -> None:
+        """The weights went back to an earlier step: levels are measured again."""
+        for approach in self._approaches.values():
+            approach.start_over()
 
     def record(self, steps: Mapping[str, Callable[..., Any]]) -> Callable[[str], None]:
         """Keep the batches of the present window; return what runs those of a group again with their backward passes.

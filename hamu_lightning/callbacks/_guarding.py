@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._group import Group
 from hamu_lightning.callbacks._groups import Groups
 from hamu_lightning.callbacks.goals import CEILINGS, RETAIN, Reader, RetainWatch, Stopper, StopReason, Target
@@ -73,14 +73,14 @@ class Guarding:
     def conclude(self) -> None:
         """Measure at the end of the fit, and go back where it has to; more than once does nothing."""
         if self._watch is not None and self._watch.conclude():
-            self._groups.start_over(self._watch.levels)
+            self._groups.start_over()
 
     def _look(self, *step: Any, is_due: bool = False) -> bool:
         if self._watch is None:
             return False
         went_back = self._watch.look(*step, is_due=is_due)
         if went_back:
-            self._groups.start_over(self._watch.levels)
+            self._groups.start_over()
             self._stopper.start_over()
         if self._watch.message is not None:
             self._stopper.stop(StopReason.RETAIN_GUARD, self._watch.message)
@@ -107,11 +107,11 @@ class Guarding:
 
 def find_sources(trainer: Trainer, optimizer: HAMUOptimizer) -> dict[str, Any]:
     """The retain loader, and those of the held-out data of targets."""
-    train = _compat.train_loader_parts(trainer)
+    train = _compat_loaders.train_loader_parts(trainer)
     if isinstance(train, Mapping):
         train = train.get(RETAIN)
     if train is None or isinstance(train, list | tuple):
-        train = _compat.train_batches(trainer)
+        train = _compat_loaders.train_batches(trainer)
     sources: dict[str, Any] = {RETAIN: train}
     known: list[Any] = []
     quotas = optimizer.rule.target_quotas

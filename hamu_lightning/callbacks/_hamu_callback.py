@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import Unpack, override
 
@@ -28,7 +27,6 @@ from hamu_lightning.callbacks._settings import (
 )
 from hamu_lightning.callbacks.forecast import PreflightReport
 from hamu_lightning.callbacks.goals import (
-    ForgottenSamples,
     RetainGuard,
     StopCondition,
     StopOn,
@@ -167,9 +165,6 @@ class HAMUCallback(Record, Callback):
             has_target=target is not None,
         )
         self._requests: list[str] = []
-        self._summary: str | None = None
-        self._forgotten_samples: dict[str, ForgottenSamples] = {}
-        self._costs: Tensor | None = None
         self._preflight_report: PreflightReport | None = None
         self._fit: Fit | None = None
         self._state: dict[str, Any] = {}
@@ -210,25 +205,6 @@ class HAMUCallback(Record, Callback):
     def last_step(self) -> StepReport | None:
         """What the last combined step did."""
         return self._fit.parts.optimizer.last_step if self._fit else self._last_step
-
-    @property
-    def summary(self) -> str | None:
-        """What the last fit did, in words: counts, the way of each loss, and a table where there are several groups."""
-        return self._summary
-
-    @property
-    def forgotten_samples(self) -> dict[str, ForgottenSamples]:
-        """After a fit with a target, for each group (`"forget"` where there is one): what became of each sample.
-
-        `forgotten_samples["forget"].to_csv(path)` writes it. Of more than 50,000 samples a part is measured; there is
-        no table where samples come in no order that is known, as in streams.
-        """
-        return self._forgotten_samples
-
-    @property
-    def mean_costs(self) -> Tensor | None:
-        """`[n_protected, n_forget]`, means of `GroupCoefficients.costs` over the steps of the last fit."""
-        return self._costs
 
     @property
     def preflight_report(self) -> PreflightReport | None:

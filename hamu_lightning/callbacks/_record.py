@@ -1,17 +1,25 @@
-"""What a callback has done so far, in numbers and words: read from its state, in a fit and after it."""
+"""What a callback has done so far, in numbers and words, in a fit and after it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from hamu_lightning.callbacks._settings import FitSettings
-from hamu_lightning.callbacks.goals import StopReason
+from hamu_lightning.callbacks.goals import ForgottenSamples, StopReason
 
 
 class Record:
     """What unlearning has done, of all fits with the same data to forget."""
 
     settings: FitSettings
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._summary: str | None = None
+        self._forgotten_samples: dict[str, ForgottenSamples] = {}
+        self._costs: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that is read here."""
@@ -51,3 +59,22 @@ class Record:
         """The same in words, with numbers."""
         message: str | None = self.state_dict().get("stop", {}).get("message")
         return message
+
+    @property
+    def summary(self) -> str | None:
+        """What the last fit did, in words: counts, the way of each loss, and a table where there are several groups."""
+        return self._summary
+
+    @property
+    def forgotten_samples(self) -> dict[str, ForgottenSamples]:
+        """After a fit with a target, for each group (`"forget"` where there is one): what became of each sample.
+
+        `forgotten_samples["forget"].to_csv(path)` writes it. Of more than 50,000 samples a part is measured; there is
+        no table where samples come in no order that is known, as in streams.
+        """
+        return self._forgotten_samples
+
+    @property
+    def mean_costs(self) -> Tensor | None:
+        """`[n_protected, n_forget]`, means of `GroupCoefficients.costs` over the steps of the last fit."""
+        return self._costs

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals import RetainGuard, StopCondition, VerifySteps, as_target
 from hamu_lightning.callbacks.passes import HoldsData, check_can_be_read, name_sources
@@ -282,7 +282,7 @@ def check_sources(name: str, sources: object) -> None:
     """Raise unless something, or all that it maps names to, can be data."""
     for source in sources.values() if isinstance(sources, Mapping) else [sources]:
         if source is not None:
-            check_can_be_read(name, _compat.without_indices(source))
+            check_can_be_read(name, _compat_loaders.without_indices(source))
 
 
 # What modules log begins with these, and what we log of a group with its name.

@@ -135,6 +135,11 @@ class Prediction:
         """Whether each sample is a sequence, `[N, T, V]` as it was."""
         return self.form is _as_it_is
 
+    @property
+    def is_answer(self) -> bool:
+        """Whether the model gave one number for each sample, read as the logit of yes or no."""
+        return self.form is _as_two_classes
+
     def align(self, logits: Tensor) -> Tensor:
         """Bring the logits of another model for the same batch into the form of `logits`."""
         places = self.form(logits)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat, _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.forecast._probe import Probe, check_two_groups
 from hamu_lightning.callbacks.forecast._report import PreflightReport
@@ -49,7 +49,7 @@ class FitPreflight:
         try:
             divisor, module = trainer.accumulate_grad_batches, trainer.lightning_module
             self._probe = Probe(module, optimizer.param_groups, optimizer.rule, divisor, optimizer.mask)
-            streams = [twin_loader(loader) for loader in (forget_loader, _compat.train_batches(trainer))]
+            streams = [twin_loader(loader) for loader in (forget_loader, _compat_loaders.train_batches(trainer))]
         except HAMUValueError as error:
             raise HAMUMisconfigurationError(str(error)) from error
         self._forget, self._retain = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +10,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat, _compat_loaders
 from hamu_lightning.callbacks.goals._evidence import ONE_BY_ONE, Evidence
+from hamu_lightning.callbacks.goals._gauge import Gauge
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
 from hamu_lightning.callbacks.goals._planning import plan_steps
-from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, find_not_finite, read_beside
+from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, read_beside
 from hamu_lightning.callbacks.goals._surroundings import AnswerTarget, Surroundings
 from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._trail import Trail
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader
 from hamu_lightning.errors import HAMUStateError
-from hamu_lightning.gramian import widest_float
 from hamu_lightning.optim import HAMUOptimizer
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ class Approach:
         self._aim = optimizer.aim_of(group)
         self._target = as_target(quota.target)
         self._reader = Reader(trainer)
+        self._gauge = Gauge(trainer, forget_pass, self._reader, self._target)
         if forget is None:
-            forget = _compat.train_loader_parts(trainer)[group]
+            forget = _compat_loaders.train_loader_parts(trainer)[group]
         self._given, read = forget, read_beside(forget)
         self._forget = read if isinstance(read, MeasuringLoader) else None
         self._seen, self._trail = PassMean(), Trail()
@@ -125,7 +126,8 @@ class Approach:
         """
         self._last_step = step, (None, *args[1:]), kwargs
         aim, target = self._aim, self._look_at_target(step, args, kwargs)
-        if self._forget is not None and (self._is_near(target) or aim.taken % _MEASURE_EVERY == 0):
+        is_due = aim.level is None or aim.taken % _MEASURE_EVERY == 0 or self._is_near(target)
+        if self._forget is not None and is_due:
             aim.level = self._look_at_forget_set(self._forget, target, step, args, kwargs)
             self._trail.mark(aim.level)
         elif self._forget is None:
@@ -176,7 +178,7 @@ class Approach:
         if self._forget is None:
             self._know(self._seen.mean)
         elif self._last_step is not None and self._level_at != self._aim.taken:
-            self._know(self._measure(self._mean_loss_on(self._forget), *self._last_step))
+            self._know(self._gauge.mean_loss(self._forget, *self._last_step))
 
     def conclude_evidence(self) -> None:
         """Read all samples at the end of the fit, however it ended."""
@@ -191,17 +193,18 @@ class Approach:
         """
         step = step or self._last_step or ()
         if self._forget is not None and step:
-            level = self._measure(self._mean_loss_on(self._forget), *step)
+            level = self._gauge.mean_loss(self._forget, *step)
             self._know(level)
             self._aim.level = level
             self._check(level, "the forget loss", self._given, step)
         self.is_reached = not self.is_lost and self.is_at_target
 
-    def start_over(self, level: Tensor | None) -> None:
-        """The weights went back to an earlier step, where the forget loss was this."""
+    def start_over(self) -> None:
+        """The weights went back to an earlier step: what was measured since says nothing of them."""
         self._kept.release()
-        self._seen, self._aim.level = PassMean(), level
-        self._level, self._level_at, self._kept_level = level, -1, None
+        self.evidence.clear()
+        self._seen, self._trail, self._aim.level = PassMean(), Trail(), None
+        self._level, self._level_at, self._kept_level = None, -1, None
         self._not_finite, self.is_reached, self.is_lost = "", False, False
 
     def close(self) -> None:
@@ -291,46 +294,26 @@ class Approach:
 
     def _measure_target(self, target: Target, *step: Any) -> Tensor:
         if not isinstance(target, AnswerTarget):
-            return self._measure(target.measure, *step)
-        return target.prepare(Surroundings(self._trainer, self._reader, self._given, self._measure, step))
+            return self._gauge.measure(target.measure, *step)
+        return target.prepare(Surroundings(self._trainer, self._reader, self._given, self._gauge.measure, step))
 
     def _look_at_forget_set(self, forget: MeasuringLoader, target: Tensor, *step: Any) -> Tensor:
         """The loss of the set, or of a part of a large one: then it is not known on all of it."""
         excerpt = Excerpt(forget)
-        level = self._measure(self._mean_loss_on(excerpt), *step)
+        level = self._gauge.mean_loss(excerpt, *step)
         if not excerpt.is_all and not bool(level < REACHED * target):
-            level = self._measure(self._mean_loss_on(forget), *step)
+            level = self._gauge.mean_loss(forget, *step)
             self._know(level)
         elif excerpt.is_all:
             self._know(level)
         self._check(level, "the forget loss", self._given, step)
         return level
 
-    def _mean_loss_on(self, batches: Iterable[Any]) -> Callable[..., Tensor]:
-        # As any target is measured, so that both are in one unit.
-        return lambda module, mean_loss, batch: mean_loss(batches)
-
-    def _measure(self, level_of: Callable[..., Any], *step: Any) -> Tensor:
-        strategy = self._trainer.strategy
-
-        def read(module: Any, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Any:
-            def mean(data: Any) -> Tensor:
-                return mean_loss(data if isinstance(data, MeasuringLoader | Excerpt) else self._reader.open(data))
-
-            return level_of(module, mean, batch)
-
-        level = self._forget_pass.measure(read, *step)
-        if level.numel() != 1:
-            raise HAMUStateError(f"Expected {self._target} to be one number, but got {level}.")
-        level = level.reshape(()).to(strategy.root_device, widest_float(strategy.root_device))
-        # Processes may have summed in different orders; they have to decide alike.
-        return strategy.reduce(level, reduce_op="mean")
-
     def _check(self, level: Tensor, what: str, data: Any, step: tuple[Any, ...]) -> None:
         """Notice a level that is not finite, and find out where."""
         if bool(level.isfinite()):
             return
-        self._not_finite = find_not_finite(self._forget_pass, self._reader.find(data), step)
+        self._not_finite = self._gauge.find_not_finite(data, *step)
         if self._aim.taken == 0:
             raise HAMUStateError(
                 f"Expected {what} to be a finite number before the first step, but got {level}{self._not_finite}."

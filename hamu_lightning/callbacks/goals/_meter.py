@@ -71,7 +71,7 @@ class Meter:
         except Exception:  # of a module or a batch of another kind: there is no accuracy
             self._reads_predictions = False
             return counts
-        if found.logits.shape[-1] < 2:  # one logit for yes or no
+        if found.is_answer or found.logits.shape[-1] < 2:  # one number for each sample: it may be a regression
             self._reads_predictions = False
             return counts
         right = (found.logits.argmax(-1) == found.labels) & found.mask

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals._transforms import explain_difference, with_transforms_of
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader, count_shared_samples, is_data, read_positions
@@ -120,7 +120,7 @@ class Reader:
                 )
 
     def _retain_loader(self) -> Any:
-        train = _compat.train_loader_parts(self._trainer)
+        train = _compat_loaders.train_loader_parts(self._trainer)
         return train.get("retain") if isinstance(train, Mapping) else train
 
     def _load_as_in_training(self, data: Any) -> DataLoader[Any]:

@@ -8,9 +8,8 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks.goals._excerpts import choose_place, open_excerpt
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._meter import Meter
@@ -41,7 +40,6 @@ class RetainWatch:
 
     Attributes:
         absent: Why there is no guard, in words; None while there is one.
-        levels: The forget losses at the weights that are kept, by group.
         message: Why the fit is to end, in words; None while it goes on.
         limit: How large the trust region may be, in those of the rule.
         returns: How often it went back.
@@ -74,7 +72,6 @@ class RetainWatch:
         self._last_step: tuple[Any, ...] = ()
         self.absent: str | None = None
         self.message: str | None = None
-        self.levels: dict[str, Tensor | None] = {}
         self.limit, self.returns = 1.0, 0
         self._load(state)
 
@@ -162,7 +159,6 @@ class RetainWatch:
             "places": self._places,
             **{name: {n: list(astuple(r)) for n, r in found.items()} for name, found in readings.items()},
             **{name: getattr(self, name) for name in _STATE},
-            "levels": self.levels,
             "kept": self._kept.state_dict(),
         }
 
@@ -178,7 +174,6 @@ class RetainWatch:
             setattr(self, f"_{name}", {n: Reading(*numbers) for n, numbers in state[name].items()})
         for name in _STATE:
             setattr(self, name, state[name])
-        self.levels = dict(state["levels"])
         self._kept.load_state_dict(state["kept"])
         self._optimizer.region_limit = self.limit
 
@@ -199,7 +194,7 @@ class RetainWatch:
         if name not in self._places:
             chosen = choose_place(loader, self._settings.samples, self._seed, count_samples(batch))
             self._places[name] = strategy.broadcast(chosen)
-        if "positions" not in self._places[name] and _compat.data_parallel_group(self._trainer) is not None:
+        if "positions" not in self._places[name] and _compat_loaders.data_parallel_group(self._trainer) is not None:
             raise HAMUValueError(
                 f"Expected a DataLoader over a map-style Dataset, with a batch size, to read an excerpt of the {name} "
                 f"data that all processes share, but got {describe(loader)}."
@@ -239,7 +234,6 @@ class RetainWatch:
     def _keep(self) -> None:
         self._kept.keep()
         self._good, self._largest = dict(self._now), 0.0
-        self.levels = {name: self._optimizer.aim_of(name).level for name in self._optimizer.rule.target_quotas}
 
     def _restore(self, harm: str) -> None:
         rank_zero_info(f"HAMU: at step {self._trainer.global_step} {harm}: the model goes back to where it was before.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from typing_extensions import override
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals._reading import Reader
 from hamu_lightning.callbacks.goals._targets import Target
@@ -92,10 +92,10 @@ class Surroundings:
             ) from error
 
     def _find_retain(self) -> Any:
-        train = _compat.train_loader_parts(self._trainer)
+        train = _compat_loaders.train_loader_parts(self._trainer)
         if isinstance(train, Mapping) and "retain" in train:
             train = train["retain"]
-        return undivided(train) if isinstance(train, DataLoader) else _compat.train_batches(self._trainer)
+        return undivided(train) if isinstance(train, DataLoader) else _compat_loaders.train_batches(self._trainer)
 
     def _count_by_pass(self, retain: Any, forget: ClassReader) -> Tensor:
         reader = forget.for_labels()

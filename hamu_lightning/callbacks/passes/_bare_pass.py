@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat, _compat_loaders
 from hamu_lightning.callbacks.passes._forget_pass import check_loss
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._loaders import twin_loader
@@ -53,7 +53,7 @@ class BarePass:
                 f"Expected `{name}_loader` to be a DataLoader or another iterable of batches, but got "
                 f"{type(loader).__name__}. A Dataset becomes one by DataLoader(dataset, batch_size=...)."
             )
-        self.stream = ForgetStream(twin_loader(_compat.without_indices(loader)), random)
+        self.stream = ForgetStream(twin_loader(_compat_loaders.without_indices(loader)), random)
         if self.stream.length == 0:
             raise HAMUValueError(f"Expected `{name}_loader` to hold at least one batch, but it is empty.")
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat, _compat_loaders
 from hamu_lightning.callbacks.passes._batches import comparing, count_samples
 from hamu_lightning.callbacks.passes._batchnorm import explaining_single_samples
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
@@ -79,7 +79,7 @@ class ForgetPass(IsolatedPass):
         self.records: Callable[[Recording], None] | None = None
         self.logged: dict[str, tuple[Tensor | Metric, dict[str, Any]]] = {}
         self._metrics = StreamMetrics()
-        self._group = _compat.data_parallel_group(trainer)
+        self._group = _compat_loaders.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
         self.sees_levels = False
         self.level: Tensor | None = None

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks.passes._batches import BatchSizes
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.loaders import length_of, own_generators, stop_workers
@@ -38,7 +38,7 @@ def twin_loader(loader: Any) -> Any:
             f"Expected a loader that can be iterated again, but got a {type(loader).__name__}, which can be iterated "
             "only once: reading it beside the fit would take its batches away. Give a DataLoader or a list."
         )
-    if isinstance(loader, _compat.CombinedBatches):
+    if isinstance(loader, _compat_loaders.CombinedBatches):
         return loader.twin(twin_loader)
     if isinstance(loader, Sequence | Tensor):
         return loader
@@ -80,7 +80,7 @@ class MeasuringLoader:
 
     def __init__(self, loader: Any, most: int | None = None) -> None:
         self._most, self._sizes = most, BatchSizes(loader)
-        self._loader = twin_loader(_compat.without_indices(loader))
+        self._loader = twin_loader(_compat_loaders.without_indices(loader))
         self._parts: Sequence[Any] = getattr(self._loader, "loaders", (self._loader,))
         self._samplers = [_keep_workers(part) for part in self._parts]
         self._generators = [g for part in self._parts for g in own_generators(part)]

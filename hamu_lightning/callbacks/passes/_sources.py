@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
 from hamu_lightning.loaders import length_of, load_like
@@ -49,10 +49,10 @@ def find_loader(
     Raises:
         HAMUMisconfigurationError: If nothing was found, or it is empty.
     """
-    train = _compat.train_loader_parts(trainer)
+    train = _compat_loaders.train_loader_parts(trainer)
     if source is None and name == "forget":
         source = _call_hook(trainer)
-    source = _compat.without_indices(source)
+    source = _compat_loaders.without_indices(source)
     if source is None:
         if isinstance(train, Mapping) and {"retain", name} <= set(train):
             return None
@@ -147,7 +147,7 @@ def _choose_batch_size(trainer: Trainer, dataset: Any, train: Any) -> int | None
     size = length_of(dataset)
     if size is None or isinstance(dataset, IterableDataset) or is_ready:
         return None
-    return math.ceil(math.ceil(size / math.ceil(size / _LARGE)) / _compat.count_data_parallel(trainer))
+    return math.ceil(math.ceil(size / math.ceil(size / _LARGE)) / _compat_loaders.count_data_parallel(trainer))
 
 
 def _build_loader(dataset: Any, train: Any, batch_size: int | None) -> DataLoader[Any]:
