@@ -69,12 +69,12 @@ class RetainGuard:
         >>> guard.explain("retain", Reading(0.1, 0.96, 1024), Reading(0.12, 0.94, 1024))
         'the retain accuracy fell from 96.0 % to 94.0 % (allowed: 94.4 %)'
         >>> guard.explain("retain", Reading(0.1), Reading(0.25))
-        'the retain loss rose from 0.1 to 0.25 (allowed: 0.13)'
+        'the retain loss rose from 0.1 to 0.25 (allowed: 0.15)'
     """
 
     accuracy: float = 0.01
-    factor: float = 1.25
-    rise: float = 0.03
+    factor: float = 1.5
+    rise: float = 0.05
     samples: int = 1024
     every: int = 10
     shrink: float = 0.5
