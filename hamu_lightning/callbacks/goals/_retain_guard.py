@@ -50,8 +50,8 @@ class RetainGuard:
     under way; else there is no guard, and a message says so.
 
     Args:
-        accuracy: By how much the accuracy may fall, a share in [0, 1]; with its last term one point is 1.6 points on 1,024
-            samples.
+        accuracy: By how much the accuracy may fall, a share in [0, 1]; with its last term one point is 1.6 points on
+            1,024 samples.
         factor: By what factor the loss may rise, at least 1.
         rise: How far it may rise in any case, in the unit of the loss: from near 0 a factor means nothing.
         samples: How many samples of the retain data are measured, at most.
