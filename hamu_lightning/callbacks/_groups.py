@@ -64,6 +64,11 @@ class Groups:
         return named if shared is None else {**named, "forget": shared}
 
     @property
+    def given(self) -> dict[str, Objective | None]:
+        """What is differentiated in each group; None for the module's own loss."""
+        return {name: group.objective for name, group in self._groups.items()}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the groups of the present step, retain first: of those that reuse gradients, all."""
         chosen = self.present if self._settings.passes.groups_per_step is None else self._active

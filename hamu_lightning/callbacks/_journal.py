@@ -26,24 +26,25 @@ class Journal:
 
     Args:
         trainer: The trainer.
-        groups: The groups of the rule.
+        groups: For each group of the rule what its batches are said to have: a "loss", or the value of an "objective".
         progress_bar: Whether the losses of the groups to forget and protect, their levels where there is a target, and
             `hamu/margin` are shown there.
     """
 
-    def __init__(self, trainer: Trainer, groups: Iterable[str], progress_bar: bool) -> None:
+    def __init__(self, trainer: Trainer, groups: Mapping[str, str], progress_bar: bool) -> None:
         self._trainer, self._progress_bar = trainer, progress_bar
         self._courses: dict[str, Course] = {}
+        self._what: dict[str, str] = {}
         self._ended: set[str] = set()
         self._elsewhere: set[str] = set()
         self._published: dict[str, Tensor] = {}
         self._promises, self._is_warned = 0, False
-        for group in groups:
-            self.add_group(group)
+        for group, what in groups.items():
+            self.add_group(group, what)
 
-    def add_group(self, name: str) -> None:
+    def add_group(self, name: str, what: str) -> None:
         """Follow one more group."""
-        self._courses[name] = Course(self._trainer.strategy.root_device)
+        self._courses[name], self._what[name] = Course(self._trainer.strategy.root_device), f"{name} {what}"
 
     def end_group(self, name: str) -> None:
         """Log a group no more that has left the problem."""
@@ -78,9 +79,9 @@ class Journal:
                 self._is_warned = True
                 start, end, *_, promised = numbers
                 rank_zero_warn(
-                    f"After {self._promises} steps the {name} loss has changed by {end - start:+.3g}, and the steps "
-                    f"promised {promised:+.3g} in sum. A promise holds for the step's own batch and small steps: what "
-                    "one batch gains, the next steps may take back. Larger forget batches or `target=...`, which "
+                    f"After {self._promises} steps the {self._what[name]} has changed by {end - start:+.3g}, and the "
+                    f"steps promised {promised:+.3g} in sum. A promise holds for the step's own batch and small steps: "
+                    "what one batch gains, the next steps may take back. Larger forget batches or `target=...`, which "
                     "measures the whole set, prevent that; with an optimizer other than plain SGD also "
                     "StepOptions(exact=True)."
                 )
@@ -178,20 +179,20 @@ class Journal:
                 course.windows.close_window()
         retain, *others = self._courses
         told = [f"{name} loss {a:.4g} -> {b:.4g}" for name, (a, b) in means.items()]
-        seen = [f"{name} loss {self._describe(name)}" for name in (*others, retain) if name not in means]
+        seen = [f"{self._what[name]} {self._describe(name)}" for name in (*others, retain) if name not in means]
         return ", ".join((*told, *seen)) + " on training batches"
 
     def describe_run(self) -> str:
         """The way of the losses in the run that this fit continues, in words: means between logging steps."""
         ends = {name: (course.windows.start, course.windows.latest) for name, course in self._courses.items()}
         told = {n: f"{float(a):.4g} -> {float(b):.4g}" for n, (a, b) in ends.items() if a is not None and b is not None}
-        return ", ".join(f"{name} loss {way}" for name, way in told.items())
+        return ", ".join(f"{self._what[name]} {way}" for name, way in told.items())
 
     def describe_promises(self, groups: Iterable[str]) -> str:
         """What the steps of this fit promised to each group that is forgotten, and what was measured; may be empty."""
         seen = [name for name in groups if self._courses[name].batches]
         found = {name: numbers for name, numbers in self._numbers(seen).items() if numbers[-1]}
-        told = [f"{n} loss {p:+.3g} (measured {end - start:+.3g})" for n, (start, end, *_, p) in found.items()]
+        told = [f"{self._what[n]} {p:+.3g} (measured {end - start:+.3g})" for n, (start, end, *_, p) in found.items()]
         return f" Promised in sum: {', '.join(told)}." if told else ""
 
     def _describe(self, group: str) -> str:

@@ -24,6 +24,7 @@ from hamu_lightning.callbacks._prices import Prices
 from hamu_lightning.callbacks._settings import FitSettings, check_brought
 from hamu_lightning.callbacks.goals import RetainWatch, Stopper, StopReason, Turns, Verifier
 from hamu_lightning.errors import HAMUError
+from hamu_lightning.objectives import ModuleLoss
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -94,7 +95,7 @@ class Parts:
         check_target(settings.objective, self.optimizer.rule)
         check_brought(settings.objective, self.optimizer.rule)
         self.groups = Groups(trainer, self.optimizer, settings)
-        self.journal = Journal(trainer, self.optimizer.rule.groups, settings.progress_bar)
+        self.journal = Journal(trainer, self._name_values(), settings.progress_bar)
         self.prices = Prices()
         schedule = settings.schedule
         self.turns = None if schedule is None else Turns(trainer, self.optimizer, schedule)
@@ -182,7 +183,13 @@ class Parts:
         self.settings, self.optimizer.rule = settings, settings.rule
         self.groups.add(settings, name)
         self._identity = self.groups.identify(self._identity["salt"])
-        self.journal.add_group(name)
+        self.journal.add_group(name, self._name_values()[name])
+
+    def _name_values(self) -> dict[str, str]:
+        """For each group what a batch of it has: a loss, or the value of an objective in its place."""
+        given = {"retain": self.settings.retain_objective, **self.groups.given}
+        is_loss = {name: isinstance(objective, ModuleLoss | None) for name, objective in given.items()}
+        return {name: "loss" if is_loss[name] else "objective" for name in self.optimizer.rule.groups}
 
     def release(self) -> None:
         """Let go of what only a running fit needs."""

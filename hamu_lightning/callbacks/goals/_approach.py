@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat, _compat_loaders
-from hamu_lightning.callbacks.goals._evidence import ONE_BY_ONE, Evidence
+from hamu_lightning.callbacks.goals._evidence import gather_evidence
 from hamu_lightning.callbacks.goals._gauge import Gauge
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
@@ -102,13 +101,8 @@ class Approach:
         self._last_step: tuple[Any, ...] | None = None
         self.is_reached = self.is_lost = False
         self._load(state or {})
-        held_out, doubt, target = None, "", self._target
-        if isinstance(target, Target) and target.has_held_out:
-            data: Any = target.data
-            doubt = self._reader.take_held_out(data, forget, target.transform_like)
-            held_out = partial(self._reader.find, data)
-        self.evidence = Evidence(trainer, forget_pass, forget, held_out, (state or {}).get("evidence", {}))
-        self.evidence.doubt = doubt
+        known = (state or {}).get("evidence", {})
+        self.evidence = gather_evidence(trainer, forget_pass, forget, self._target, self._reader, known)
         if not isinstance(read, MeasuringLoader):
             rank_zero_warn(
                 f"The target of {group!r} is judged by the mean loss over a whole pass, as it was seen while the "
@@ -147,17 +141,23 @@ class Approach:
         else:
             self._kept.release()
 
+    @property
+    def _what(self) -> str:
+        return self._target.what if isinstance(self._target, Target) else Target.what
+
     def _is_near(self, target: Tensor) -> bool:
         levels = (self._aim.level, self._trail.estimate)
         return any(level is not None and bool(level >= _NEAR * target) for level in levels)
 
     def _warn_at_the_start(self, target: Tensor) -> None:
-        found = f"The forget loss is {float(self._known):.4g} before the first step, and the target only "
+        found = f"The {self._what} is {float(self._known):.4g} before the first step, and the target only "
         found += f"{float(target):.4g}{self.evidence.intervals()}: "
         if self.is_reached:
             rank_zero_warn(f"{found}there is nothing to forget. Check the forget set, or choose a higher target.")
         else:
-            rank_zero_warn(f"{found}the mean has nothing to rise, but single samples are remembered: {ONE_BY_ONE}.")
+            rank_zero_warn(
+                f"{found}the mean has nothing to rise, but single samples are remembered: {self.evidence.advice}."
+            )
 
     def _is_too_far(self, target: Tensor) -> bool:
         return self._optimizer.referee is not None and bool(self._known > _TOO_FAR * target)
@@ -196,7 +196,7 @@ class Approach:
             level = self._gauge.mean_loss(self._forget, *step)
             self._know(level)
             self._aim.level = level
-            self._check(level, "the forget loss", self._given, step)
+            self._check(level, f"the {self._what}", self._given, step)
         self.is_reached = not self.is_lost and self.is_at_target
 
     def start_over(self) -> None:
@@ -248,7 +248,7 @@ class Approach:
             "" if level <= _FAR_BEYOND * target else ", far beyond it: verified steps or a smaller radius prevent that"
         )
         return (
-            f"forget loss {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
+            f"{self._what} {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
             f"{self.evidence.intervals()}"
         )
 
@@ -288,14 +288,19 @@ class Approach:
         elif aim.target is None or (target.every and aim.taken % target.every == 0):
             aim.target = level = self._measure_target(target, *step)
             self._check(level, f"the target {target}", target.data if isinstance(target, Holdout) else (), step)
-            self.evidence.watch(level, *step)
+            if target.every:
+                self.evidence.watch(level, *step)
         assert aim.target is not None
         return aim.target
 
     def _measure_target(self, target: Target, *step: Any) -> Tensor:
         if not isinstance(target, AnswerTarget):
             return self._gauge.measure(target.measure, *step)
-        return target.prepare(Surroundings(self._trainer, self._reader, self._given, self._gauge.measure, step))
+        around = Surroundings(self._trainer, self._reader, self._given, self._gauge.measure, step)
+        end = target.prepare(around)
+        if around.held_out is not None:
+            self.evidence.take_held_out(around.held_out)
+        return end
 
     def _look_at_forget_set(self, forget: MeasuringLoader, target: Tensor, *step: Any) -> Tensor:
         """The loss of the set, or of a part of a large one: then it is not known on all of it."""
@@ -306,7 +311,7 @@ class Approach:
             self._know(level)
         elif excerpt.is_all:
             self._know(level)
-        self._check(level, "the forget loss", self._given, step)
+        self._check(level, f"the {self._what}", self._given, step)
         return level
 
     def _check(self, level: Tensor, what: str, data: Any, step: tuple[Any, ...]) -> None:

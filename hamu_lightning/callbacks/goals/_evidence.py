@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from hamu_lightning.callbacks.goals._reading import InOrder, read_in_order
+from hamu_lightning.callbacks.goals._reading import InOrder, Reader, read_in_order
 from hamu_lightning.callbacks.goals._sample_losses import OBJECTIVE, SampleLosses, SampleReader
 from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._statistics import (
@@ -19,6 +20,8 @@ from hamu_lightning.callbacks.goals._statistics import (
     estimate_ratio,
     looks_remembered,
 )
+from hamu_lightning.callbacks.goals._surroundings import AnswerTarget
+from hamu_lightning.callbacks.goals._targets import Target
 from hamu_lightning.callbacks.passes import ForgetPass
 
 if TYPE_CHECKING:
@@ -31,9 +34,10 @@ _LOOK_EVERY = 10
 # Of samples that a retrained model never saw, up to 44 % were surer than before: from here on it is said.
 _MANY = 0.5
 FORGET, HELD_OUT = "forget", "held-out"
-ONE_BY_ONE = (
-    "not forgotten one by one. A few samples can raise a mean while others become surer; a target with an end for each "
-    "sample, Unseen(holdout), does not let them"
+_ONE_BY_ONE = "not forgotten one by one"
+_FEW = (
+    "A few samples can raise a mean while others become surer; a target with an end for each sample, Unseen(holdout), "
+    "does not let them"
 )
 
 
@@ -45,6 +49,7 @@ class Evidence:
         forget_pass: What runs batches without a trace.
         forget: The loader of what is to be forgotten.
         held_out: Gives the loader of held-out data; None where the target has none.
+        target: What is to be reached.
         state: What `state_dict` returned in the run that this one continues.
 
     Attributes:
@@ -58,10 +63,12 @@ class Evidence:
         forget_pass: ForgetPass,
         forget: Any,
         held_out: Callable[[], Any] | None,
+        target: Target | float,
         state: Mapping[str, Any],
     ) -> None:
         self._trainer = trainer
         self._reader = SampleReader(trainer, forget_pass, state.get("form"))
+        self._target = target
         self._sources: dict[str, Callable[[], Any]] = {FORGET: lambda: forget}
         if held_out is not None:
             self._sources[HELD_OUT] = held_out
@@ -76,6 +83,11 @@ class Evidence:
         self._runaway = ""
         self.doubt = ""
         self.table: ForgottenSamples | None = None
+
+    def take_held_out(self, loader: Any) -> None:
+        """Compare with these samples, where there are none to compare with; before anything is read."""
+        if not self._is_begun:
+            self._sources.setdefault(HELD_OUT, lambda: loader)
 
     def begin(self, *step: Any) -> None:
         """Read all samples before the first step.
@@ -184,7 +196,13 @@ class Evidence:
             fault = f"{100 * self.table.surer:.0f} % of the forgotten samples are surer than before"
         else:
             return ""
-        return f"The mean loss has reached its target, but {fault}: {ONE_BY_ONE}"
+        what = self._target.what if isinstance(self._target, AnswerTarget) else "loss"
+        return f"The mean {what} has reached its target, but {fault}: {self.advice}"
+
+    @property
+    def advice(self) -> str:
+        """Of samples that are remembered although the mean is at its target: what is wrong, with the cure."""
+        return f"{_ONE_BY_ONE}. {'Give it more steps' if isinstance(self._target, AnswerTarget) else _FEW}"
 
     def _explain_unknown(self) -> str:
         data = self._data.get(FORGET)
@@ -219,6 +237,36 @@ class Evidence:
     def _estimate_auc(read: Mapping[str, SampleLosses]) -> Estimate | None:
         has_both = FORGET in read and HELD_OUT in read
         return estimate_auc(read[FORGET].losses, read[HELD_OUT].losses) if has_both else None
+
+
+def gather_evidence(
+    trainer: Trainer,
+    forget_pass: ForgetPass,
+    forget: Any,
+    target: Target | float,
+    reader: Reader,
+    state: Mapping[str, Any],
+) -> Evidence:
+    """Make the evidence for a target, and take its held-out data in, with a warning where they do not compare.
+
+    Args:
+        trainer: The trainer.
+        forget_pass: What runs batches without a trace.
+        forget: The loader of what is to be forgotten.
+        target: The target.
+        reader: Finds held-out data.
+        state: What `state_dict` returned in the run that this one continues.
+    """
+    held_out: Callable[[], Any] | None = None
+    doubt = ""
+    if isinstance(target, Target) and target.has_held_out:
+        doubt = reader.take_held_out(target.data, forget, target.transform_like)
+        held_out = partial(reader.find, target.data)
+    elif HELD_OUT in state.get("before", ()):  # the target found them at the start of the run
+        held_out = partial(reader.find_undivided, None)
+    evidence = Evidence(trainer, forget_pass, forget, held_out, target, state)
+    evidence.doubt = doubt
+    return evidence
 
 
 def _describe_table(table: ForgottenSamples, *, is_part: bool) -> str:

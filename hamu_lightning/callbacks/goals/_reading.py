@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
 from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
@@ -62,6 +62,10 @@ class Reader:
         else:
             loader = self._load_as_in_training(data) if is_data(data) else data
         return loader if like is None else with_transforms_of(loader, like)
+
+    def find_undivided(self, data: Any, target: str = "Holdout") -> Any:
+        """The same, of all of the data where each process has a part."""
+        return undivided(self.find(data, target))
 
     def take_held_out(self, data: Any, forget: Any, transform_like: str | None) -> str:
         """Take held-out data in, and warn where its losses do not compare with those of what is to be forgotten.
@@ -192,6 +196,14 @@ def read_in_order(loader: Any) -> InOrder | None:
     singles = one_by_one(loader, chosen) if n <= _MOST_SINGLES else None
     ordered = MeasuringLoader(load_like(data, loader, batch_size=loader.batch_size))
     return InOrder(ordered, chosen, singles, len(chosen) < n)
+
+
+def undivided(loader: Any) -> Any:
+    """All of the data of a loader of which each process has a part."""
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
+        if not isinstance(loader.dataset, IterableDataset):
+            return load_like(loader.dataset, loader, batch_size=loader.batch_size)
+    return loader
 
 
 def read_beside(loader: Any) -> MeasuringLoader | HAMUValueError:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from hamu_lightning.callbacks.goals._reading import InOrder
 from hamu_lightning.callbacks.passes import ForgetPass, unwrap_step, wrap_step
-from hamu_lightning.objectives import BatchPass, ModuleLoss, ModuleOutputs, Objective
+from hamu_lightning.objectives import AnswerObjective, BatchPass, ModuleLoss, ModuleOutputs, Objective, Outputs
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -50,8 +50,9 @@ class SampleReader:
     """Reads the loss of each sample beside the fit.
 
     The module's output is read as `ModuleOutputs` does (or as the objective's `outputs`), and the usual losses are made
-    of it: the one that gives the module's own loss of a batch is taken. Else the values are those of the objective, or,
-    of few samples, the module's own losses of batches of one.
+    of it: the one that gives the module's own loss of a batch is taken. Else the values are those of the objective (of
+    one that raises an answer, which says nothing of held-out samples, the cross-entropy of its labels), or, of few
+    samples, the module's own losses of batches of one.
 
     Args:
         trainer: The trainer.
@@ -158,6 +159,8 @@ class _Asking(Objective):
         if form == OBJECTIVE:
             if self._objective is None or isinstance(self._objective, ModuleLoss):
                 return None
+            if isinstance(self._objective, AnswerObjective):
+                return _of_labels(batch, self._objective.outputs)
             values = self._objective.samples(batch).detach().float()
             return _Read(values, torch.ones_like(values), None) if values.ndim == 1 and len(values) > 1 else None
         logits, labels = self._outputs(batch.module, batch.batch)
@@ -173,6 +176,14 @@ def _agrees(found: _Read, own: float) -> bool:
 def _known(read: _Read) -> tuple[Tensor, Tensor]:
     recognised = torch.full_like(read.losses, torch.nan) if read.recognised is None else read.recognised
     return read.losses, recognised
+
+
+def _of_labels(batch: BatchPass, outputs: Outputs) -> _Read:
+    """The cross-entropy, whatever the module's own loss is."""
+    prediction = batch.predict(outputs)
+    is_right = (prediction.logits.argmax(dim=-1) == prediction.labels).float()
+    losses, recognised = map(prediction.mean_over_places, (-prediction.log_likelihoods(), is_right))
+    return _Read(losses.detach(), prediction.mask.sum(dim=1), recognised)
 
 
 def _of_classes(logits: Tensor, labels: Tensor) -> _Read | None:

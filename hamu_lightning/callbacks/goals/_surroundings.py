@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
-from hamu_lightning.callbacks.goals._reading import Reader
+from hamu_lightning.callbacks.goals._reading import Reader, undivided
 from hamu_lightning.callbacks.goals._targets import Target
 from hamu_lightning.callbacks.passes import MeasuringLoader, read_labels, with_objective
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import load_like
 from hamu_lightning.objectives import AnswerObjective, ClassReader, Objective
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ class Surroundings:
 
     Attributes:
         forget: The batches of what is to be forgotten, read beside the fit.
+        held_out: The loader of held-out data, once it has been opened; None before.
 
     Raises:
         HAMUMisconfigurationError: If these cannot be read beside it.
@@ -46,6 +46,7 @@ class Surroundings:
         self._trainer, self._reader, self._given = trainer, reader, given
         self._measure, self._step = measure, step
         self.forget = self._open_forget()
+        self.held_out: Any = None
 
     def run(self, objective: Objective, batches: Iterable[Any]) -> Tensor:
         """The mean of an objective over batches, 0-d."""
@@ -54,10 +55,10 @@ class Surroundings:
 
     def open_held_out(self, data: Any) -> Iterable[Any]:
         """The batches of held-out data, as for `Holdout`; the validation data, for None, are checked here."""
-        loader = undivided(self._reader.find(data, "Unseen"))
+        self.held_out = self._reader.find_undivided(data, "Unseen")
         if data is None:
-            self._reader.take_held_out(loader, self._given, None)
-        return self._reader.open(loader)
+            self._reader.take_held_out(self.held_out, self._given, None)
+        return self._reader.open(self.held_out)
 
     def count_retained(self, forget: ClassReader) -> Tensor:
         """How many retain samples each class has, int64 `[C]`.
@@ -115,6 +116,7 @@ class Surroundings:
 class AnswerTarget(Target):
     """A target that brings what is raised: from 0 towards an answer, of which 95 % are to come true."""
 
+    what: ClassVar[str] = "progress to the answer (nats)"
     objective: AnswerObjective
 
     @override
@@ -125,14 +127,6 @@ class AnswerTarget(Target):
     def prepare(self, around: Surroundings) -> Tensor:
         """Measure what the answers depend on, and return how far it is to them, 0-d in nats."""
         return around.run(self.objective.end, around.forget)
-
-
-def undivided(loader: Any) -> Any:
-    """All of the data of a loader of which each process has a part."""
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
-        if not isinstance(loader.dataset, IterableDataset):
-            return load_like(loader.dataset, loader, batch_size=loader.batch_size)
-    return loader
 
 
 def _refuse(error: Exception) -> HAMUMisconfigurationError:

@@ -30,8 +30,10 @@ class Target(ABC):
         objective: What is raised to come to it; None for the loss, or the objective that the user chose.
         data: Held-out data, where `has_held_out`.
         transform_like: "forget": these go through the forget set's transforms.
+        what: What is to come to it, in words.
     """
 
+    what: ClassVar[str] = "forget loss"
     every: int | None = None
     objective: Objective | None = None
     data: Any = None
