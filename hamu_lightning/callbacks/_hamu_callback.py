@@ -80,9 +80,9 @@ class HAMUCallback(Record, Callback):
         target: Instead of a rule: where forgetting should end, and the fit with it. `Unseen(holdout)` (what the model
             says about samples that it never saw: for samples), `Unseen()` (the same for whole classes),
             `SecondChoice()` (for wrong labels); for the module's own loss a number, `Holdout(loader)`, `Chance()`, or a
-            function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(1e-3))`; `Approach` judges
-            when it is reached. A mapping from the names of the requests to their targets means `FeasibleDirection`,
-            with a floor of 0 for what is protected.
+            function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(2e-3), blocks="global")`;
+            `Approach` judges when it is reached. A mapping from the names of the requests to their targets means
+            `FeasibleDirection`, with a floor of 0 for what is protected.
         seed: Seed of the forget stream's own random state.
         stop_on: When to stop before a step is applied: "collateral_damage" (no step can meet the quota without harm,
             docs/method.md#certificates), "infeasible" (the trust region does not allow the quota), "not_finite", or
@@ -148,7 +148,9 @@ class HAMUCallback(Record, Callback):
         self.settings = FitSettings(
             forget=forget,
             protect={} if protect is None else protect,
-            rule=choose_rule(rule, target, schedule, passes.every_n_steps, protect or ()),
+            rule=choose_rule(
+                rule, target, schedule, passes.every_n_steps, protect if isinstance(protect, Mapping) else ()
+            ),
             schedule=schedule,
             objective=objective,
             retain_objective=retain_objective,

@@ -28,8 +28,8 @@ from hamu_lightning.objectives import Objective
 from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, Schedule, TargetQuota, check_schedule
 from hamu_lightning.solvers import FeasibleDirection
 
-# Chosen in docs/targets.md.
-_TARGET_RADIUS = 1e-3
+# Chosen in docs/targets.md: one problem for the whole model, whose weights a step moves by this share at most.
+_TARGET_RADIUS = 2e-3
 BatchNormMode: TypeAlias = Literal["freeze", "retain"]
 
 
@@ -251,7 +251,7 @@ def lead_to(target: Any, protect: Iterable[str]) -> Rule:
     """The rule that leads to a target, or to one for each request by name, and lets no protected group get worse."""
     radius = RelativeRadius(_TARGET_RADIUS)
     if not isinstance(target, Mapping):
-        return HAMUQ(TargetQuota(as_target(target)), radius=radius)
+        return HAMUQ(TargetQuota(as_target(target)), radius=radius, blocks="global")
     quotas = {name: TargetQuota(as_target(one)) for name, one in target.items()}
     return FeasibleDirection(quotas, dict.fromkeys(protect, 0.0), radius=radius)
 

@@ -102,20 +102,20 @@ RULES: dict[str, tuple[str, Rule]] = {
     ),
     "answers": (
         "target: {class_path: hamu_lightning.SecondChoice}",
-        HAMUQ(TargetQuota(SecondChoice()), radius=RelativeRadius(1e-3)),
+        HAMUQ(TargetQuota(SecondChoice()), radius=RelativeRadius(2e-3), blocks="global"),
     ),
-    "target": ("target: 2.5", HAMUQ(TargetQuota(2.5), radius=RelativeRadius(1e-3))),
+    "target": ("target: 2.5", HAMUQ(TargetQuota(2.5), radius=RelativeRadius(2e-3), blocks="global")),
     "chance, by its name": (
         "target: hamu_lightning.Chance",
-        HAMUQ(TargetQuota(Chance()), radius=RelativeRadius(1e-3)),
+        HAMUQ(TargetQuota(Chance()), radius=RelativeRadius(2e-3), blocks="global"),
     ),
     "the validation data": (
         "target: {class_path: hamu_lightning.Holdout}",
-        HAMUQ(TargetQuota(Holdout()), radius=RelativeRadius(1e-3)),
+        HAMUQ(TargetQuota(Holdout()), radius=RelativeRadius(2e-3), blocks="global"),
     ),
     "the validation data, measured less often": (
         "target: {class_path: hamu_lightning.Holdout, init_args: {every: 3}}",
-        HAMUQ(TargetQuota(Holdout(every=3)), radius=RelativeRadius(1e-3)),
+        HAMUQ(TargetQuota(Holdout(every=3)), radius=RelativeRadius(2e-3), blocks="global"),
     ),
     "fine-tuning": ("rule: {class_path: hamu_lightning.rules.FineTune}", FineTune()),
 }

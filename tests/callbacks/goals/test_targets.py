@@ -79,7 +79,7 @@ def test_the_run_ends_at_the_target(target: Any, level: float | None) -> None:
 
 def test_target_is_an_argument_of_its_own() -> None:
     hamu = HAMUCallback(FORGET, target=Chance())
-    assert hamu.settings.rule == HAMUQ(TargetQuota(Chance()), radius=RelativeRadius(1e-3))
+    assert hamu.settings.rule == HAMUQ(TargetQuota(Chance()), radius=RelativeRadius(2e-3), blocks="global")
     with pytest.raises(HAMUValueError, match="Expected `target` or `rule`, but got both"):
         HAMUCallback(FORGET, HAMUQ(0.1), target=1.0)
 
