@@ -34,7 +34,7 @@ def fit_teacher(
 
     Args:
         module_factory: Makes a fresh module with its optimizer.
-        retain: The data that stay: a DataLoader, a Dataset, or what has a `train_dataloader()`.
+        retain: The data that stay: a DataLoader, a Dataset, a list of batches, or what has a `train_dataloader()`.
         options: Arguments of the Trainer. Default: 5 epochs, no logger, no checkpoints, no progress bar.
         seed: Of the weights and of the fit. Random numbers outside go on as if nothing had happened.
         batch_size: Where `retain` is a Dataset.
@@ -71,7 +71,9 @@ class _Loader:
 def _as_loader(retain: Any, batch_size: int) -> Any:
     if isinstance(retain, Dataset):
         return load_like(retain, None, batch_size=batch_size, shuffle=not isinstance(retain, IterableDataset))
-    if isinstance(retain, DataLoader | list | tuple):
+    if isinstance(retain, list | tuple):  # which the Trainer would take for loaders
+        return DataLoader(retain, batch_size=None)
+    if isinstance(retain, DataLoader):
         return retain
     raise HAMUValueError(
         f"Expected `retain` to be a DataLoader, a Dataset or a datamodule, but got {type(retain).__name__}. Give the "
