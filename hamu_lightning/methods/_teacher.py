@@ -72,7 +72,7 @@ def _as_loader(retain: Any, batch_size: int) -> Any:
     if isinstance(retain, Dataset):
         return load_like(retain, None, batch_size=batch_size, shuffle=not isinstance(retain, IterableDataset))
     if isinstance(retain, list | tuple):  # which the Trainer would take for loaders
-        return DataLoader(retain, batch_size=None)
+        return DataLoader(retain, batch_size=None)  # type: ignore[arg-type]
     if isinstance(retain, DataLoader):
         return retain
     raise HAMUValueError(

@@ -14,15 +14,15 @@ from hamu_lightning.callbacks.goals._reading import InOrder, Reader, read_in_ord
 from hamu_lightning.callbacks.goals._sample_losses import OBJECTIVE, SampleLosses, SampleReader
 from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._statistics import (
-    Estimate,
     estimate_auc,
-    estimate_mean,
     estimate_ratio,
     looks_remembered,
+    tell,
 )
 from hamu_lightning.callbacks.goals._surroundings import AnswerTarget
 from hamu_lightning.callbacks.goals._targets import Target
 from hamu_lightning.callbacks.passes import ForgetPass
+from hamu_lightning.metrics.functional import Estimate, mean_estimate
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -145,9 +145,10 @@ class Evidence:
         now = self._read(*step).get(HELD_OUT)
         if now is not None and HELD_OUT in self._before:
             ratio = self._trainer.strategy.broadcast(estimate_ratio(now.losses, self._before[HELD_OUT].losses))
-            if ratio.lower < _RUNS_AWAY:
+            assert ratio.interval is not None
+            if ratio.interval[0] < _RUNS_AWAY:
                 return
-            times = str(ratio)
+            times = tell(ratio)
         self._runaway = (
             f"The loss of the held-out data runs away: from {float(self._first):.4g} to {float(level):.4g}, times "
             f"{times}, since the start. They hold samples of what is forgotten, or such as look like it, or the steps "
@@ -167,22 +168,23 @@ class Evidence:
         found: dict[str, float] = {}
         if self.table is not None:
             found |= {"surer": self.table.surer, "recognised": self.table.recognised}
-        if self._auc is not None:
-            found |= {"auc": self._auc.value, "auc_lower": self._auc.lower, "auc_upper": self._auc.upper}
+        if self._auc is not None and self._auc.interval is not None:
+            lower, upper = self._auc.interval
+            found |= {"auc": self._auc.value, "auc_lower": lower, "auc_upper": upper}
         return {name: torch.tensor(value) for name, value in found.items() if value == value}
 
     def intervals(self) -> str:
         """What was read last, in words with 95 % intervals; empty where nothing was."""
-        told = [f"{name} loss {estimate_mean(read.losses)}" for name, read in self._now.items()]
-        told += [] if self._auc is None else [f"AUC {self._auc}"]
+        told = [f"{name} loss {tell(_mean_of(read.losses))}" for name, read in self._now.items()]
+        told += [] if self._auc is None else [f"AUC {tell(self._auc)}"]
         return f"; 95 % intervals over samples: {', '.join(told)}" if told else ""
 
     def describe(self, *, is_reached: bool) -> str:
         """What single samples show at the end, in words; `is_reached`: whether the mean is at its target."""
         told = [] if self.table is None else [_describe_table(self.table, is_part=self._is_excerpt)]
         if self._auc is not None:
-            before = "" if self._auc_before is None else f", before {self._auc_before}"
-            told.append(f"AUC against {len(self._now[HELD_OUT].losses)} held-out samples {self._auc}{before}")
+            before = "" if self._auc_before is None else f", before {tell(self._auc_before)}"
+            told.append(f"AUC against {len(self._now[HELD_OUT].losses)} held-out samples {tell(self._auc)}{before}")
         verdict = self.judge() if is_reached else ""
         unknown = "" if told or not self._is_begun else self._explain_unknown()
         parts = "; ".join(told), verdict, unknown, self.doubt, self._runaway
@@ -267,6 +269,11 @@ def gather_evidence(
     evidence = Evidence(trainer, forget_pass, forget, held_out, target, state)
     evidence.doubt = doubt
     return evidence
+
+
+def _mean_of(losses: Tensor) -> Estimate:
+    """Their mean, which lies between the least and the most, however few carry it."""
+    return mean_estimate(losses, "losses", limits=(float(losses.min()), float(losses.max())))
 
 
 def _describe_table(table: ForgottenSamples, *, is_part: bool) -> str:

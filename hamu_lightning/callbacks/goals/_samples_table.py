@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamu_lightning.callbacks.goals._statistics import rank_among
+from hamu_lightning.metrics.functional import ranks_among
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ForgottenSamples:
     ) -> ForgottenSamples:
         """Make the table from losses `[N]` before and after, and those of held-out samples `[M]` after."""
         unknown = torch.full_like(after, torch.nan)
-        rank = unknown if held_out is None else rank_among(after.double(), held_out.double())
+        rank = unknown if held_out is None else ranks_among(after, held_out)
         return cls(position, before, after, rank, after < before, unknown if recognised is None else recognised)
 
     def __len__(self) -> int:
