@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -201,4 +203,21 @@ def build(kind: type[Base], optimizer: str = "sgd", seed: int = 5) -> Base:
     torch.manual_seed(seed)
     module = kind()
     module.optimizer = optimizer
+    return module
+
+
+def trained_on(data: TensorDataset, steps: int, kind: type[Base] = Base, lr: float = 0.02) -> Base:
+    """A module that remembers data; each call gives a copy of its own."""
+    return copy.deepcopy(_train_on(data, steps, kind, lr))
+
+
+@cache
+def _train_on(data: TensorDataset, steps: int, kind: type[Base], lr: float) -> Base:
+    module = build(kind)
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    x, y = data.tensors
+    for _ in range(steps):
+        optimizer.zero_grad()
+        cross_entropy(module(x), y).backward()
+        optimizer.step()
     return module

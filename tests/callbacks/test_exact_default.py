@@ -16,7 +16,7 @@ from hamu_lightning import HAMUQ, Chance, HAMUCallback
 from hamu_lightning.callbacks import PassOptions, StepOptions
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.rules import FixedRadius
-from tests.callbacks.modules import Base, build, fit, make_data
+from tests.callbacks.modules import Base, build, fit, make_data, trained_on
 
 pytestmark = pytest.mark.filterwarnings("ignore:The fit has ended before the target")
 
@@ -24,15 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:The fit has ended before the tar
 @cache
 def parts() -> tuple[dict[str, Tensor], TensorDataset, TensorDataset]:
     """A trained state, the samples of two classes to keep, and those of one to forget."""
-    x, y = make_data(300).tensors
-    module = build(Base)
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
-    for _ in range(100):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(module(x), y).backward()
-        optimizer.step()
+    data = make_data(300)
+    x, y = data.tensors
     gone = y == 2
-    return module.state_dict(), TensorDataset(x[~gone], y[~gone]), TensorDataset(x[gone], y[gone])
+    return (
+        trained_on(data, 100, lr=1e-2).state_dict(),
+        TensorDataset(x[~gone], y[~gone]),
+        TensorDataset(x[gone], y[gone]),
+    )
 
 
 class Adaptive(Base):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from functools import cache
 from typing import Any
 
 import pytest
@@ -20,7 +18,7 @@ from hamu_lightning.callbacks.goals._targets import count_classes
 from hamu_lightning.callbacks.passes import ForgetPass
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import FixedRadius, RelativeRadius, TargetQuota
-from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, make_data
+from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, make_data, trained_on
 from tests.distributed import run_ranks
 
 FORGET, HELD_OUT = make_data(40, seed=9), make_data(30, seed=4)
@@ -35,19 +33,7 @@ def loss_on(module: Base, data: Any) -> float:
 
 def trained(kind: type[Base] = Base) -> Base:
     """With a loss on the data to forget well below that on held-out data."""
-    return copy.deepcopy(_train(kind))
-
-
-@cache
-def _train(kind: type[Base]) -> Base:
-    module = build(kind)
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        for x, y in DataLoader(FORGET, batch_size=40):
-            nn.functional.cross_entropy(module(x), y).backward()
-        optimizer.step()
-    return module
+    return trained_on(FORGET, 60, kind)
 
 
 def reach(module: Base, target: Any, preflight: bool = False, **options: Any) -> HAMUCallback:

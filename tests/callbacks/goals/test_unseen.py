@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from hamu_lightning.callbacks.passes._classes import read_labels
 from hamu_lightning.errors import HAMUError
 from hamu_lightning.objectives import BatchPass, CachedLogits, Calibration, FrozenCopy, UnseenAnswer
 from hamu_lightning.rules import FineTune, FixedRadius, RelativeRadius, TargetQuota
-from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit
+from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, trained_on
 from tests.callbacks.passes.test_invariants import GradientsAreEqual, SameRandomState
 from tests.callbacks.test_distributed import to_tensor
 from tests.distributed import run_ranks
@@ -47,19 +46,7 @@ OTHERS, WHOLE = split_forget(TRAIN, TRAIN.tensors[1] == CLASS)
 
 
 def trained(kind: type[Base] = Base) -> Base:
-    return copy.deepcopy(_train(kind))
-
-
-@cache
-def _train(kind: type[Base]) -> Base:
-    module = build(kind)
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-    x, y = TRAIN.tensors
-    for _ in range(200):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(module(x), y).backward()
-        optimizer.step()
-    return module
+    return trained_on(TRAIN, 200, kind)
 
 
 def unlearn(
