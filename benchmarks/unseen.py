@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from compare import FORGET_SEED, hold_out, show_progress
+from compare import hold_out, show_progress
 from forgetting import Data, parse_forget, parse_rho
 from lightning.pytorch import Callback
 from problems import PROBLEMS, Problem, Source, load_problem
@@ -71,7 +71,7 @@ def make_method(problem: Problem, data: Data, way: Way, steps: int) -> TrainingR
 
 def run(args: argparse.Namespace) -> Comparison:
     """Train or read the models, run what has not been run, and read the rest."""
-    problem, data = load_problem(args.set, args.forget, FORGET_SEED)
+    problem, data = load_problem(args.set, args.forget, args.forget_seed)
     ways = {**WAYS, **(runpy.run_path(str(args.more))["WAYS"] if args.more else {})}
     methods = {
         f"{name}, {steps}": make_method(problem, data, ways[name], steps)
@@ -109,6 +109,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 90])
     parser.add_argument("--seeds", type=int, default=6, help="number of seeds that are reported")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--forget-seed", type=int, default=0, help="draws the forget set, one for all seeds")
     parser.add_argument("--pool", type=int, default=8, help="retrained models with other seeds")
     parser.add_argument("--pairs", nargs="*", default=[], metavar="NAME", help="ways to compare, two by two")
     parser.add_argument("--out", type=Path, default=Path("study_out"))
