@@ -168,7 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--forget", type=parse_forget, default=("class", 3.0), help="class:3 (default) or random:0.1")
     mixture = f"forget as many samples as class {MIXTURE_CLASS} has: this share at random, the rest of that class"
     what.add_argument("--rho", dest="forget", type=parse_rho, help=mixture)
-    parser.add_argument("--steps", type=int, default=100, help="the most steps of unlearning (default: 100)")
+    parser.add_argument("--steps", type=int, default=50, help="the most steps of unlearning (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("quickstart_out"), help="where to write pictures and logs")
     return parser.parse_args(argv)

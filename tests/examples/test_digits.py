@@ -94,6 +94,7 @@ def run_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *argv: str) -> An
     from digits import DigitsClassifier
 
     monkeypatch.setattr(quickstart, "EPOCHS", 1)
+    monkeypatch.setattr(quickstart, "MEASURE_EVERY", 3)
     monkeypatch.setattr(quickstart, "DigitsClassifier", lambda: DigitsClassifier(width=4))
     return quickstart.run(quickstart.parse_args([*argv, "--steps", "4", "--out", str(tmp_path)]))
 
@@ -142,7 +143,7 @@ def test_small_run_from_end_to_end(argv: tuple[str, ...], tmp_path: Path, monkey
     assert result.rows[2].gap(result.retrained) == result.rows[3].gap(result.retrained) > 0
     # The first point of the path is the original.
     assert result.path[0][1:] == (result.rows[0].retain.loss, result.rows[0].forget.loss)
-    assert [step for step, _, _ in result.path] == [0, 4] and result.history.steps.tolist() == [1, 2, 3, 4]
+    assert [step for step, _, _ in result.path] == [0, 3, 4] and result.history.steps.tolist() == [1, 2, 3, 4]
     assert result.summary.startswith("HAMU: 4 combined steps")
     draw(result, tmp_path)
     assert (tmp_path / "tradeoff.png").exists() and (tmp_path / "hardness.png").exists()
