@@ -1,8 +1,9 @@
-"""How the quickstart measures a model: losses, accuracies, membership inference, and the table of them."""
+"""How the quickstart measures a model: accuracies, membership inference, distance from retrained models; the table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -12,41 +13,62 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from hamu_lightning.metrics import MembershipAUC
+from hamu_lightning.metrics.functional import average_gap, js_to_references
 
 
 class Samples(NamedTuple):
-    """What a model does with some samples, `[N]` each."""
+    """What a model says about `N` samples of `K` classes."""
 
-    losses: Tensor
-    hits: Tensor
+    logits: Tensor
+    """`[N, K]`."""
     labels: Tensor
+    """`[N]`."""
 
     def select(self, index: Tensor) -> Samples:
         """Return some of the samples."""
         return Samples(*(values[index] for values in self))
 
     @property
+    def losses(self) -> Tensor:
+        """The cross-entropies, `[N]`."""
+        return F.cross_entropy(self.logits, self.labels, reduction="none")
+
+    @property
     def loss(self) -> float:
-        """Mean loss."""
+        """Mean cross-entropy."""
         return self.losses.mean().item()
 
     @property
     def accuracy(self) -> float:
         """Share of samples that are classified right."""
-        return self.hits.double().mean().item()
+        return (self.logits.argmax(dim=1) == self.labels).double().mean().item()
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One line of the table: what a model does with the samples of each set."""
 
     name: str
     retain: Samples
     forget: Samples
     test: Samples
-    others: Samples
-    """Test samples of the classes that are not forgotten as a whole."""
+    """Without the classes that are forgotten as a whole."""
     auc: float
-    interval: tuple[float, float]
+    """Of the membership test by loss: forget samples against test samples of the same classes."""
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What the gap is taken of, as fractions."""
+        accuracies = {"RA": self.retain.accuracy, "UA": 1 - self.forget.accuracy, "TA": self.test.accuracy}
+        return {**accuracies, "MIA": self.auc}
+
+    def gap(self, retrained: Sequence[Row]) -> float:
+        """Return the average gap to the retrained models that are not this one, a fraction."""
+        return mean(float(average_gap(self.numbers, other.numbers)) for other in retrained if other is not self)
+
+    def js(self, retrained: Sequence[Row]) -> float:
+        """Return the Jensen-Shannon divergence from their predictions on the forget set, as a share of its maximum."""
+        others = [other.forget.logits for other in retrained if other is not self]
+        return float(js_to_references(self.forget.logits, others))
 
 
 def evaluate(module: LightningModule, dataset: Dataset[Any]) -> Samples:
@@ -54,10 +76,10 @@ def evaluate(module: LightningModule, dataset: Dataset[Any]) -> Samples:
     images, labels = next(iter(DataLoader(dataset, batch_size=len(dataset))))  # type: ignore[arg-type]
     was_training = module.training
     module.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         logits = module(images)
     module.train(was_training)
-    return Samples(F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=1) == labels, labels)
+    return Samples(logits, labels)
 
 
 def match_classes(labels: Tensor, like: Tensor) -> Tensor:
@@ -73,29 +95,36 @@ def make_row(name: str, retain: Samples, forget: Samples, test: Samples, gone: l
 
     Args:
         name: Name of the model.
-        retain: Its losses on the retain set.
-        forget: On the forget set.
-        test: On the test set, which also serves as the held-out samples of the membership test.
+        retain: What it says about the retain set.
+        forget: About the forget set.
+        test: About the test set, which also serves as the held-out samples of the membership test.
         gone: The classes that are forgotten as a whole.
     """
     auc = MembershipAUC()
     auc.update(forget.losses, is_member=True)
     auc.update(test.select(match_classes(test.labels, like=forget.labels)).losses, is_member=False)
-    low, high = auc.interval()
     others = test.select(~torch.isin(test.labels, torch.tensor(gone, dtype=torch.long)))
-    return Row(name, retain, forget, test, others, float(auc.compute()), (float(low), float(high)))
+    return Row(name, retain, forget, others, float(auc.compute()))
 
 
-def format_table(rows: Sequence[Row], gone: list[int]) -> str:
-    """Return the table as text. Accuracies are in percent."""
-    has_others = bool(gone)
-    titles = f"{'':<10}" + "".join(f"  {title:^15}" for title in ("retain", "forget", "test"))
-    units = f"{'':<10}" + f"  {'loss':>8} {'acc.':>6}" * 3
-    if has_others:
-        titles, units = f"{titles}  {'test acc.':>9}", f"{units}  {'without ' + ','.join(map(str, gone)):>9}"
-    lines = [f"{titles}  membership AUC", f"{units}  (95 % interval)"]
+def format_table(rows: Sequence[Row], retrained: Sequence[Row], gone: list[int]) -> str:
+    """Return the table as text, 80 columns wide.
+
+    Args:
+        rows: The models.
+        retrained: Those of them that the others are measured by, and each other.
+        gone: The classes that are forgotten as a whole.
+    """
+    without = f"without {','.join(map(str, gone))}" if gone else ""
+    titles = (
+        ("retain", "forgotten", "test acc." if gone else "test", "membership", "gap to", "JS to"),
+        ("acc. %", "acc. %", without or "acc. %", "AUC", "retrained", "retrained"),
+    )
+    widths, lines = (8, 11, 11, 12, 11, 10), []
+    for line in titles:
+        lines.append(" " * 17 + "".join(f"{title:>{width}}" for title, width in zip(line, widths, strict=True)))
     for row in rows:
-        pairs = "".join(f"  {s.loss:8.2g} {100 * s.accuracy:6.1f}" for s in (row.retain, row.forget, row.test))
-        others = f"  {100 * row.others.accuracy:9.1f}" if has_others else ""
-        lines.append(f"{row.name:<10}{pairs}{others}  {row.auc:.3f} ({row.interval[0]:.3f} to {row.interval[1]:.3f})")
+        accuracies = [f"{100 * part.accuracy:.1f}" for part in (row.retain, row.forget, row.test)]
+        cells = (*accuracies, f"{row.auc:.3f}", f"{100 * row.gap(retrained):.1f}", f"{100 * row.js(retrained):.1f}")
+        lines.append(f"{row.name:<17}" + "".join(f"{c:>{width}}" for c, width in zip(cells, widths, strict=True)))
     return "\n".join(lines)

@@ -37,19 +37,29 @@ def make_data(samples: int) -> TensorDataset:
     return TensorDataset(torch.randn(samples, 32), torch.arange(samples) % 2)
 
 
-# The README's other ways to say what to forget replace the first one in the same block.
-@pytest.mark.parametrize("how", ["target=Holdout(val_dataset)", "target=Chance()", "rule=HAMUQ(quota=1e-3)"])
-def test_callback(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# The README's other ways to say what to forget replace the first one in the same block. Odd samples are of class 1.
+@pytest.mark.parametrize(
+    ("how", "indices"),
+    [
+        ("target=Unseen(val_dataset)", [0, 3, 5]),
+        ("target=Unseen()", [*range(1, 16, 2)]),
+        ("target=Holdout(val_dataset)", [0, 3, 5]),
+        ("rule=HAMUQ(quota=1e-3)", [0, 3, 5]),
+    ],
+)
+def test_callback(how: str, indices: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert how in README
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {
         "module": Classifier(),
         "train_dataset": make_data(16),
-        "indices_to_forget": [0, 3, 5],
+        "indices_to_forget": indices,
         "val_dataset": make_data(8),
         "DataLoader": DataLoader,
     }
-    exec("from hamu_lightning import *\n" + CALLBACK.replace("target=Holdout(val_dataset)", how), names)
+    code = CALLBACK.replace("target=Unseen(val_dataset)", how).replace("max_steps=100", "max_steps=3")
+    assert code.count("max_steps=3") == 1
+    exec("from hamu_lightning import *\n" + code, names)
     assert names["callback"].forget_passes > 0
 
 
