@@ -197,7 +197,7 @@ def explain(result: Result) -> str:
         f"nobody can be expected to come nearer. The unlearned model's gap is {unlearned:.1f}, theirs {floor:.1f}."
     )
     if original <= 2 * floor:
-        shown += " The original's is hardly larger: samples like these are hardly remembered, and cannot show much."
+        shown += f" The original's is {original:.1f}: samples like these are hardly remembered, and cannot show much."
     return f"{textwrap.fill(columns, WIDTH)}\n\n{textwrap.fill(shown, WIDTH)}"
 
 
