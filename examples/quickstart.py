@@ -212,8 +212,8 @@ def explain(result: Result) -> str:
     original, unlearned = (100 * row.gap(result.retrained) for row in result.rows[:2])
     floor = result.floor
     shown = (
-        f"{RETRAINED} models that never saw the samples are {floor:.1f} points from each other in the mean: that is the "
-        f"floor, and nobody can be expected to come nearer. The unlearned model's gap is {unlearned:.1f}."
+        f"{RETRAINED} models that never saw the samples are {floor:.1f} points from each other in the mean: that is "
+        f"the floor, and nobody can be expected to come nearer. The unlearned model's gap is {unlearned:.1f}."
     )
     if original <= 2 * floor:
         shown += f" The original's is {original:.1f}: samples like these are hardly remembered, and cannot show much."
