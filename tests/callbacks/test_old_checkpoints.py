@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.objectives import NPO
-from hamu_lightning.rules import Alternate, RelativeQuota, RelativeRadius
+from hamu_lightning.rules import Alternate, RelativeQuota, RelativeRadius, TargetQuota
 from hamu_lightning.solvers import FeasibleDirection
 from tests.callbacks.modules import Base, WithBatchNorm, WithDropout, build, fit, make_data
 
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of a resume in
 
 FILE = Path(__file__).parents[1] / "data" / "checkpoints_0_1_0.pt"
 RADIUS = RelativeRadius(1e-2)
+AIM = HAMUQ(TargetQuota(9.0), radius=RelativeRadius(1e-3))
 
 
 def loader(seed: int = 9, n: int = 24) -> DataLoader[Any]:
@@ -33,7 +34,8 @@ def loader(seed: int = 9, n: int = 24) -> DataLoader[Any]:
 
 CASES: dict[str, tuple[type[Base], Callable[[], HAMUCallback]]] = {
     "quota": (WithDropout, lambda: HAMUCallback(loader(), HAMUQ(1e-2, radius=RADIUS), stop_on=["infeasible"])),
-    "target": (WithBatchNorm, lambda: HAMUCallback(loader(), target=9.0)),
+    # What `target=9.0` meant then.
+    "target": (WithBatchNorm, lambda: HAMUCallback(loader(), AIM, verify=True)),
     "groups": (
         Base,
         lambda: HAMUCallback(
