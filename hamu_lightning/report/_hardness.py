@@ -39,7 +39,7 @@ def plot_hardness(
     *,
     title: str = "How hard forgetting was",
 ) -> Figure:
-    """Draw the hardness `kappa = g_r·g_f` against its two thresholds, and the hardness of each block.
+    """Draw the hardness `kappa = g_r·g_f` against its two thresholds, and that of each block where there are several.
 
     Everything is divided by `|g_r||g_f|` of its block, so that blocks and steps of any scale compare: kappa becomes the
     cosine of the angle between the two gradients, in [-1, 1]. Below `kappa_1` the plain step on the other objective is
@@ -63,9 +63,9 @@ def plot_hardness(
         MissingMatplotlibError: If matplotlib is not installed.
 
     Example:
-        >>> figure = plot_hardness([[0.5]], [[-0.1]], [[0.9]], [[1.0]], ["head.weight"], [1])
-        >>> [axes.get_title(loc="left") for axes in figure.axes[:2]]
-        ['How hard forgetting was', 'The same for each block of weights']
+        >>> figure = plot_hardness([[0.5]], [[-0.1]], [[0.9]], [[1.0]], ["global"], [1])
+        >>> [axes.get_title(loc="left") for axes in figure.axes]
+        ['How hard forgetting was']
     """
     scale = as_array("norms", norms, 2)
     arrays = {"kappa": as_array("kappa", kappa, 2)}
@@ -76,13 +76,16 @@ def plot_hardness(
     if len(labels) != scale.shape[1]:
         raise HAMUValueError(f"Expected `labels` to have {scale.shape[1]} entries, but got {len(labels)}.")
     cosine, low, high = (_divide(array, scale) for array in arrays.values())
-    figure = make_figure(8.0, 7.6)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.35])
+    is_one = len(labels) == 1
+    figure = make_figure(8.0, 3.8 if is_one else 7.6)
+    panels = figure.subplots(1 if is_one else 2, 1, sharex=True, squeeze=False, height_ratios=[1, 1.35][: 2 - is_one])
+    upper = panels[0, 0]
     _draw_thresholds(upper, step, cosine, low, high)
-    style_axes(upper, title, "", _SCALED_KAPPA)
+    style_axes(upper, title, "step" if is_one else "", _SCALED_KAPPA)
     # The legend stands between the title and the lines.
     upper.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=38)
-    _draw_blocks(lower, step, cosine, labels)
+    if not is_one:
+        _draw_blocks(panels[1, 0], step, cosine, labels)
     return figure
 
 
@@ -103,11 +106,13 @@ def _draw_thresholds(
     """Lines over the steps: `[S]` and `[S, B]`."""
     tenth, middle, ninetieth = (_percentile(cosine, q) for q in (10, 50, 90))
     first, second = _percentile(low, 50), _percentile(high, 50)
-    axes.plot(step, middle, color=BLACK, linewidth=1.6, label=r"$\kappa$, median block")
-    axes.fill_between(
-        step, tenth, ninetieth, color=BLACK, alpha=0.15, linewidth=0, label=r"$\kappa$, 80 % of the blocks"
-    )
-    axes.plot(step, second, color=ORANGE, linestyle="--", label=r"$\kappa_2$: above it, a block must pay")
+    is_one = cosine.shape[1] == 1
+    axes.plot(step, middle, color=BLACK, linewidth=1.6, label=r"$\kappa$" if is_one else r"$\kappa$, median block")
+    if not is_one:
+        shade: dict[str, Any] = {"color": BLACK, "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(step, tenth, ninetieth, label=r"$\kappa$, 80 % of the blocks", **shade)
+    payer = "retain must pay" if is_one else "a block must pay"
+    axes.plot(step, second, color=ORANGE, linestyle="--", label=rf"$\kappa_2$: above it, {payer}")
     axes.plot(step, first, color=BLUE, linestyle="-.", label=r"$\kappa_1$: below it, the plain step is enough")
     if (first < -1).any():
         hatch: dict[str, Any] = {"facecolor": "none", "edgecolor": "0.8", "hatch": "///", "linewidth": 0, "zorder": 0}

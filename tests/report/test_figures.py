@@ -105,7 +105,10 @@ def test_pictures_are_written(tmp_path: Path) -> None:
 
 def test_one_step_and_one_block() -> None:
     figure = plot_hardness([[0.5]], [[-0.1]], [[0.9]], [[1.0]], ["weight"], [7])
-    assert figure.axes[1].get_xlim() == (6.5, 7.5)
+    (axes,) = figure.axes  # a second panel would only repeat it
+    assert line(axes, r"$\kappa$").tolist() == [0.5] and axes.get_xlabel() == "step"
+    two = plot_hardness([[0.5, 0.5]], [[-0.1] * 2], [[0.9] * 2], [[1.0] * 2], ["weight", "bias"], [7])
+    assert two.axes[1].get_xlim() == (6.5, 7.5)
 
 
 @pytest.mark.parametrize(
