@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from digits import DigitsClassifier
-from evaluation import evaluate, match_classes
+from evaluation import evaluate
 from forgetting import Data, parse_forget, parse_rho
 from lightning.pytorch import Callback, LightningModule, Trainer
 from problems import PROBLEMS, Source, load_problem
@@ -37,6 +37,7 @@ from torch.utils.data import Dataset, Subset
 
 from hamu_lightning import HAMUQ, HAMUU, Chance, HAMUCallback, Holdout, Unseen, compare
 from hamu_lightning.methods import SSD, Comparison, FisherForgetting, Method, Parts, Search, TrainingRun, relearn
+from hamu_lightning.metrics.functional import match_classes
 from hamu_lightning.objectives import (
     DELETE,
     NPO,

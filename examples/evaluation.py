@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from hamu_lightning.metrics import MembershipAUC
-from hamu_lightning.metrics.functional import average_gap, js_to_references
+from hamu_lightning.metrics.functional import average_gap, js_to_references, match_classes
 
 
 class Samples(NamedTuple):
@@ -80,14 +80,6 @@ def evaluate(module: LightningModule, dataset: Dataset[Any]) -> Samples:
         logits = module(images)
     module.train(was_training)
     return Samples(logits, labels)
-
-
-def match_classes(labels: Tensor, like: Tensor) -> Tensor:
-    """Return the positions of as many samples as possible whose classes have the same shares as in `like`."""
-    classes = int(torch.cat((labels, like)).max()) + 1
-    wanted, there = torch.bincount(like, minlength=classes), torch.bincount(labels, minlength=classes)
-    times = float((there / wanted)[wanted > 0].min())
-    return torch.cat([(labels == c).nonzero().flatten()[: round(times * int(wanted[c]))] for c in range(classes)])
 
 
 def make_row(name: str, retain: Samples, forget: Samples, test: Samples, gone: list[int]) -> Row:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hamu_lightning.methods._fisher import looking, on_device
 from hamu_lightning.metrics import MembershipAUC
+from hamu_lightning.metrics.functional import match_classes
 
 GAPS = ("UA", "RA", "TA", "MIA")
 
@@ -83,18 +84,6 @@ def evaluate(module: LightningModule, batches: Iterable[Any]) -> Samples:
 def evaluate_parts(module: LightningModule, parts: Parts) -> Seen:
     """Run a classifier over all four sets."""
     return Seen(*(evaluate(module, batches) for batches in (parts.retain, parts.forget, parts.val, parts.test)))
-
-
-def match_classes(labels: Tensor, like: Tensor) -> Tensor:
-    """Return the positions of as many samples as possible whose classes have the same shares as in `like`.
-
-    Empty where a class of `like` is missing.
-    """
-    classes = int(torch.cat((labels, like)).max()) + 1
-    wanted, there = torch.bincount(like, minlength=classes), torch.bincount(labels, minlength=classes)
-    times = float((there / wanted)[wanted > 0].min())
-    counts = [round(times * int(n)) for n in wanted]
-    return torch.cat([(labels == c).nonzero().flatten()[:count] for c, count in enumerate(counts)])
 
 
 def measure(seen: Seen, retrained: Seen) -> dict[str, float]:

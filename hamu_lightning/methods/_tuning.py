@@ -9,8 +9,9 @@ from typing import Literal, TypeAlias
 
 from hamu_lightning.checks import check_number, check_type, store
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.methods._evaluation import Seen, match_classes
+from hamu_lightning.methods._evaluation import Seen
 from hamu_lightning.methods._protocol import Method
+from hamu_lightning.metrics.functional import match_classes
 
 TuneBy: TypeAlias = Literal["retrained", "validation"]
 

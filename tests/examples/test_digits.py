@@ -70,14 +70,6 @@ def test_wrong_arguments_are_refused(argv: list[str], capsys: pytest.CaptureFixt
     assert argv[0] in capsys.readouterr().err
 
 
-def test_matched_classes_have_the_same_shares() -> None:
-    from evaluation import match_classes
-
-    labels, like = torch.arange(100) % 10, torch.tensor([3, 3, 3, 5])
-    chosen = labels[match_classes(labels, like)]
-    assert torch.bincount(chosen, minlength=10).tolist() == [0, 0, 0, 10, 0, 3, 0, 0, 0, 0]
-
-
 def test_evaluation_is_in_eval_mode_and_leaves_no_trace() -> None:
     from digits import DigitsClassifier, load_splits
     from evaluation import evaluate

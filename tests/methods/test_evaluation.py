@@ -14,9 +14,9 @@ from hamu_lightning.methods._evaluation import (
     average_gap,
     evaluate,
     evaluate_parts,
-    match_classes,
     measure,
 )
+from hamu_lightning.metrics.functional import match_classes
 from tests.methods.setups import build, make_samples, make_split, untouched
 
 
@@ -62,13 +62,6 @@ def test_the_gap_is_the_mean_of_four() -> None:
     theirs = {"UA": 0.3, "RA": 1.0, "TA": 0.7, "MIA": 0.5, "KL": 0.0}
     assert average_gap(ours, theirs) == pytest.approx((0.2 + 0.1 + 0.1 + 0.1) / 4)
     assert math.isnan(average_gap({**ours, "MIA": math.nan}, theirs))
-
-
-def test_matched_samples_have_the_shares_of_the_classes() -> None:
-    labels = torch.tensor([0] * 10 + [1] * 6 + [2] * 9)
-    chosen = match_classes(labels, like=torch.tensor([0, 0, 1, 1, 1]))
-    assert torch.bincount(labels[chosen]).tolist() == [4, 6]
-    assert match_classes(labels, like=torch.tensor([0, 4])).numel() == 0
 
 
 def test_no_held_out_sample_of_a_class_gives_no_auc() -> None:

@@ -28,7 +28,14 @@ from hamu_lightning.metrics.functional._distances import (
 from hamu_lightning.metrics.functional._estimate import Estimate, mean_estimate, rate_estimate, undefined
 from hamu_lightning.metrics.functional._gaps import anamnesis_index, average_gap, relearn_steps, tow, tow_mia
 from hamu_lightning.metrics.functional._inputs import as_numbers
-from hamu_lightning.metrics.functional._levels import accuracy, change, cross_entropies, ranks_among, share_surer
+from hamu_lightning.metrics.functional._levels import (
+    accuracy,
+    change,
+    cross_entropies,
+    match_classes,
+    ranks_among,
+    share_surer,
+)
 from hamu_lightning.metrics.functional._ranks import (
     IntervalMethod,
     KSTest,
@@ -89,6 +96,8 @@ __all__ = [
     "lira_scores",
     "log_odds",
     "log_odds_distance",
+    "match_classes",
+    "match_classes",
     "mean_estimate",
     "membership_auc",
     "min_k_plus_plus_scores",

@@ -150,6 +150,35 @@ def ranks_among(losses: Any, holdout_losses: Any) -> Tensor:
     return (below + not_above).to(forget.dtype) / (2 * len(ranked))
 
 
+def match_classes(labels: Any, like: Any) -> Tensor:
+    """Positions of as many samples as possible whose classes have the same shares as in another set.
+
+    Held-out samples are compared with forgotten ones of the same classes: classes differ in how hard they are, and a
+    membership attack would find that difference instead.
+
+    Args:
+        labels: integer `[M]`, of the samples to choose from; of each class the first ones are taken.
+        like: integer `[N]`, of the set whose shares are wanted.
+
+    Returns:
+        integer `[P]`, by class; empty where a class of `like` is missing, or one of the two sets is empty.
+
+    Raises:
+        HAMUValueError: If an argument is of another shape.
+
+    Example:
+        >>> match_classes([0, 0, 0, 1, 1, 2], like=[0, 1])
+        tensor([0, 1, 3, 4])
+    """
+    there, wanted = (as_vector(name, x).long() for name, x in (("labels", labels), ("like", like)))
+    if not (len(there) and len(wanted)):
+        return there.new_empty(0)
+    classes, shares = torch.unique(wanted, return_counts=True)
+    places = [(there == c).nonzero().flatten() for c in classes]
+    times = min(len(found) / int(share) for found, share in zip(places, shares, strict=True))
+    return torch.cat([found[: round(times * int(share))] for found, share in zip(places, shares, strict=True)])
+
+
 def _pair(values: Any, before: Any) -> tuple[Tensor, Tensor]:
     after, first = as_vector("values", values), as_vector("before", before)
     if after.shape != first.shape:

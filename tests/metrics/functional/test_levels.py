@@ -15,6 +15,7 @@ from hamu_lightning.metrics.functional import (
     accuracy,
     change,
     cross_entropies,
+    match_classes,
     membership_auc,
     ranks_among,
     rate_estimate,
@@ -89,3 +90,14 @@ def test_other_labels_are_refused() -> None:
         cross_entropies(LOGITS[:2], [0, 4])
     with pytest.raises(HAMUValueError, match="Expected `labels` to be classes from 0 to 3"):
         accuracy(LOGITS[:2], [0, -100])
+
+
+def test_matched_classes_have_the_same_shares() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 6 + [2] * 9)
+    chosen = match_classes(labels, like=torch.tensor([0, 0, 1, 1, 1]))
+    assert torch.bincount(labels[chosen]).tolist() == [4, 6]
+    assert match_classes(labels, like=torch.tensor([0, 4])).numel() == 0
+    assert match_classes(labels, like=[]).numel() == 0 and match_classes([], like=labels).numel() == 0
+    digits = torch.arange(100) % 10
+    counts = torch.bincount(digits[match_classes(digits, like=[3, 3, 3, 5])], minlength=10)
+    assert counts.tolist() == [0, 0, 0, 10, 0, 3, 0, 0, 0, 0]

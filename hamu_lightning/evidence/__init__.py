@@ -1,0 +1,5 @@
+"""Evidence of what was forgotten: what models say of all parts of the data, attacks, the residue, and the report."""
+
+from hamu_lightning.evidence._scores import Evaluation, PartScores
+
+__all__ = ["Evaluation", "PartScores"]
