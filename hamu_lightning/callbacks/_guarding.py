@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._group import Group
 from hamu_lightning.callbacks._groups import Groups
 from hamu_lightning.callbacks.goals import CEILINGS, RETAIN, Reader, RetainWatch, Stopper, StopReason, Target
@@ -107,12 +106,8 @@ class Guarding:
 
 def find_sources(trainer: Trainer, optimizer: HAMUOptimizer) -> dict[str, Any]:
     """The retain loader, and those of the held-out data of targets."""
-    train = _compat_loaders.train_loader_parts(trainer)
-    if isinstance(train, Mapping):
-        train = train.get(RETAIN)
-    if train is None or isinstance(train, list | tuple):
-        train = _compat_loaders.train_batches(trainer)
-    sources: dict[str, Any] = {RETAIN: train}
+    reader = Reader(trainer)
+    sources: dict[str, Any] = {RETAIN: reader.find_retain()}
     known: list[Any] = []
     quotas = optimizer.rule.target_quotas
     for group, quota in quotas.items():
@@ -120,5 +115,5 @@ def find_sources(trainer: Trainer, optimizer: HAMUOptimizer) -> dict[str, Any]:
         if isinstance(target, Target) and target.has_held_out and not any(target.data is data for data in known):
             known.append(target.data)
             name = "holdout" if len(quotas) == 1 else f"{group}_holdout"
-            sources[name] = Reader(trainer).find(target.data)
+            sources[name] = reader.find(target.data)
     return sources

@@ -67,6 +67,14 @@ class Reader:
         """The same, of all of the data where each process has a part."""
         return undivided(self.find(data, target))
 
+    def find_retain(self) -> Any:
+        """The loader of the retain data; where not one alone gives them, the batches of the training loop."""
+        train = _compat_loaders.train_loader_parts(self._trainer)
+        if isinstance(train, Mapping):
+            train = train.get("retain")
+        is_one = train is not None and not isinstance(train, list | tuple)
+        return train if is_one else _compat_loaders.train_batches(self._trainer)
+
     def take_held_out(self, data: Any, forget: Any, transform_like: str | None) -> str:
         """Take held-out data in, and warn where its losses do not compare with those of what is to be forgotten.
 
@@ -114,7 +122,7 @@ class Reader:
         """
         for name, other, effect in (
             ("forget set", forget, "the target will run away as the model forgets"),
-            ("training data", self._retain_loader(), "the target is lower than the loss of samples never seen"),
+            ("training data", self.find_retain(), "the target is lower than the loss of samples never seen"),
         ):
             shared = count_shared_samples(self.find(data), other)
             if shared:
@@ -123,12 +131,8 @@ class Reader:
                     "Hold other samples out."
                 )
 
-    def _retain_loader(self) -> Any:
-        train = _compat_loaders.train_loader_parts(self._trainer)
-        return train.get("retain") if isinstance(train, Mapping) else train
-
     def _load_as_in_training(self, data: Any) -> DataLoader[Any]:
-        like = self._retain_loader()
+        like = self.find_retain()
         size = getattr(like, "batch_size", None)
         if size is None:
             raise HAMUMisconfigurationError(

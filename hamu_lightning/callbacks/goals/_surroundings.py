@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.goals._reading import Reader, undivided
 from hamu_lightning.callbacks.goals._targets import Target
@@ -72,7 +70,7 @@ class Surroundings:
         Raises:
             HAMUMisconfigurationError: If the retain data cannot be read.
         """
-        retain = self._find_retain()
+        retain = undivided(self._reader.find_retain())
         labels, own = read_labels(retain), read_labels(self._given)
         if labels is not None and own is not None and torch.equal(own.sort().values, forget.labels.sort().values):
             if int(labels.min()) >= 0 and int(labels.max()) < forget.classes:
@@ -91,12 +89,6 @@ class Surroundings:
             raise HAMUMisconfigurationError(
                 f"Expected data to forget that can be read before the first step, but they cannot: {error}"
             ) from error
-
-    def _find_retain(self) -> Any:
-        train = _compat_loaders.train_loader_parts(self._trainer)
-        if isinstance(train, Mapping) and "retain" in train:
-            train = train["retain"]
-        return undivided(train) if isinstance(train, DataLoader) else _compat_loaders.train_batches(self._trainer)
 
     def _count_by_pass(self, retain: Any, forget: ClassReader) -> Tensor:
         reader = forget.for_labels()
