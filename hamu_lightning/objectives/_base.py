@@ -85,10 +85,12 @@ class Objective(ABC):
     Attributes:
         is_forget_only: Whether it makes sense on the forget stream alone.
         is_nonnegative: Whether it is at least 0 and can reach a positive target (`TargetQuota`).
+        evaluates: Whether the module is asked in evaluation mode, without dropout, when it is raised.
     """
 
     is_forget_only: bool = True
     is_nonnegative: bool = False
+    evaluates: ClassVar[bool] = False
     _parts: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -167,13 +167,14 @@ class AdaptersDisabled(Reference):
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module, but: Callable[[nn.Module], bool] = lambda _: False) -> Iterator[None]:
     """Put a module into evaluation mode, and each of its submodules back into its own mode at the end.
 
     `eval()` and `train()` are not called: modules override them to do more.
 
     Args:
         module: The module.
+        but: Which of its submodules keep their mode.
 
     Example:
         >>> module = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
@@ -183,7 +184,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         >>> module[0].training, module[1].training
         (True, False)
     """
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(part, part.training) for part in module.modules() if not but(part)]
     for part, _ in modes:
         part.training = False
     try:

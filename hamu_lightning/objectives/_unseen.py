@@ -25,6 +25,9 @@ _LEAST_LIKELY = 3.0
 class AnswerObjective(Objective):
     """Raises what a module says towards an answer that is fixed beforehand, from 0 to `end`.
 
+    The answer is one of a model in evaluation mode, and so is what is raised: the gradient under dropout is that of
+    another model at each step, and of what such steps promise little comes true.
+
     Args:
         reference: p0, the model before unlearning, in evaluation mode.
         teacher: A model that never saw what is to be forgotten, and says `s` in the place of p0.
@@ -32,6 +35,7 @@ class AnswerObjective(Objective):
     """
 
     is_nonnegative = True
+    evaluates = True
     _parts: ClassVar[tuple[str, ...]] = ("reference", "teacher")
 
     def __init__(

@@ -20,7 +20,7 @@ from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._isolated_pass import IsolatedPass, detached_loss
 from hamu_lightning.callbacks.passes._loaders import copied
 from hamu_lightning.callbacks.passes._metrics import StreamMetrics
-from hamu_lightning.callbacks.passes._objective import is_wrapped
+from hamu_lightning.callbacks.passes._objective import in_mode_of, is_wrapped
 from hamu_lightning.callbacks.passes._streams import EMPTY_STREAM, EmptyStreamError, ForgetStream
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.gramian import widest_float
@@ -61,7 +61,7 @@ class ForgetPass(IsolatedPass):
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
         sees_levels: Whether each batch is run a second time, in evaluation mode and without a trace, for its `level`.
-        level: The loss of the last batch in evaluation mode, weighted as the loss is; None where it was not seen.
+        level: The loss of the last batch, in evaluation mode where `sees_levels`; weighted as the loss is.
         logged: What the module logged in the last pass: by name the value or a metric, and the arguments of `log`.
     """
 
@@ -142,7 +142,7 @@ class ForgetPass(IsolatedPass):
     ) -> Tensor | None:
         self._random.draw += 1
         explaining: AbstractContextManager[None] = nullcontext()
-        with self._isolated(batch):
+        with self._isolated(batch), self._mode_of(step):
             if batch is None:
                 batch = self._next_batch(args[0])
                 self._results.batch = batch
@@ -152,7 +152,9 @@ class ForgetPass(IsolatedPass):
                 samples = count_samples(batch)
             share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
-            again = copied(batch) if self.sees_levels else None
+            # The loss is the level where nothing is in training mode anyway.
+            is_level = not any(part.training for part in self._trainer.lightning_module.modules())
+            again = copied(batch) if self.sees_levels and not is_level else None
             with explaining, explaining_single_samples(), self._metrics.noting(self._trainer.lightning_module):
                 output = step(batch, *args[1:], **kwargs)
             loss = _compat.split_step_output(output)
@@ -166,6 +168,7 @@ class ForgetPass(IsolatedPass):
             value = loss.detach().float().mean().clone()
             if self.records is not None and kept is not None:
                 self.records(Recording(*kept, args[1:], kwargs, share, value))
+        self.level = value
         if again is not None:
             seen = self.measuring(lambda: detached_loss(step(again, *args[1:], **kwargs)), args[0])
             self.level = value if seen is None else _weigh(seen, share)
@@ -185,7 +188,7 @@ class ForgetPass(IsolatedPass):
     def replay(self, step: Callable[..., Any], recording: Recording) -> Tensor:
         """Run a batch again at the present weights, without a trace; return its loss."""
         batch = copied(recording.batch)
-        with self._isolated(batch), self._as_in_training():
+        with self._isolated(batch), self._mode_of(step), self._as_in_training():
             restore_random(recording.random, self.generators)
             loss = detached_loss(step(batch, *recording.args, **recording.kwargs))
         if loss is None:
@@ -195,11 +198,14 @@ class ForgetPass(IsolatedPass):
     def repeat(self, step: Callable[..., Any], recording: Recording) -> None:
         """Run a batch again with its backward pass, at the same weights; the gradient adds up in `.grad`."""
         batch = copied(recording.batch)
-        with self._isolated(batch):
+        with self._isolated(batch), self._mode_of(step):
             restore_random(recording.random, self.generators)
             loss = _compat.split_step_output(step(batch, *recording.args, **recording.kwargs))
             assert loss is not None  # it was one before
             self._backward(_weigh(loss, recording.share), nullcontext)
+
+    def _mode_of(self, step: Callable[..., Any]) -> AbstractContextManager[None]:
+        return in_mode_of(step) if self.evaluates else nullcontext()
 
     def _next_batch(self, retain: Any) -> Any:
         """The next forget batch. A process without one takes part with a copy of the retain batch that counts for 0."""

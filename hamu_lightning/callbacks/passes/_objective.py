@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks.passes._loaders import copied
-from hamu_lightning.objectives import BatchPass, ModuleLoss, Objective
+from hamu_lightning.objectives import BatchPass, ModuleLoss, Objective, evaluating
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -46,6 +49,21 @@ def is_wrapped(step: Callable[..., Any]) -> bool:
 def unwrap_step(step: Callable[..., Any]) -> tuple[Callable[..., Any], Objective | None]:
     """The strategy's `training_step` behind a step, and the objective that the step returns, if any."""
     return (step.step, step.objective) if isinstance(step, _ObjectiveStep) else (step, None)
+
+
+def in_mode_of(step: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Evaluation mode for a step whose objective wants it, backward pass included; else the mode as it is.
+
+    Left as they are: BatchNorm, whose mode is an option of its own; recurrent layers, whose backward pass cuDNN refuses
+    in evaluation mode; and what recomputes its activations, which transformers does in training mode alone.
+    """
+    if isinstance(step, _ObjectiveStep) and step.objective.evaluates:
+        return evaluating(step.module, but=_keeps_its_mode)
+    return nullcontext()
+
+
+def _keeps_its_mode(part: nn.Module) -> bool:
+    return isinstance(part, _BatchNorm | nn.RNNBase) or bool(getattr(part, "gradient_checkpointing", False))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, SecondChoice, Unseen
 from hamu_lightning.callbacks import StopReason
+from hamu_lightning.objectives import Calibration, UnseenAnswer
 from hamu_lightning.rules import RelativeRadius, TargetQuota
 from tests.callbacks.goals.test_unseen import HELD_OUT, OTHERS, RETAIN, SAMPLES, WHOLE, trained, unlearn
-from tests.callbacks.modules import Base, fit
+from tests.callbacks.modules import Base, build, fit
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The number of training batches",
@@ -102,3 +103,61 @@ def test_where_the_loss_of_the_module_is_another_one_the_labels_are_looked_at(ta
     fit(module, hamu, loader=DataLoader(RETAIN, batch_size=32), max_steps=2)
     torch.testing.assert_close(hamu.forgotten_samples["forget"].loss_before, before, rtol=1e-4, atol=1e-6)
     assert "forget loss" not in (hamu.summary or "") and "forget objective 0" in (hamu.summary or "")
+
+
+class Watched(Base):
+    """Dropout in a part, a recurrent layer, and a part that recomputes; what is in training mode in each pass."""
+
+    @override
+    def make_net(self) -> nn.Module:
+        net = nn.Sequential(nn.Linear(10, 16), nn.Dropout(0.5), nn.BatchNorm1d(16), nn.GRU(16, 16), First())
+        net[4].gradient_checkpointing = True
+        self.seen: dict[bool, list[bool]] = {}
+        return net
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen[True] = [part.training for part in self.net]
+        return super().training_step(batch, batch_idx)
+
+
+class First(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+
+    @override
+    def forward(self, outputs: Any) -> Tensor:
+        head: Tensor = self.head(outputs[0])
+        if head.requires_grad:
+            head.register_hook(lambda gradient: MODES.append((self.head.training, self.training)))
+        return head
+
+
+MODES: list[tuple[bool, bool]] = []
+
+
+def test_an_answer_is_raised_without_dropout() -> None:
+    """Its backward pass included; the retain pass is the module's own."""
+    MODES.clear()
+    module = build(Watched)
+    modes: list[list[bool]] = []
+
+    class Answer(UnseenAnswer):
+        @override
+        def samples(self, batch: Any) -> Tensor:
+            modes.append([part.training for part in batch.module.net])
+            return super().samples(batch)
+
+    calibration = Calibration()
+    x, y = torch.linspace(-2, 2, 90).double(), torch.arange(90) % 3
+    calibration.fit((x + 1, y), (x, y), torch.tensor([0.5, 0.9, 0.0]))
+    answer = Answer(calibration)
+    answer.load_state_dict = lambda state: None  # type: ignore[method-assign]  # a fit begins with an empty state
+    hamu = HAMUCallback(DataLoader(SAMPLES, batch_size=8), HAMUQ(1e-3), objective=answer)
+    fit(module, hamu, max_steps=2, loader=DataLoader(RETAIN, batch_size=16))
+    assert hamu.combined_steps == 2 and len(modes) == 2
+    # Linear, Dropout; BatchNorm is frozen by its own option; GRU and what recomputes its activations train on.
+    assert modes == [[False, False, False, True, True]] * 2
+    assert MODES == [(False, True), (True, True)] * 2  # forget, retain
+    assert all(part.training for part in module.modules())
