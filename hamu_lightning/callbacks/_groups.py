@@ -10,7 +10,7 @@ from torch import Tensor
 from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._group import Group, take_turns
 from hamu_lightning.callbacks._identity import identify
-from hamu_lightning.callbacks.goals import Approach, ForgottenSamples
+from hamu_lightning.callbacks.goals import Approach, ForgottenSamples, read_as_held_out
 from hamu_lightning.callbacks.passes import ModuleGuard, Recording, check_disjoint, find_loader, name_sources, wrap_step
 
 if TYPE_CHECKING:
@@ -123,14 +123,16 @@ class Groups:
     def _find_loader(self, name: str) -> None:
         settings = self._settings
         is_forgotten = name not in settings.protect
+        quota = self._optimizer.rule.target_quotas.get(name)
         loader = find_loader(
             self._trainer,
             name,
             self._sources[name],
             settings.passes.batch_size,
             is_forgotten=is_forgotten,
-            leads_to_target=name in self._optimizer.rule.target_quotas,
+            leads_to_target=quota is not None,
         )
+        loader = read_as_held_out(self._trainer, getattr(quota, "target", None), loader)
         if loader is not None:
             self._loaders[name] = loader
 

@@ -13,7 +13,7 @@ from hamu_lightning.callbacks.goals._conditions import (
     StopReason,
     as_conditions,
 )
-from hamu_lightning.callbacks.goals._reading import Reader
+from hamu_lightning.callbacks.goals._reading import Reader, read_as_held_out
 from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
 from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
 from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
@@ -51,4 +51,5 @@ __all__ = [
     "as_conditions",
     "as_target",
     "choose_guard",
+    "read_as_held_out",
 ]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 
 from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
+from hamu_lightning.callbacks.goals._targets import Target
 from hamu_lightning.callbacks.goals._transforms import explain_difference, with_transforms_of
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader, count_shared_samples, is_data, read_positions
 from hamu_lightning.errors import HAMUValueError
@@ -81,13 +82,13 @@ class Reader:
         Args:
             data: The data, as for `open`; read under the transforms of the forget set from now on where that is asked.
             forget: The loader of what is to be forgotten.
-            transform_like: "forget", or None.
+            transform_like: "forget"; for anything else they keep their own.
 
         Returns:
             The warning, or "".
         """
         self.warn_about_shared_samples(data, forget)
-        if transform_like is not None:
+        if transform_like == "forget":
             with_transforms_of(self.find(data), forget)  # what cannot be done is refused at once
             self._like[id(data)] = forget
         difference = explain_difference(forget, self.find(data))
@@ -182,6 +183,28 @@ class InOrder:
     positions: list[int] | None
     singles: Iterable[Any] | None = None
     is_excerpt: bool = False
+
+
+def read_as_held_out(trainer: Trainer, target: object, forget: Any) -> Any:
+    """The loader of what is to be forgotten, under the transforms of held-out data where the target asks for it.
+
+    Args:
+        trainer: The trainer, with its loaders set up.
+        target: The target of what is to be forgotten; anything else leaves the loader as it is.
+        forget: Its loader; None where the training loader brings its batches.
+
+    Raises:
+        HAMUValueError: If the Datasets have no attribute `transform`.
+        HAMUMisconfigurationError: If the training loader brings the batches.
+    """
+    if not isinstance(target, Target) or target.transform_like != "holdout":
+        return forget
+    if forget is None:
+        raise HAMUMisconfigurationError(
+            'Expected a loader or Dataset to forget for transform_like="holdout", but the training loader brings its '
+            "batches. Pass HAMUCallback(forget=loader_or_dataset, ...)."
+        )
+    return with_transforms_of(forget, Reader(trainer).find(target.data), "forget set")
 
 
 def read_in_order(loader: Any) -> InOrder | None:

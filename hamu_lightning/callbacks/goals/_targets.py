@@ -29,7 +29,7 @@ class Target(ABC):
         every: Measured again after so many combined steps; None: once, at the start.
         objective: What is raised to come to it; None for the loss, or the objective that the user chose.
         data: Held-out data, where `has_held_out`.
-        transform_like: "forget": these go through the forget set's transforms.
+        transform_like: "holdout": the forget set goes through the transforms of these; "forget": these through its.
         what: What is to come to it, in words.
     """
 
@@ -37,7 +37,7 @@ class Target(ABC):
     every: int | None = None
     objective: Objective | None = None
     data: Any = None
-    transform_like: Literal["forget"] | None = None
+    transform_like: Literal["forget", "holdout"] | None = None
 
     @property
     def has_held_out(self) -> bool:
@@ -77,8 +77,9 @@ class Holdout(HoldsData, Target):
         data: A DataLoader, another iterable of batches, or a Dataset (loaded like the training data, in batches of the
             same size); None for the Trainer's validation loader.
         every: Measured again after so many combined steps.
-        transform_like: "forget": the samples go through the transforms of the forget set (of its Dataset's attribute
-            `transform`), in a view: the data that is given stays as it is. None: through their own.
+        transform_like: Whose transforms both sets go through (by the attribute `transform` of their Datasets, in a
+            view: what is given stays as it is). "holdout": those of the held-out samples, for a forget set with
+            augmentation: it is forgotten as it is without; "forget": those of the forget set. None: each its own.
 
     Raises:
         HAMUValueError: If the data is empty, `every` less than 1, or `transform_like` unknown; at the start of the fit
@@ -91,7 +92,7 @@ class Holdout(HoldsData, Target):
 
     data: Iterable[Any] | Dataset | None = field(default=None, repr=False)  # type: ignore[type-arg]  # for LightningCLI
     every: int | None = 10
-    transform_like: Literal["forget"] | None = None
+    transform_like: Literal["forget", "holdout"] | None = None
     _data: ClassVar[tuple[str, ...]] = ("data",)
 
     def __post_init__(self) -> None:
@@ -165,7 +166,7 @@ def check_held_out(data: object, transform_like: object) -> None:
         HAMUValueError: Otherwise.
     """
     if transform_like is not None:
-        check_choice("transform_like", transform_like, ("forget",))
+        check_choice("transform_like", transform_like, ("holdout", "forget"))
     if data is not None and not is_iterable(data):
         raise HAMUValueError(f"Expected `data` to be a DataLoader or a Dataset, but got {describe(data)}.")
     if isinstance(data, Sized) and len(data) == 0:

@@ -20,8 +20,8 @@ _NAMES = ("transform", "transforms", "target_transform")
 # So many samples of a set are read twice.
 _READ = 4
 _CURE = (
-    'Give both the same transforms: `transform_like="forget"` in the target, Holdout(data, transform_like="forget"), '
-    "or forget and held-out views of the data without augmentation."
+    'Give both the same transforms: `transform_like="holdout"` in the target, as in Unseen(data, '
+    'transform_like="holdout"), for a forget set without its augmentation; or views of the data without it.'
 )
 
 
@@ -43,23 +43,24 @@ def explain_difference(forget: Any, held_out: Any) -> str:
     return f"A sample of the {changing[0]} gives other tensors at each reading, one of the other data does not. {_CURE}"
 
 
-def with_transforms_of(data: Any, like: Any) -> Any:
+def with_transforms_of(data: Any, like: Any, what: str = "held-out data") -> Any:
     """A view of a loader or Dataset whose samples go through the transforms of another one.
 
     Args:
         data: It stays as it is: what holds a transform is copied, and shares the samples.
         like: A loader or Dataset.
+        what: What the first one is; the other of "held-out data" and "forget set" is what it is made alike.
 
     Raises:
         HAMUValueError: If one of them has no attribute `transform`.
     """
     wanted = _transforms_of(like)
     if wanted is None or _transforms_of(data) is None:
-        which = "forget set" if wanted is None else "held-out data"
+        other = "forget set" if what == "held-out data" else "held-out data"
         raise HAMUValueError(
-            'Expected Datasets with an attribute `transform` for transform_like="forget", but that of the '
-            f"{which} has none, or several. Give the held-out data with the forget set's transforms, and leave "
-            "`transform_like` out."
+            f"Expected Datasets with an attribute `transform` for `transform_like`, but that of the "
+            f"{other if wanted is None else what} has none, or several. Give the {what} with the transforms of the "
+            f"{other}, and leave `transform_like` out."
         )
     return _dressed(data, wanted)
 

@@ -50,7 +50,8 @@ class Unseen(HoldsData, AnswerTarget):
         teacher: A model that never saw what is to be forgotten, such as the one before fine-tuning, or a reference such
             as `AdaptersDisabled()`: it says what to answer in the place of the second choice. Its logits are of the
             same form.
-        transform_like: "forget" for held-out data under the transforms of the forget set; see `Holdout`.
+        transform_like: "holdout" for a forget set without its augmentation, under the transforms of the held-out data;
+            "forget" for held-out data under those of the forget set; see `Holdout`.
         counts: How many samples of each class stay, where they cannot be counted; 0 for a class that goes as a whole.
             Classes that are not named stay as they are.
         reference: The model before unlearning; default: a frozen copy.
@@ -66,7 +67,7 @@ class Unseen(HoldsData, AnswerTarget):
 
     data: Iterable[Any] | Dataset | None = field(default=None, repr=False)  # type: ignore[type-arg]  # for LightningCLI
     teacher: Any = field(default=None, repr=False, kw_only=True)
-    transform_like: Literal["forget"] | None = field(default=None, repr=False, kw_only=True)
+    transform_like: Literal["forget", "holdout"] | None = field(default=None, repr=False, kw_only=True)
     counts: Mapping[int, int] | None = field(default=None, kw_only=True)
     reference: Reference | None = field(default=None, repr=False, kw_only=True)
     outputs: Outputs | None = field(default=None, repr=False, kw_only=True)

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, Holdout
-from hamu_lightning.callbacks import StopReason
+from hamu_lightning.callbacks import HAMUMisconfigurationError, StopReason
 from hamu_lightning.objectives import evaluating
 from hamu_lightning.rules import RelativeRadius, TargetQuota
 from tests.callbacks.goals.test_targets import FORGET, HELD_OUT, trained
@@ -89,9 +90,40 @@ def test_a_model_that_remembers_is_not_done_after_no_step(seed: int) -> None:
 def test_different_transforms_are_said_at_the_start_and_in_the_summary() -> None:
     forget, retain = request(0)
     hamu = HAMUCallback(forget, target=Holdout(Points(2)))
-    with pytest.warns(UserWarning, match='go through different transforms. .*transform_like="forget"'):
+    with pytest.warns(UserWarning, match='go through different transforms. .*transform_like="holdout"'):
         fit(copy.deepcopy(remembering()), hamu, loader=retain, max_epochs=-1, max_steps=1)
     assert "different transforms" in (hamu.summary or "")
+
+
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target")
+def test_a_forget_set_goes_through_the_transforms_of_the_held_out_data() -> None:
+    """In the passes, in levels and in the table: without its augmentation, and the data that is given stays."""
+    (forget, retain), seen = request(0), []
+
+    class Looks(Remembers):
+        @override
+        def forward(self, x: Any) -> Any:
+            seen.append(x.detach().clone())
+            return super().forward(x)
+
+    module = Looks()
+    module.load_state_dict(remembering().state_dict())
+    hamu = HAMUCallback(forget, target=Holdout(Points(2), transform_like="holdout"))
+    fit(module, hamu, loader=retain, max_epochs=-1, max_steps=2)
+    assert hamu.combined_steps == 2 and "different transforms" not in (hamu.summary or "")
+    plain = Points(1).x[forget.indices]
+    whole = [x.sort(0).values for x in seen if len(x) == 50]
+    # The forget pass, levels and losses of samples; nothing of the forget set comes with noise.
+    assert len(whole) > 4 and all(torch.equal(x, plain.sort(0).values) for x in whole)
+    assert forget.dataset.transform is jitter
+
+
+def test_batches_of_the_training_loader_cannot_go_through_other_transforms() -> None:
+    forget, retain = request(0)
+    both = CombinedLoader({"retain": retain, "forget": DataLoader(forget, batch_size=50)}, "max_size_cycle")
+    hamu = HAMUCallback(target=Holdout(Points(2), transform_like="holdout"))
+    with pytest.raises(HAMUMisconfigurationError, match="the training loader brings its batches"):
+        fit(copy.deepcopy(remembering()), hamu, loader=both, max_epochs=-1, max_steps=1)
 
 
 class Shown(Base):
