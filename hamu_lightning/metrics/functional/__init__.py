@@ -26,6 +26,7 @@ from hamu_lightning.metrics.functional._distances import (
     zrf,
 )
 from hamu_lightning.metrics.functional._estimate import Estimate, mean_estimate, rate_estimate, undefined
+from hamu_lightning.metrics.functional._forgetting import ForgettingScore, forgetting_score
 from hamu_lightning.metrics.functional._gaps import anamnesis_index, average_gap, relearn_steps, tow, tow_mia
 from hamu_lightning.metrics.functional._inputs import as_numbers
 from hamu_lightning.metrics.functional._levels import (
@@ -64,6 +65,7 @@ __all__ = [
     "DISTANCES",
     "Distance",
     "Estimate",
+    "ForgettingScore",
     "IntervalMethod",
     "KLOMValue",
     "KSTest",
@@ -85,6 +87,7 @@ __all__ = [
     "exact_memorization",
     "extraction_strength",
     "forget_quality",
+    "forgetting_score",
     "gradient_norm_scores",
     "js_divergence",
     "js_to_references",
