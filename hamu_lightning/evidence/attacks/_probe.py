@@ -17,6 +17,9 @@ from hamu_lightning.metrics.functional import Estimate, match_classes, membershi
 
 Measured = dict[str, tuple[Estimate, str]]
 
+# With many samples of a class a probe learns it from any features.
+_SHOWN = 3
+
 
 class _Samples(NamedTuple):
     features: np.ndarray[Any, Any]  # [N, D]
@@ -27,9 +30,9 @@ class _Samples(NamedTuple):
 
 
 def probe(subject: Subject) -> Measured:
-    """Learn the classes from features of retain samples and of half of the held-out ones; judge it on forgotten ones.
+    """Learn the classes from features of retain samples and a few held-out ones; judge that on forgotten samples.
 
-    Held-out samples are taken of classes that the retain data have not: nothing else says what these look like.
+    Three held-out samples are taken of each class that the retain data have not: nothing else says what it looks like.
     """
     forget, retain = subject.scores("forget"), subject.scores("retain")
     samples = _read_features(subject)
@@ -83,9 +86,10 @@ def _split(subject: Subject, samples: dict[str, _Samples], retain: PartScores) -
     if name is None:
         return known, None
     held_out = samples[name]
-    is_gone = torch.isin(held_out.labels, subject.evaluation.gone)
-    # Every second sample of the classes that only held-out data show.
-    is_shown = is_gone & (is_gone.cumsum(dim=0) % 2 == 1)
+    is_shown = torch.zeros(len(held_out.labels), dtype=torch.bool)
+    for label in subject.evaluation.gone:
+        places = (held_out.labels == label).nonzero()[:, 0]
+        is_shown[places[: min(_SHOWN, (len(places) + 1) // 2)]] = True
     shown, others = held_out.select(is_shown.nonzero()[:, 0]), held_out.select((~is_shown).nonzero()[:, 0])
     together = np.concatenate([known.features, shown.features]), torch.cat([known.labels, shown.labels])
     return _Samples(*together), others

@@ -17,7 +17,10 @@ Measured = dict[str, tuple[Estimate, str]]
 
 
 def relearn(subject: Subject) -> Measured:
-    """Show a part of the forget set among as many retain samples, and ask for the rest of it."""
+    """Show a share of the forget set among the same share of the retain set, and ask for the rest.
+
+    Samples of a forgotten class alone would teach any model to answer with that class always.
+    """
     plan = subject.plan
     subject.scores("forget")  # says why, where nothing can be read
     forget, retain = plan.dataset("forget"), plan.dataset("retain")
@@ -27,10 +30,10 @@ def relearn(subject: Subject) -> Measured:
         raise Unfit("there are too few forgotten samples to show a part of them")
     order = torch.randperm(total, generator=_generator(plan.seed)).tolist()
     shown, rest = Subset(forget, order[:count]), Subset(forget, sorted(order[count:]))
-    taught = _teach(subject, ConcatDataset([shown, _draw(retain, count, plan.seed)]), "forget")
+    taught = _teach(subject, ConcatDataset([shown, _draw(retain, plan.share, plan.seed)]), "forget")
     what = (
-        f"of the {total - count} forgotten samples that were not shown, after {plan.steps} steps on {count} others and "
-        "as many retain samples"
+        f"of the {total - count} forgotten samples that were not shown, after {plan.steps} steps on the {count} others "
+        "and the same share of the retain samples"
     )
     return _tell(subject, "relearn", taught, subject.read_samples(taught, rest, "forget"), what)
 
@@ -63,9 +66,9 @@ def _tell(subject: Subject, name: str, taught: LightningModule, after: PartScore
     }
 
 
-def _draw(data: Dataset[Any], count: int, seed: int) -> Dataset[Any]:
+def _draw(data: Dataset[Any], share: float, seed: int) -> Dataset[Any]:
     total: int = len(data)  # type: ignore[arg-type]
-    return Subset(data, torch.randperm(total, generator=_generator(seed))[:count].tolist())
+    return Subset(data, torch.randperm(total, generator=_generator(seed))[: max(1, round(share * total))].tolist())
 
 
 def _generator(seed: int) -> torch.Generator:
