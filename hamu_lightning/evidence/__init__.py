@@ -3,5 +3,6 @@
 from hamu_lightning.evidence._rows import AttackRow, Finding
 from hamu_lightning.evidence._scores import Evaluation, PartScores
 from hamu_lightning.evidence.attacks import attack
+from hamu_lightning.evidence.residue import audit, scrub
 
-__all__ = ["AttackRow", "Evaluation", "Finding", "PartScores", "attack"]
+__all__ = ["AttackRow", "Evaluation", "Finding", "PartScores", "attack", "audit", "scrub"]
