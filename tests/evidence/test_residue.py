@@ -26,14 +26,15 @@ from hamu_lightning.objectives import NPO, CachedLogits, FrozenCopy
 from tests.methods.setups import OPTIONS, Classifier, Source, build, make_samples, make_split
 
 # Twelve steps are a fit in whose midst checkpoints are written, no more.
-pytestmark = pytest.mark.filterwarnings("ignore:The fit has ended before the target")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The fit has ended before the target"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
 OBJECTIVE = "weights of a reference from before unlearning"
 
 
 def fit(folder: Path, callback: HAMUCallback, source: Source, ckpt_path: Path | None = None) -> Trainer:
-    keep = ModelCheckpoint(
-        folder if ckpt_path is None else folder / "next", save_last=True, save_top_k=-1, every_n_train_steps=4
-    )
+    keep = ModelCheckpoint(folder, save_last=True, save_top_k=-1, every_n_train_steps=4)
     settings: dict[str, Any] = {**OPTIONS, "logger": False, "max_epochs": -1, "max_steps": 12, "log_every_n_steps": 1}
     trainer = Trainer(**settings, enable_model_summary=False, callbacks=[callback, keep])
     trainer.fit(build(batchnorm=True), source.train_dataloader(), ckpt_path=ckpt_path)

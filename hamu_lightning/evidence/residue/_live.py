@@ -54,7 +54,8 @@ def judge_trainer(trainer: Trainer) -> Iterator[Finding]:
     for number, optimizer in enumerate(trainer.optimizers):
         yield judge_optimizer(optimizer, f"trainer: optimizer {number}")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+        if averages or "EMA" in type(callback).__name__:  # as other packages call theirs
             yield Finding(f"trainer: averaged weights of {type(callback).__name__}", "unknown", _AVERAGE)
 
 
