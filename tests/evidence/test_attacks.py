@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -32,14 +33,6 @@ from tests.evidence.models import (
 from tests.methods.setups import untouched
 
 SEEDS = range(2)
-
-
-@cache
-def attack_retrained(seed: int, whole_class: bool) -> list[AttackRow]:
-    """A model that was retrained with a seed of its own, among three others."""
-    return attack(
-        retrained(50 + seed, whole_class), load_parts(whole_class), control=controls(seed, whole_class), samples=300
-    )
 
 
 def rows_of(module: LightningModule, seed: int, name: str, **options: Any) -> dict[str, AttackRow]:
@@ -211,3 +204,14 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> N
         attack(original(0), load_parts(), **options)
     with pytest.raises(HAMUValueError, match="Expected the data to forget among `parts`"):
         attack(original(0), {"retain": load_parts()["retain"]})
+    with pytest.raises(HAMUValueError, match="but got an iterator"):
+        attack(original(0), {"forget": iter([])})
+
+
+def test_a_broken_model_has_no_numbers() -> None:
+    module = copy.deepcopy(original(0))
+    module.body[0].weight.data.fill_(math.nan)
+    rows = {row.name: row.value for row in attack(module, load_parts(), samples=200)}
+    assert set(rows) >= set(ATTACKS)
+    # Of NaN no class is the largest: nothing is recognised, before and after.
+    assert {name for name, value in rows.items() if value.is_defined} <= {"quantize_int8", "round_4bit"}

@@ -191,11 +191,15 @@ def test_scrubbing_takes_out_what_is_ours_and_nothing_else(npo: Path) -> None:
     before = {name: load(npo / name) for name in names}
     files = {name: (npo / name).read_bytes() for name in names}
     mine = ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]
+    (npo / mine[0]).chmod(0o600)
+    times = [(npo / name).stat().st_mtime_ns for name in names]
     dry = scrub(npo)
     assert {name: (npo / name).read_bytes() for name in names} == files
     assert [entry.path.name for entry in dry if entry.action == "would be rewritten"] == mine
     done = scrub(npo, dry_run=False)
     assert [entry.path.name for entry in done if entry.action == "rewritten"] == mine
+    assert (npo / mine[0]).stat().st_mode & 0o777 == 0o600
+    assert [(npo / name).stat().st_mtime_ns for name in names] == times
     assert all((npo / name).read_bytes() == files[name] for name in set(names) - set(mine))
     for name in mine:
         objective = before[name]["callbacks"]["HAMUCallback"]["objectives"]["forget"]

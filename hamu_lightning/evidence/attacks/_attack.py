@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -111,6 +111,11 @@ def attack(
         check_type("control", model, LightningModule, "a LightningModule that was retrained, or several")
     for name in check_type("parts", parts, Mapping, "a mapping from the names of parts to their samples"):
         check_choice("parts", name, ("retain", "forget", "holdout", "test"))
+        if isinstance(parts[name], Iterator):
+            raise HAMUValueError(
+                f"Expected the samples of {name!r} to be there for several passes, but got an iterator, which ends. "
+                "Give a Dataset, a DataLoader, or a list of batches."
+            )
     if "forget" not in parts:
         raise HAMUValueError("Expected the data to forget among `parts`, but got none. Give it as 'forget'.")
     for name in attacks if attacks is not None else ():

@@ -26,7 +26,10 @@ def logit_shift(subject: Subject) -> Measured:
     gone, hits, total = subject.gone, 0, 0
     for label in gone:
         lead, theirs = _lead(_of_class(forget, label), label), _lead(retain, label)
-        hits += round(tpr_at_fpr(lead, theirs, _COST).value * len(lead))
+        found = tpr_at_fpr(lead, theirs, _COST)
+        if found.reason is not None:
+            raise Unfit(found.reason)
+        hits += round(found.value * len(lead))
         total += len(lead)
     note = (
         "share of the samples of forgotten classes that are recognised again when a constant is added to the logit of "

@@ -75,6 +75,8 @@ def _read_features(subject: Subject) -> dict[str, _Samples]:
     layer = _find_layer(module, batches_of(parts, "forget"), subject.plan.layer)
     names = [name for name in ("retain", "forget", subject.plan.held_out) if name is not None]
     features = {name: _capture(module, layer, batches_of(parts, name)) for name in names}
+    if not all(x.isfinite().all() for x in features.values()):
+        raise Unfit("features are not finite")
     return {name: _Samples(x.numpy(), _labels(subject.scores(name))) for name, x in features.items()}
 
 

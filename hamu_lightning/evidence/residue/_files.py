@@ -12,7 +12,7 @@ from hamu_lightning.files import UNFINISHED
 
 CACHE = "cached_logits.json"
 _EVENTS = "events.out.tfevents"
-_PICKLES = (".pkl", ".pickle", ".joblib", ".npy", ".npz", ".safetensors", ".onnx", ".distcp")
+_OPAQUE = (".pkl", ".pickle", ".joblib", ".npy", ".npz", ".safetensors", ".onnx", ".distcp", ".parquet", ".h5", ".hdf5")
 _MEDIA = {"images": "images", "audio": "audio", "text": "text", "mesh": "meshes"}
 # What a table of ours, or of others, calls the column of sample ids.
 _ID_COLUMNS = {"position", "id", "ids", "index", "sample", "sample_id"}
@@ -46,7 +46,7 @@ def _judge_file(path: Path, name: str) -> Finding | None:
             return _judge_table(path, name)
         case ".json":
             return _judge_json(path, name)
-        case suffix if suffix in _PICKLES:
+        case suffix if suffix in _OPAQUE:
             return Finding(
                 name, "unknown", "Its content is not looked at: it may be weights or data. Check, or delete it."
             )

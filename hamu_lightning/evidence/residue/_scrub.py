@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 import torch
 
@@ -75,11 +77,21 @@ def _clean_checkpoints(folder: Path, dry_run: bool) -> Iterator[Scrubbed]:
             continue
         if not dry_run:
             callbacks = {**checkpoint.content["callbacks"], STATE_KEY: state}
-            content = {**checkpoint.content, "callbacks": callbacks}
-            # Through a link: the link stays one.
-            write_whole(path.resolve(), lambda file, content=content: torch.save(content, file))  # type: ignore[misc]
+            _rewrite(path.resolve(), {**checkpoint.content, "callbacks": callbacks})  # a link stays one
         after = "; to go on from it, give the objective the original as its reference" if REFERENCE in kinds else ""
         yield Scrubbed(path, "would be rewritten" if dry_run else "rewritten", ", ".join(kinds) + after)
+
+
+def _rewrite(path: Path, content: dict[str, Any]) -> None:
+    """Whoever may read it, and when it was written, stays: `audit` tells by the time what came before unlearning."""
+    before = path.stat()
+
+    def write(file: IO[bytes]) -> None:
+        os.chmod(file.name, stat.S_IMODE(before.st_mode))
+        torch.save(content, file)
+
+    write_whole(path, write)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def _delete_caches(folder: Path, dry_run: bool) -> Iterator[Scrubbed]:
