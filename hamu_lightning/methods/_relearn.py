@@ -151,6 +151,18 @@ def teach(
 
     Raises:
         HAMUValueError: As for `relearn`.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> class Line(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(1, 2)
+        ...     def forward(self, x):
+        ...         return self.layer(x)
+        >>> samples = TensorDataset(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]))
+        >>> teach(Line(), samples, steps=50, lr=1.0)(torch.tensor([[-2.0], [3.0]])).argmax(1)
+        tensor([0, 1])
     """
     check_type("module", module, LightningModule, "a LightningModule")
     steps, batch_size, seed = check_count("steps", steps), check_count("batch_size", batch_size), check_seed(seed)

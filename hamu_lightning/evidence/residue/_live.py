@@ -73,10 +73,11 @@ def judge_callback(callback: HAMUCallback) -> Iterator[Finding]:
 
 
 def _judge_attributes(part: nn.Module, name: str) -> Iterator[Finding]:
-    data = [key for key, value in vars(part).items() if any(_is_data(leaf) for leaf in leaves(_contents(value)))]
-    if data:
-        advice = "Data hang on the module, and go into each pickle of it. Take them off."
-        yield Finding(f"module: {'.'.join(filter(None, [name, data[0]]))}", "yes", advice)
+    for key, value in vars(part).items():
+        # What begins with an underscore is torch's and Lightning's own, hyper-parameters among it.
+        if not key.startswith("_") and any(_is_data(leaf) for leaf in leaves(_contents(value))):
+            advice = "Data hang on the module, and go into each pickle of it. Take them off."
+            yield Finding(f"module: {'.'.join(filter(None, [name, key]))}", "yes", advice)
 
 
 def _contents(value: Any) -> Any:

@@ -55,6 +55,14 @@ def scrub(folder: str | Path, *, dry_run: bool = True) -> list[Scrubbed]:
     Raises:
         HAMUValueError: If there is no such folder.
         HAMUStateError: If a file cannot be written; the old one is there then.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = CachedLogits(Path(folder, "cache")).fill(nn.Linear(2, 2), [])
+        ...     [entry.action for entry in scrub(folder)]
+        ['would be deleted']
     """
     path = open_folder(folder)
     done = [*_clean_checkpoints(path, dry_run), *_delete_caches(path, dry_run)]
