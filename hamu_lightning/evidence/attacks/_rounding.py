@@ -43,9 +43,9 @@ def round_weights(module: LightningModule, bits: int, group: int | None) -> Ligh
         ...         super().__init__()
         ...         self.layer = torch.nn.Linear(3, 1)
         >>> line = Line()
-        >>> _ = line.layer.weight.data.copy_(torch.tensor([[0.7, 0.32, -0.04]]))
+        >>> _ = line.layer.weight.data.copy_(torch.tensor([[0.7, 0.32, 0.04]]))
         >>> round_weights(line, bits=4, group=None).layer.weight.data
-        tensor([[ 0.7000,  0.3000, -0.0000]])
+        tensor([[0.7000, 0.3000, 0.0000]])
     """
     rounded = copy.deepcopy(module)
     with torch.no_grad():
