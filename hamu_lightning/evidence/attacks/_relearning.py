@@ -58,7 +58,10 @@ def _tell(subject: Subject, name: str, taught: LightningModule, after: PartScore
     good = "good: no more than in the control"
     return {
         name: (after.accuracy, f"share recognised {what}; {good}."),
-        f"{name}_loss": (mean_estimate(after.losses, "losses"), f"mean loss {what}, in its unit; good: no less."),
+        f"{name}_loss": (
+            mean_estimate(after.losses, "losses"),
+            f"mean loss {what}, in its unit; good: no less than in the control.",
+        ),
         f"{name}_auc": (
             subject.membership(taught, after),
             f"AUC of the membership attack by loss {what}; good: near 0.5, as the control's.",
