@@ -7,7 +7,7 @@ from hamu_lightning.methods._fisher import SampleLosses, classifier_losses, empi
 from hamu_lightning.methods._fisher_forgetting import FisherForgetting
 from hamu_lightning.methods._problem import Run
 from hamu_lightning.methods._protocol import DataSource, Method
-from hamu_lightning.methods._relearn import Relearning, relearn
+from hamu_lightning.methods._relearn import Relearning, relearn, teach
 from hamu_lightning.methods._retrain import Retrain
 from hamu_lightning.methods._ssd import SSD
 from hamu_lightning.methods._teacher import fit_teacher
@@ -33,4 +33,5 @@ __all__ = [
     "expected_fisher",
     "fit_teacher",
     "relearn",
+    "teach",
 ]

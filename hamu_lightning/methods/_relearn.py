@@ -118,23 +118,67 @@ def relearn(
     lr, until = check_positive("lr", lr), check_optional(check_number, "until", until, least=0, most=1)
     share = check_number("share", share, above=0, most=1, wanted="above 0 and at most 1", cure="1 teaches all.")
     dataset = _as_dataset(forget)
-    student = copy.deepcopy(module).train()
-    weights = [weight for weight in student.parameters() if weight.requires_grad]
-    if not weights:
-        raise HAMUValueError("Expected `module` to have weights that require a gradient, but got none. Unfreeze some.")
+    student = _make_student(module)
     watched = in_order(forget if watch is None else watch, like=forget)
     accuracies, losses = [], []
     with RandomStream(seed).active():
-        batches = on_device(student, _endless(_draw(dataset, share), forget, batch_size))
-        optimizer = torch.optim.SGD(weights, lr, momentum=_MOMENTUM)
+        lessons = _give_lessons(student, _draw(dataset, share), forget, lr, batch_size)
         for step in range(steps + 1):
             samples = evaluate(student, watched)
             accuracies.append(samples.accuracy)
             losses.append(samples.loss)
             if step == steps or (until is not None and accuracies[-1] >= until):
                 break
-            _teach(student, optimizer, next(batches))
+            next(lessons)
     return Relearning(tuple(accuracies), tuple(losses))
+
+
+def teach(
+    module: LightningModule, data: Forget, *, steps: int = 100, lr: float = 0.01, batch_size: int = 64, seed: int = 0
+) -> LightningModule:
+    """Teach a copy of a classifier some data, as `relearn` does, and return the copy.
+
+    Args:
+        module: A classifier of `x` into logits `[N, K]`.
+        data: The samples `(x, y)`: a Dataset, or a DataLoader over one.
+        steps: How many.
+        lr: Learning rate.
+        batch_size: Of a step.
+        seed: Of the order of the samples and of dropout.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Raises:
+        HAMUValueError: As for `relearn`.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> class Line(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(1, 2)
+        ...     def forward(self, x):
+        ...         return self.layer(x)
+        >>> samples = TensorDataset(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]))
+        >>> teach(Line(), samples, steps=50, lr=1.0)(torch.tensor([[-2.0], [3.0]])).argmax(1)
+        tensor([0, 1])
+    """
+    check_type("module", module, LightningModule, "a LightningModule")
+    steps, batch_size, seed = check_count("steps", steps), check_count("batch_size", batch_size), check_seed(seed)
+    lr, dataset, student = check_positive("lr", lr), _as_dataset(data), _make_student(module)
+    with RandomStream(seed).active():
+        lessons = _give_lessons(student, dataset, data, lr, batch_size)
+        for _ in range(steps):
+            next(lessons)
+    return student.eval()
+
+
+def _make_student(module: LightningModule) -> LightningModule:
+    student = copy.deepcopy(module).train()
+    if not any(weight.requires_grad for weight in student.parameters()):
+        raise HAMUValueError("Expected `module` to have weights that require a gradient, but got none. Unfreeze some.")
+    return student
 
 
 def _as_dataset(forget: Forget) -> Dataset[Any]:
@@ -159,9 +203,15 @@ def _endless(dataset: Dataset[Any], like: Forget, batch_size: int) -> Iterator[A
         yield from loader
 
 
-def _teach(student: LightningModule, optimizer: torch.optim.Optimizer, batch: Any) -> None:
-    x, y = batch
-    with torch.enable_grad():
-        optimizer.zero_grad()
-        F.cross_entropy(student(x), y).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+def _give_lessons(
+    student: LightningModule, dataset: Dataset[Any], like: Forget, lr: float, batch_size: int
+) -> Iterator[None]:
+    """Take one step each time that it is asked."""
+    weights = [weight for weight in student.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr, momentum=_MOMENTUM)
+    for x, y in on_device(student, _endless(dataset, like, batch_size)):
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            F.cross_entropy(student(x), y).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        yield

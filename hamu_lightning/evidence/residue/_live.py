@@ -1,0 +1,88 @@
+"""What a module, an optimizer, a trainer and a callback in memory may still hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
+
+from hamu_lightning.callbacks import HAMUCallback
+from hamu_lightning.evidence import Finding
+from hamu_lightning.evidence.residue._checkpoints import has_moments, leaves
+from hamu_lightning.evidence.residue._state import strip
+
+_RENEW = (
+    "They average training batches, forgotten ones among them unless these are long gone. Renew them: "
+    "`reset_running_stats`, then retain batches in training mode."
+)
+_AVERAGE = "An average of weights reaches back before unlearning unless it began after it. Begin a new one."
+
+
+def judge_module(module: LightningModule) -> Iterator[Finding]:
+    """Running statistics, averaged weights, hyper-parameters and data that hang on the module."""
+    parts = dict(module.named_modules())
+    norms = [name for name, part in parts.items() if isinstance(getattr(part, "running_mean", None), Tensor)]
+    if norms:
+        yield Finding(f"module: running statistics of {len(norms)} norms ({norms[0]}, ...)", "unknown", _RENEW)
+    else:
+        yield Finding("module: running statistics", "no", "It has none.")
+    for name, part in parts.items():
+        if isinstance(part, AveragedModel):
+            yield Finding(f"module: averaged weights, {name}", "yes" if part.n_averaged > 0 else "no", _AVERAGE)
+        yield from _judge_attributes(part, name)
+    if any(_is_data(leaf) for leaf in leaves(dict(module.hparams))):
+        advice = "They go into each checkpoint and hparams.yaml. Leave them out: save_hyperparameters(ignore=...)."
+        yield Finding("module: data among the hyper-parameters", "yes", advice)
+
+
+def judge_optimizer(optimizer: Optimizer, place: str = "optimizer") -> Finding:
+    """Moments: averages of past gradients."""
+    if has_moments([dict(state) for state in optimizer.state.values()]):
+        advice = "They average gradients of past batches, forgotten ones among them. Train on with a fresh optimizer."
+        return Finding(f"{place}: moments", "yes", advice)
+    return Finding(f"{place}: moments", "no", "It has none.")
+
+
+def judge_trainer(trainer: Trainer) -> Iterator[Finding]:
+    """Optimizers, callbacks that average weights, and the HAMUCallback."""
+    for number, optimizer in enumerate(trainer.optimizers):
+        yield judge_optimizer(optimizer, f"trainer: optimizer {number}")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+        if averages or "EMA" in type(callback).__name__:  # as other packages call theirs
+            yield Finding(f"trainer: averaged weights of {type(callback).__name__}", "unknown", _AVERAGE)
+
+
+def judge_callback(callback: HAMUCallback) -> Iterator[Finding]:
+    """The state that goes into checkpoints, and the table of forgotten samples."""
+    _, kinds = strip(callback.state_dict())
+    for kind in kinds:
+        yield Finding(f"HAMUCallback: {kind}", "yes", "They go with the object; a fit that ends keeps no reference.")
+    if callback.forgotten_samples:
+        advice = "It says where forgotten samples stand in their Dataset, with their losses. It goes with the object."
+        yield Finding("HAMUCallback: table of forgotten samples", "yes", advice)
+    if callback.settings.forget is not None:
+        advice = "It was given the data to forget; pickles of it hold a description alone. It goes with the object."
+        yield Finding("HAMUCallback: the data to forget", "yes", advice)
+
+
+def _judge_attributes(part: nn.Module, name: str) -> Iterator[Finding]:
+    for key, value in vars(part).items():
+        # What begins with an underscore is torch's and Lightning's own, hyper-parameters among it.
+        if not key.startswith("_") and any(_is_data(leaf) for leaf in leaves(_contents(value))):
+            advice = "Data hang on the module, and go into each pickle of it. Take them off."
+            yield Finding(f"module: {'.'.join(filter(None, [name, key]))}", "yes", advice)
+
+
+def _contents(value: Any) -> Any:
+    return value if isinstance(value, Mapping | list | tuple | Dataset | DataLoader) else None
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, Dataset | DataLoader)
