@@ -100,7 +100,6 @@ __all__ = [
     "log_odds",
     "log_odds_distance",
     "match_classes",
-    "match_classes",
     "mean_estimate",
     "membership_auc",
     "min_k_plus_plus_scores",
