@@ -1,5 +1,18 @@
 """Evidence of what was forgotten: what models say of all parts of the data, attacks, the residue, and the report."""
 
+from hamu_lightning.evidence._callback import EvaluateUnlearning
+from hamu_lightning.evidence._evaluate import evaluate
+from hamu_lightning.evidence._sample_table import MissingPyArrowError, SampleTable
 from hamu_lightning.evidence._scores import Evaluation, PartScores
+from hamu_lightning.evidence._trade_off import TradeOff, trade_off
 
-__all__ = ["Evaluation", "PartScores"]
+__all__ = [
+    "EvaluateUnlearning",
+    "Evaluation",
+    "MissingPyArrowError",
+    "PartScores",
+    "SampleTable",
+    "TradeOff",
+    "evaluate",
+    "trade_off",
+]
