@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,9 +14,6 @@ from hamu_lightning.callbacks import HAMUCallback
 from hamu_lightning.evidence._scores import FORGET, RETAIN, Evaluation
 from hamu_lightning.metrics.functional import ranks_among
 from hamu_lightning.report import MissingMatplotlibError, plot_losses, plot_ranks, plot_tradeoff, render
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # TensorBoard reads tags as regular expressions.
 _LAYOUT = {
@@ -108,7 +105,8 @@ def _draw(
     after: Evaluation,
     history: Sequence[tuple[int, Mapping[str, float]]],
     references: Sequence[Evaluation],
-) -> Iterator[tuple[str, Figure]]:
+) -> Iterator[tuple[str, Any]]:
+    """The figures by name."""
     first, last = before.comparable(), after.comparable()
     forgotten = before.parts[FORGET].losses, after.parts[FORGET].losses
     if (
@@ -119,7 +117,7 @@ def _draw(
         auc = before.numbers(quick=True)["auc"].value, after.numbers(quick=True)["auc"].value
         yield "losses", plot_losses((forgotten[0], first.losses), (forgotten[1], last.losses), auc=auc)
         ranks = ranks_among(forgotten[1], last.losses)
-        yield "ranks", plot_ranks(ranks, before=ranks_among(forgotten[0], first.losses))
+        yield "ranks", plot_ranks(ranks, before=ranks_among(forgotten[0], first.losses), held_out=len(last))
     path = [(step, numbers) for step, numbers in history if {"retain_change", "forget_change"} <= {*numbers}]
     if path:
         yield (

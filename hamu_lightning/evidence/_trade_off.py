@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from hamu_lightning.evidence._scores import RETAIN, Evaluation
+import torch
+
+from hamu_lightning.evidence._scores import FORGET, RETAIN, Evaluation
 from hamu_lightning.metrics.functional import Estimate, undefined
 
 _GAPS = ("FA", "RA", "TA", "auc")
@@ -34,12 +36,13 @@ def trade_off(now: Evaluation, before: Evaluation, references: Sequence[Evaluati
 
         (1 - |dFA|) (1 - |dRA|) (1 - |dTA|) (1 - |dAUC|)        ideal 1
 
-    Without them, AUC being that of the attack by loss between forgotten and held-out samples (docs/metrics.md):
+    Without them, AUC being that of the attack by loss between forgotten and held-out samples (docs/metrics.md), and FA
+    the accuracy on those of forgotten classes that go as a whole, which a retrained model never gives:
 
-        min(1, RA / RA_before) (1 - |2 AUC - 1|)        ideal 1
+        min(1, RA / RA_before) (1 - |2 AUC - 1|) (1 - FA)        ideal 1
 
-    Where there is no accuracy, `min(1, L_before / L)` of the mean retain loss L takes the first place. A part that is
-    NaN is left out.
+    Where no class goes the last part is left out. Where there is no accuracy, `min(1, L_before / L)` of the mean retain
+    loss L takes the first place. A part that is NaN is left out.
 
     Args:
         now: The model.
@@ -48,7 +51,6 @@ def trade_off(now: Evaluation, before: Evaluation, references: Sequence[Evaluati
 
     Example:
         >>> from hamu_lightning.evidence import PartScores
-        >>> import torch
         >>> scores = PartScores(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.arange(4))
         >>> same = Evaluation({"retain": scores, "forget": scores, "holdout": scores})
         >>> print(trade_off(same, same).score.value)
@@ -56,18 +58,22 @@ def trade_off(now: Evaluation, before: Evaluation, references: Sequence[Evaluati
     """
     numbers = now.numbers(quick=True)
     sides: tuple[tuple[str, ...], tuple[str, ...]] = (
-        (("RA", "TA"), ("FA", "auc")) if references else (("kept",), ("auc",))
+        (("RA", "TA"), ("FA", "auc")) if references else (("kept",), ("auc", "gone"))
     )
     if references:
         theirs = [reference.numbers(quick=True) for reference in references]
         parts = {name: _gap(numbers, theirs, name) for name in _GAPS}
     else:
         parts = {"kept": _kept(now, before), "auc": _two_sided(numbers["auc"])}
+        # A class that is still recognised is remembered, however alike its held-out samples are.
+        if len(now.gone):
+            parts["gone"] = 1 - _recognised(now)
     left_out = {name: part for name, part in parts.items() if isinstance(part, str)}
     known = {name: part for name, part in parts.items() if not isinstance(part, str)}
     for side, fault in zip(sides, (_NOT_KEPT, _NOT_FORGOTTEN), strict=True):
         if not known.keys() & set(side):
-            return TradeOff(undefined(f"{fault}: {left_out[side[-1]]}", ideal=1), left_out)
+            reason = "; ".join(dict.fromkeys(left_out[name] for name in side if name in left_out))
+            return TradeOff(undefined(f"{fault}: {reason}", ideal=1), left_out)
     return TradeOff(Estimate(math.prod(known.values()), ideal=1), left_out)
 
 
@@ -78,6 +84,13 @@ def _gap(numbers: Mapping[str, Estimate], theirs: Sequence[Mapping[str, Estimate
         return reason
     ours, *others = (estimate.value for estimate in found)
     return 1 - abs(ours - math.fsum(others) / len(others))
+
+
+def _recognised(now: Evaluation) -> float:
+    """The accuracy on the samples whose class goes as a whole."""
+    forget = now.parts[FORGET]
+    assert forget.labels is not None
+    return forget.select(torch.isin(forget.labels, now.gone)).accuracy.value
 
 
 def _two_sided(auc: Estimate) -> float | str:

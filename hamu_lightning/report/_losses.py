@@ -62,13 +62,19 @@ def plot_losses(
             _draw_heap(axes, losses, edges, colour, label)
     if is_log:
         panels[0].set_xscale("log")
-    panels[0].legend(frameon=False, fontsize=10, loc="best")
+    _explain(figure, panels[0])
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 
 
-def plot_ranks(ranks: Numbers, *, before: Numbers | None = None, title: str = "Ranks of forgotten samples") -> Figure:
+def plot_ranks(
+    ranks: Numbers,
+    *,
+    before: Numbers | None = None,
+    held_out: int | None = None,
+    title: str = "Ranks of forgotten samples",
+) -> Figure:
     """Draw where forgotten samples lie among held-out ones, by loss: spread evenly where they are like unseen ones.
 
     A heap at 0 is of samples that are still remembered, one at 1 of samples that were forgotten too much: both tell
@@ -77,6 +83,7 @@ def plot_ranks(ranks: Numbers, *, before: Numbers | None = None, title: str = "R
     Args:
         ranks: `[N]`, for each forgotten sample the share of held-out ones with a lower loss, in [0, 1].
         before: `[N]`, the same before unlearning, drawn as a line.
+        held_out: How many held-out samples there are, for the width of the band; None for many.
         title: The title.
 
     Returns:
@@ -96,16 +103,23 @@ def plot_ranks(ranks: Numbers, *, before: Numbers | None = None, title: str = "R
     figure = make_figure(6.0, 3.4)
     axes = figure.add_subplot()
     style_axes(axes, title, "share of held-out samples with a lower loss", "share of the samples")
-    half = 1.96 * np.sqrt((1 - 1 / bins) / bins / len(after))
+    # The held-out samples are a sample too: their own scatter widens the band.
+    half = 1.96 * np.sqrt((1 - 1 / bins) / bins * (1 / len(after) + (1 / held_out if held_out else 0)))
     axes.axhspan(max(0.0, 1 / bins - half), 1 / bins + half, color=GREY, alpha=0.25, linewidth=0, zorder=0)
     axes.axhline(1 / bins, color=BLACK, linestyle=":", linewidth=1.2, zorder=3, label="spread evenly")
     edges = np.linspace(0, 1, bins + 1)
-    axes.bar(edges[:-1], _shares(after, edges), 1 / bins, align="edge", color=ORANGE, edgecolor="white", label="after")
+    axes.stairs(_shares(after, edges), edges, fill=True, color=ORANGE, alpha=0.35)
+    axes.stairs(_shares(after, edges), edges, color=ORANGE, linewidth=1.6, label="after")
     if before is not None:
         axes.stairs(_shares(_finite("before", before), edges), edges, color=BLACK, linewidth=1.6, label="before")
     axes.set_xlim(0, 1)
-    axes.legend(frameon=False, fontsize=10, loc="best")
+    _explain(figure, axes)
     return figure
+
+
+def _explain(figure: Figure, axes: Axes) -> None:
+    """Put the legend above the panels, where it hides nothing."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, fontsize=10, ncols=3)
 
 
 def render(figure: Figure) -> NDArray[np.uint8]:

@@ -280,7 +280,7 @@ def test_processes_take_the_numbers_of_the_whole_set() -> None:
     assert alone[0][1] == pytest.approx(history[0][1], abs=1e-9)
 
 
-def test_a_whole_class_without_held_out_samples_has_no_score() -> None:
+def test_held_out_samples_of_other_classes_give_no_score() -> None:
     gone = TensorDataset(GO[:][0], torch.full((20,), 2))  # type: ignore[misc]
     held_out = TensorDataset(HOLDOUT.tensors[0], torch.zeros(60, dtype=torch.long))
     evaluation = EvaluateUnlearning(retain=KEEP, forget=gone, holdout=held_out)

@@ -37,6 +37,17 @@ def test_without_references_it_is_what_was_kept_times_what_is_not_told_apart() -
     assert trade_off(before, now).score.value == pytest.approx(1 - (2 * auc - 1))
 
 
+def test_a_class_that_goes_has_to_be_unknown() -> None:
+    now = make_evaluation(forget=(4,))
+    forget = now.parts["forget"]
+    assert forget.labels is not None and now.gone.tolist() == [4]
+    auc, recognised = now.numbers()["auc"].value, float(forget.recognised.mean())
+    assert recognised > 0
+    assert trade_off(now, now).score.value == pytest.approx((1 - abs(2 * auc - 1)) * (1 - recognised))
+    alone = Evaluation({name: now.parts[name] for name in ("retain", "forget")})
+    assert trade_off(alone, alone).score.value == pytest.approx(1 - recognised)
+
+
 def test_with_references_it_is_one_minus_each_gap() -> None:
     now, first, second = make_evaluation(0), make_evaluation(9), make_evaluation(20)
     ours, theirs = now.numbers(), [first.numbers(), second.numbers()]
