@@ -25,6 +25,7 @@ from hamu_lightning.rules import FineTune
 from tests.callbacks.modules import MODULES, Base, StatefulLSTM, WithBatchNorm, build, fit, make_data, trained_on
 from tests.callbacks.setups import RULE
 from tests.distributed import run_ranks
+from tests.evidence.test_evaluate import Noisy
 
 TRAIN, HOLDOUT = make_data(96), make_data(60, seed=2)
 KEEP, GO = split_forget(TRAIN, range(0, 40, 2))
@@ -287,3 +288,53 @@ def test_held_out_samples_of_other_classes_give_no_score() -> None:
     trainer, _ = fit(build(Base), evaluation, loader=make_loader())
     assert math.isnan(float(trainer.callback_metrics["eval/score"])) and "score" not in evaluation.history[-1][1]
     assert evaluation.left_out == {"auc": "no held-out sample is of the forgotten classes"}
+
+
+class Augments(Base):
+    """Augments on the device, in training only, and writes to a logger of its own accord."""
+
+    @override
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return (3 * batch[0], batch[1]) if self.trainer.training else batch
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"own": 1.0}, step=self.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_is_for_training_alone_is_left_out(tmp_path: Path) -> None:
+    module, logger = build(Augments), CSVLogger(tmp_path)
+    evaluation = EvaluateUnlearning(**PARTS, every_n_steps=1)
+    fit(module, evaluation, loader=make_loader(), logger=logger)
+    plain = build(Base)
+    plain.load_state_dict(module.state_dict())
+    expected = evaluate(plain, PARTS)
+    assert evaluation.after is not None
+    assert all(torch.equal(evaluation.after.parts[n].losses, expected.parts[n].losses) for n in PARTS)
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        assert sum(bool(row["own"]) for row in csv.DictReader(file)) == 10  # one for each training step
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_it_measures_in_the_precision_of_the_fit(precision: Any) -> None:
+    module = build(Base)
+    evaluation = EvaluateUnlearning(**PARTS)
+    fit(module, evaluation, loader=make_loader(), precision=precision)
+    x, y = GO[:]  # type: ignore[misc]
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        logits = module(x.to(dtype)).double()
+    assert evaluation.after is not None
+    losses = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+    # What was rounded to 8 bits differs by 1 in 256 where a sum runs in another order.
+    assert torch.allclose(
+        evaluation.after.parts["forget"].losses, losses, atol=1e-12 if dtype == torch.float64 else 0.02
+    )
+    assert all(p.dtype == dtype for p in module.parameters())
+
+
+def test_different_transforms_are_told_in_a_fit() -> None:
+    with pytest.warns(UserWarning, match="forget set and the holdout data go through different transforms"):
+        fit(build(Base), EvaluateUnlearning(forget=Noisy(abs), holdout=Noisy(round)), loader=make_loader())
