@@ -54,7 +54,6 @@ class Look:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             if trainer is not None:
-                stack.enter_context(_compat.without_callbacks(trainer))
                 stack.enter_context(_compat.silent_loggers(trainer))
                 stack.enter_context(trainer.precision_plugin.train_step_context())
             yield
