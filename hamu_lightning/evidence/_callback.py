@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from hamu_lightning.callbacks import HAMUMisconfigurationError, find_hamu, find_parts
+from hamu_lightning.callbacks.passes import HoldsData
 from hamu_lightning.checks import check_count, check_optional, check_type
 from hamu_lightning.evidence._evaluate import Evaluator, evaluate
 from hamu_lightning.evidence._ordered import check_part
@@ -25,7 +27,7 @@ from hamu_lightning.objectives import Outputs
 _KEPT = ("losses", "recognised", "ids", "labels")
 
 
-class EvaluateUnlearning(Callback):
+class EvaluateUnlearning(HoldsData, Callback):
     """Measures what a model says of retain, forget, held-out and test data, while it unlearns and at both ends.
 
     It goes with `HAMUCallback`, with any other method that is a fit, and with several loggers or none.
@@ -77,6 +79,8 @@ class EvaluateUnlearning(Callback):
         >>> # Trainer(callbacks=[HAMUCallback(...), evaluation]).fit(module, retain_loader)
         >>> # print(evaluation.after.numbers()["auc"]); evaluation.samples.to_csv("samples.csv")
     """
+
+    _data: ClassVar[tuple[str, ...]] = ("_given",)
 
     def __init__(
         self,
@@ -191,8 +195,13 @@ class EvaluateUnlearning(Callback):
         self._state = dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy holds nothing of a running fit."""
-        return {**self.__dict__, "_evaluator": None}
+        """A pickle holds nothing of a running fit, and of the data a description."""
+        return {**super().__getstate__(), "_evaluator": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = copy.copy(self)
+        made._evaluator = None
+        return HoldsData.__deepcopy__(made, memo)
 
     def _end_epoch(self, trainer: Trainer) -> None:
         is_due = self._every_epochs is not None and (trainer.current_epoch + 1) % self._every_epochs == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +120,10 @@ class Evaluation:
         if FORGET not in self.parts:
             raise HAMUValueError("Expected the data to forget among `parts`, but got none. Give it as 'forget'.")
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made anew: a view of a dict cannot be one."""
+        return partial(Evaluation, is_whole=self.is_whole), (dict(self.parts),)
 
     @property
     def gone(self) -> Tensor:

@@ -95,8 +95,8 @@ def plot_ranks(
 
     Example:
         >>> figure = plot_ranks([0.1, 0.5, 0.9], before=[0.0, 0.0, 0.1])
-        >>> figure.axes[0].get_xlim()
-        (0.0, 1.0)
+        >>> figure.axes[0].get_xlabel()
+        'share of held-out samples with a lower loss'
     """
     after = _finite("ranks", ranks)
     bins = int(np.clip(len(after) // 10, 5, 20))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from typing_extensions import override
 
 from hamu_lightning import HAMUCallback, Holdout
+from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.evidence import EvaluateUnlearning
 from tests.callbacks.modules import fit, trained_on
 from tests.evidence.test_callback import HOLDOUT, PARTS, TRAIN, make_loader
@@ -80,3 +86,25 @@ def test_without_matplotlib_there_are_no_pictures(tmp_path: Path, monkeypatch: p
     evaluation = EvaluateUnlearning(**PARTS)
     fit(trained_on(TRAIN, 60), evaluation, loader=make_loader(), logger=logger)
     assert not logger.images and evaluation.after is not None
+
+
+class Copies(Callback):
+    """Copies the others in a fit, as a tuner does."""
+
+    @override
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        (found,) = (x for x in trainer.callbacks if isinstance(x, EvaluateUnlearning))
+        self.made = [copy.deepcopy(found), pickle.loads(pickle.dumps(found))]
+
+
+def test_pickles_hold_no_data() -> None:
+    evaluation, copies = EvaluateUnlearning(**PARTS), Copies()
+    fit(trained_on(TRAIN, 60), evaluation, copies, loader=make_loader())
+    for made in (*copies.made, copy.deepcopy(evaluation), pickle.loads(pickle.dumps(evaluation))):
+        assert isinstance(made, EvaluateUnlearning) and made.before is not None and evaluation.before is not None
+        assert torch.equal(made.before.parts["forget"].losses, evaluation.before.parts["forget"].losses)
+    secret = PARTS["forget"][3][0].numpy().tobytes()
+    assert secret not in pickle.dumps(evaluation)
+    fit(trained_on(TRAIN, 60), copies.made[0], loader=make_loader())  # a copy holds its data
+    with pytest.raises(HAMUValueError, match="AbsentData"):
+        fit(trained_on(TRAIN, 60), copies.made[1], loader=make_loader())
