@@ -1,6 +1,7 @@
 """Lightning: the callback, and the split of a dataset into what is retained and what is forgotten."""
 
 from hamu_lightning.callbacks._hamu_callback import HAMUCallback
+from hamu_lightning.callbacks._known_data import find_hamu, find_parts
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks._settings import PassOptions, StepOptions
 from hamu_lightning.callbacks.forecast import PreflightReport, compute_saliency_mask, preflight
@@ -45,6 +46,8 @@ __all__ = [
     "Unseen",
     "VerifySteps",
     "compute_saliency_mask",
+    "find_hamu",
+    "find_parts",
     "preflight",
     "split_forget",
 ]

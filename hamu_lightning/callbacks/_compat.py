@@ -147,6 +147,19 @@ def silent_loggers(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
+def validating(trainer: Any) -> Iterator[None]:
+    """Let a Trainer, if there is one, be in validation: transfer hooks augment in training only."""
+    if trainer is None:
+        yield
+        return
+    stage, trainer.validating = trainer.state.stage, True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
+@contextmanager
 def hook_name(module: LightningModule, name: str) -> Iterator[None]:
     """Let the module believe that it is in this hook: `self.log` asks for it."""
     before = module._current_fx_name

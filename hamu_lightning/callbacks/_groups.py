@@ -121,28 +121,21 @@ class Groups:
         check_disjoint(forgotten, {n: self._loaders[n] for n in self._settings.protect if n in self._loaders})
 
     def _find_loader(self, name: str) -> None:
-        settings = self._settings
-        is_forgotten = name not in settings.protect
-        quota = self._optimizer.rule.target_quotas.get(name)
-        loader = find_loader(
-            self._trainer,
-            name,
-            self._sources[name],
-            settings.passes.batch_size,
-            is_forgotten=is_forgotten,
-            leads_to_target=quota is not None,
-        )
+        quota, is_forgotten = self._optimizer.rule.target_quotas.get(name), name not in self._settings.protect
+        options = {"is_forgotten": is_forgotten, "leads_to_target": quota is not None}
+        loader = find_loader(self._trainer, name, self._sources[name], self._settings.passes.batch_size, **options)
         loader = read_as_held_out(self._trainer, getattr(quota, "target", None), loader)
         if loader is not None:
             self._loaders[name] = loader
 
     def identify(self, salt: str | None = None) -> dict[str, Any]:
         """Describe the data of the groups without holding it, see `identify`; all processes alike."""
-        train = _compat_loaders.train_loader_parts(self._trainer)
-        sources = {name: self._loaders[name] if name in self._loaders else train[name] for name in self._groups}
-        is_first = self._trainer.is_global_zero
-        found = identify(sources, self._settings.protect, salt) if is_first else {}
+        found = identify(self._find_given(), self._settings.protect, salt) if self._trainer.is_global_zero else {}
         return self._trainer.strategy.broadcast(found)
+
+    def _find_given(self) -> dict[str, Any]:
+        train = _compat_loaders.train_loader_parts(self._trainer)
+        return {name: self._loaders[name] if name in self._loaders else train[name] for name in self._groups}
 
     def _start_group(self, name: str) -> None:
         settings, group, state = self._settings, self._groups[name], self._state.get(name, {})
@@ -150,8 +143,7 @@ class Groups:
         if loader is not None:
             group.read(_compat_loaders.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
-            every = settings.passes.every_n_steps
-            kept = state.get("approach")
+            every, kept = settings.passes.every_n_steps, state.get("approach")
             group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, kept)
 
     def wrap_step(self, step: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -224,6 +216,12 @@ class Groups:
         for group in self._active:
             if group.approach is not None:
                 group.approach.conclude()
+
+    def find_data(self) -> tuple[dict[str, Any], Any]:
+        """The loaders of what is to be forgotten, by name, and that of the held-out data of a target, if any."""
+        forget = {name: loader for name, loader in self._find_given().items() if name not in self._settings.protect}
+        held_out = (approach.evidence.find_held_out() for approach in self._approaches.values())
+        return forget, next((loader for loader in held_out if loader is not None), None)
 
     def conclude_evidence(self) -> None:
         """Read all samples with a target once more, at the weights that the fit leaves."""

@@ -211,6 +211,10 @@ class HAMUCallback(Record, Callback):
         """What `preflight=True` found; None before the first batch."""
         return (self._fit and self._fit.flow.preflight_report) or self._preflight_report
 
+    def find_data(self) -> tuple[dict[str, Any], Any]:
+        """Return, in a fit that has started, the loaders of the data to forget by name, and that of held-out data."""
+        return self._running.parts.groups.find_data()
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

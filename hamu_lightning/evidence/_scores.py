@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +121,10 @@ class Evaluation:
             raise HAMUValueError("Expected the data to forget among `parts`, but got none. Give it as 'forget'.")
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made anew: a view of a dict cannot be one."""
+        return partial(Evaluation, is_whole=self.is_whole), (dict(self.parts),)
+
     @property
     def gone(self) -> Tensor:
         """The classes that are forgotten as a whole, sorted: those of forget samples that no retain sample has."""
@@ -144,18 +150,21 @@ class Evaluation:
         test = self.parts.get(TEST)
         return test if test is None or test.labels is None else test.select(~torch.isin(test.labels, self.gone))
 
-    def numbers(self) -> dict[str, Estimate]:
+    def numbers(self, *, quick: bool = False) -> dict[str, Estimate]:
         """Return the numbers of this model alone.
 
         RA, FA, UA, TA (the last one without classes that go), the mean loss of each part, "auc" (membership by loss,
         forget samples against comparable held-out ones), "tpr_at_1" and "tpr_at_0.1" (at 1 % and 0.1 % false alarms),
         and of classifiers "trained_attack" and "calibration" (of the test set).
+
+        Args:
+            quick: Without the trained attack, which takes longest.
         """
         found = {f"{name}_loss": part.loss for name, part in self.parts.items()}
         kept = {**self.parts} | ({} if self.kept_test() is None else {TEST: self.kept_test()})
         found |= {_LETTERS[n]: p.accuracy for n, p in kept.items() if n in _LETTERS and p is not None}
         found["UA"] = _complement(found["FA"])
-        return found | self._attacks() | self._calibration()
+        return found | self._attacks(quick) | self._calibration()
 
     def since(self, before: Evaluation) -> dict[str, Estimate]:
         """Return what has changed: "<part>_change" of each mean loss, and "surer", the share of forgotten samples.
@@ -166,6 +175,24 @@ class Evaluation:
         both = [name for name in self.parts if name in before.parts]
         found = {f"{n}_change": change(self.parts[n].losses, before.parts[n].losses) for n in both}
         return {**found, "surer": share_surer(self.parts[FORGET].losses, before.parts[FORGET].losses)}
+
+    def at(self, like: Evaluation) -> Evaluation | None:
+        """Return the samples of another evaluation, in its order; None where one of them is not among these.
+
+        Args:
+            like: An evaluation of a part of the same data.
+        """
+        found = {}
+        for name, scores in like.parts.items():
+            mine = self.parts.get(name)
+            order = None if mine is None else mine.ids.argsort()
+            if mine is None or order is None:
+                return None
+            place = torch.searchsorted(mine.ids[order], scores.ids).clamp(max=len(mine) - 1)
+            if not torch.equal(mine.ids[order][place], scores.ids):
+                return None
+            found[name] = mine.select(order[place])
+        return Evaluation(found, is_whole=like.is_whole)
 
     def distances(self, references: Sequence[Evaluation]) -> dict[str, Estimate]:
         """Return how far the answers on the forget part are from those of models that never saw it.
@@ -192,7 +219,7 @@ class Evaluation:
             "ks": distance,
         }
 
-    def _attacks(self) -> dict[str, Estimate]:
+    def _attacks(self, quick: bool) -> dict[str, Estimate]:
         forget, held_out = self.parts[FORGET], self.comparable()
         if held_out is None:
             there = HOLDOUT in self.parts or TEST in self.parts
@@ -203,7 +230,7 @@ class Evaluation:
             "tpr_at_1": tpr_at_fpr(-forget.losses, -held_out.losses, 0.01),
             "tpr_at_0.1": tpr_at_fpr(-forget.losses, -held_out.losses, 0.001),
         }
-        if forget.log_probs is not None and held_out.log_probs is not None:
+        if not quick and forget.log_probs is not None and held_out.log_probs is not None:
             theirs = held_out.log_probs, held_out.labels
             found["trained_attack"] = trained_attack(forget.log_probs, forget.labels, *theirs)
         return found

@@ -13,12 +13,14 @@ from hamu_lightning.callbacks.goals._conditions import (
     StopReason,
     as_conditions,
 )
-from hamu_lightning.callbacks.goals._reading import Reader, read_as_held_out
+from hamu_lightning.callbacks.goals._loss_forms import FORMS, SampleRead, agrees, find_form
+from hamu_lightning.callbacks.goals._reading import Reader, one_by_one, read_as_held_out
 from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
 from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
 from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._stopper import Stopper
 from hamu_lightning.callbacks.goals._targets import Chance, Holdout, Target, as_target
+from hamu_lightning.callbacks.goals._transforms import explain_difference
 from hamu_lightning.callbacks.goals._turns import Turns
 from hamu_lightning.callbacks.goals._unseen import SecondChoice, Unseen
 from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
@@ -28,6 +30,7 @@ __all__ = [
     "Approach",
     "Chance",
     "CollateralDamage",
+    "FORMS",
     "ForgetAbove",
     "ForgottenSamples",
     "Holdout",
@@ -39,6 +42,7 @@ __all__ = [
     "SecondChoice",
     "RetainGuard",
     "RetainWatch",
+    "SampleRead",
     "StopCondition",
     "StopOn",
     "StopReason",
@@ -48,8 +52,12 @@ __all__ = [
     "Unseen",
     "Verifier",
     "VerifySteps",
+    "agrees",
     "as_conditions",
     "as_target",
     "choose_guard",
+    "explain_difference",
+    "find_form",
+    "one_by_one",
     "read_as_held_out",
 ]

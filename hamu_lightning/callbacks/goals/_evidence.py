@@ -89,6 +89,10 @@ class Evidence:
         if not self._is_begun:
             self._sources.setdefault(HELD_OUT, lambda: loader)
 
+    def find_held_out(self) -> Any:
+        """The loader of held-out data; None where there is none."""
+        return self._sources[HELD_OUT]() if HELD_OUT in self._sources else None
+
     def begin(self, *step: Any) -> None:
         """Read all samples before the first step.
 

@@ -25,22 +25,24 @@ _CURE = (
 )
 
 
-def explain_difference(forget: Any, held_out: Any) -> str:
+def explain_difference(forget: Any, held_out: Any, name: str = "held-out data of the target", cure: str = _CURE) -> str:
     """Why losses of two sets do not compare, in words with the cure; empty where nothing speaks against it.
 
     Args:
         forget: The loader or Dataset of what is to be forgotten.
         held_out: That of the held-out data.
+        name: What the held-out data are called.
+        cure: What to do.
     """
     ours, theirs = _transforms_of(forget), _transforms_of(held_out)
     if ours is not None and theirs is not None:
         if _are_alike(ours, theirs):
             return ""  # augmentation, if any, is on both sides
-        return f"The forget set and the held-out data of the target go through different transforms. {_CURE}"
+        return f"The forget set and the {name} go through different transforms. {cure}"
     changing = [name for name, data in (("forget set", forget), ("held-out data", held_out)) if _changes(data)]
     if len(changing) != 1:
         return ""
-    return f"A sample of the {changing[0]} gives other tensors at each reading, one of the other data does not. {_CURE}"
+    return f"A sample of the {changing[0]} gives other tensors at each reading, one of the other data does not. {cure}"
 
 
 def with_transforms_of(data: Any, like: Any, what: str = "held-out data") -> Any:

@@ -14,6 +14,7 @@ from hamu_lightning.callbacks.passes._forget_pass import (
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._isolated_pass import IsolatedPass, detached_loss
 from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
+from hamu_lightning.callbacks.passes._look import Look
 from hamu_lightning.callbacks.passes._objective import unwrap_step, with_objective, wrap_step
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples, read_positions
 from hamu_lightning.callbacks.passes._samples import split_forget
@@ -35,6 +36,7 @@ __all__ = [
     "MeasuringLoader",
     "HoldsData",
     "IsolatedPass",
+    "Look",
     "ModuleGuard",
     "NoLossError",
     "Recording",

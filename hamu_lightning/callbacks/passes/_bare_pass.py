@@ -86,9 +86,15 @@ class BarePass:
             return detached
 
 
+_NEEDS_TRAINER = (
+    "Use HAMUCallback(preflight=True), which measures the same at the start of the fit; or, where only "
+    "`configure_optimizers` asks, pass `lr`."
+)
+
+
 @contextmanager
-def without_trainer(module: Any) -> Iterator[None]:
-    """Let `self.log` do nothing, and say what to do where `training_step` needs its Trainer.
+def without_trainer(module: Any, cure: str = _NEEDS_TRAINER) -> Iterator[None]:
+    """Let `self.log` do nothing, and say what to do where the module needs its Trainer.
 
     To be used inside `ModuleGuard.guarding()`, which puts the attributes back.
     """
@@ -99,10 +105,7 @@ def without_trainer(module: Any) -> Iterator[None]:
         # lightning/pytorch/core/module.py `trainer`
         if "attached to a `Trainer`" not in str(error):
             raise
-        raise HAMUStateError(
-            "Expected the module to work without a Trainer, but it asks for one. Use HAMUCallback(preflight=True), "
-            "which measures the same at the start of the fit; or, where only `configure_optimizers` asks, pass `lr`."
-        ) from error
+        raise HAMUStateError(f"Expected the module to work without a Trainer, but it asks for one. {cure}") from error
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
