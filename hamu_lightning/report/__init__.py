@@ -7,6 +7,7 @@ from hamu_lightning.report._comparison import plot_comparison
 from hamu_lightning.report._costs import plot_costs
 from hamu_lightning.report._figures import MissingMatplotlibError
 from hamu_lightning.report._hardness import plot_hardness
+from hamu_lightning.report._promises import plot_promises
 from hamu_lightning.report._recorder import StepHistory, StepRecorder
 from hamu_lightning.report._tradeoff import plot_tradeoff
 
@@ -17,5 +18,6 @@ __all__ = [
     "plot_comparison",
     "plot_costs",
     "plot_hardness",
+    "plot_promises",
     "plot_tradeoff",
 ]
