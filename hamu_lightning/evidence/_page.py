@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +21,9 @@ PAGE, CARD = "report.html", "model_card.md"
 class Drawable(Protocol):
     """What can be drawn into a file, as a Figure of matplotlib."""
 
-    def savefig(self, target: Any, /, **options: Any) -> None:
-        """Draw it."""
+    @property
+    def savefig(self) -> Callable[..., Any]:
+        """Draws it into a file."""
 
 
 def render_page(
