@@ -3,8 +3,8 @@
     python benchmarks/verdicts.py --seeds 20
     python benchmarks/verdicts.py --seeds 3 --task class --show
 
-Small networks on scikit-learn's digits. "class" forgets a digit (another one for each seed), "labels" forgets a tenth of
-the training samples, whose labels are wrong. Prints one table: how often each model gets each verdict.
+Small networks on scikit-learn's digits. "class" forgets a digit (another one for each seed), "labels" a tenth of the
+training samples, whose labels are wrong. Prints one table: how often each model gets each verdict.
 """
 
 from __future__ import annotations

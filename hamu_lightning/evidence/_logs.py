@@ -41,12 +41,21 @@ def report_folder(folder: str | Path) -> str:
             "Give the folder of the Trainer's logger, or write a record: evidence.report(callback, folder)."
         )
     record = read_record(records[-1]) if records else make_record(requests={}, run=_run(ledger, found))
-    return render_page(record, {**_draw_path(scalars), **_draw_promises(ledger)})
+    return render_page(record, _draw(scalars, ledger))
 
 
-def _read_ledgers(folder: Path) -> list[dict[str, float | str]]:
+def draw_logs(folder: str | Path) -> dict[str, Drawable]:
+    """Return the pictures that the ledger and the event files of a folder give, by title."""
+    return _draw(_read_events(Path(folder)), _read_ledgers(Path(folder)))
+
+
+def _draw(scalars: dict[str, list[tuple[int, float]]], ledger: list[dict[str, Any]]) -> dict[str, Drawable]:
+    return {**_draw_path(scalars), **_draw_promises(ledger)}
+
+
+def _read_ledgers(folder: Path) -> list[dict[str, Any]]:
     """The lines of all ledgers, those that are whole."""
-    rows: list[dict[str, float | str]] = []
+    rows: list[dict[str, Any]] = []
     for path in sorted(folder.rglob("hamu_ledger*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             rows += [{**row} for row in csv.DictReader(file) if row.get("verdict") in ("accept", "retry", "drop")]

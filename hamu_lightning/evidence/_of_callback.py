@@ -9,6 +9,7 @@ from typing import Any
 
 from hamu_lightning.callbacks import HAMUCallback
 from hamu_lightning.checks import check_type
+from hamu_lightning.evidence._logs import draw_logs
 from hamu_lightning.evidence._page import Drawable, write_report
 from hamu_lightning.evidence._record import hash_id, make_record
 from hamu_lightning.evidence._rows import AttackRow, Finding
@@ -31,6 +32,7 @@ def report(
     audit: Sequence[Finding] = (),
     weights_before: Weights | None = None,
     weights_after: Weights | None = None,
+    logs: str | Path | None = None,
     figures: Mapping[str, Drawable] | None = None,
     names: Mapping[Any, str] | None = None,
     private_key: Any = None,
@@ -50,7 +52,8 @@ def report(
         audit: Where forgotten data may still sit.
         weights_before: The original, a module or state dict, for hashes.
         weights_after: The unlearned model.
-        figures: Pictures for the page by title, such as those of `hamu_lightning.report`.
+        logs: The folder of the Trainer's logger, `trainer.log_dir`: its files give pictures of the way.
+        figures: More pictures for the page by title, such as those of `hamu_lightning.report`.
         names: For the place of a forgotten sample in its Dataset what the page calls it; the record holds no names.
         private_key: Signs the record, see `sign`.
 
@@ -81,7 +84,8 @@ def report(
     )
     if private_key is not None:
         record = sign(record, private_key)
-    return write_report(folder, record, figures=figures, names=_names(record, callback, names or {}))
+    pictures = {**({} if logs is None else draw_logs(logs)), **(figures or {})}
+    return write_report(folder, record, figures=pictures, names=_names(record, callback, names or {}))
 
 
 def _requests(callback: HAMUCallback, after: Evaluation | None) -> dict[str, list[int]]:

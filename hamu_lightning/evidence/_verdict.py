@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
+from hamu_lightning.evidence._counts import auc, differ_without, held_out, is_class, kept, known_best, restored
 from hamu_lightning.evidence._rows import AttackRow
-from hamu_lightning.evidence._scores import FORGET, HOLDOUT, RETAIN, TEST, Evaluation, PartScores
+from hamu_lightning.evidence._scores import FORGET, RETAIN, TEST, Evaluation
 from hamu_lightning.metrics.functional import Estimate, mean_estimate, rate_estimate
 
 Kind: TypeAlias = Literal[
@@ -136,24 +136,25 @@ def _find_change(before: Evaluation, after: Evaluation, references: Sequence[Eva
 
 def _find_memory(model: Evaluation, references: Sequence[Evaluation]) -> list[str]:
     """What in a model's answers no model would say that never saw the forgotten samples."""
-    found, share = [], model.numbers()
-    names = [r.numbers()["FA"].value for r in references]
-    if (references or _is_class(model)) and _lower(share["FA"]) > max(names, default=0.0) + NAMED:
+    found, named = [], model.parts[FORGET].accuracy
+    names = [r.parts[FORGET].accuracy.value for r in references]
+    if (references or is_class(model)) and _lower(named) > max(names, default=0.0) + NAMED:
         most = f"a retrained model {max(names):.0%} at most" if names else "a model that never saw the class cannot"
-        found.append(f"It still recognises {_percent(share['FA'])} of the samples to forget; {most}.")
+        found.append(f"It still recognises {_percent(named)} of the samples to forget; {most}.")
     if references:
         others = [[r for r in references if r is not one] for one in references]
-        floors = [_known_best(r, o).value for r, o in zip(references, others, strict=True) if o]
-        best, chance = _known_best(model, references), max([1 / (len(references) + 1), *floors])
+        floors = [known_best(r, o).value for r, o in zip(references, others, strict=True) if o]
+        best, chance = known_best(model, references), max([1 / (len(references) + 1), *floors])
         if _lower(best) > chance + MORE_THAN_ANY:
             found.append(
                 f"{_percent(best)} of the samples to forget are better known to it than to every retrained model, and "
                 f"more than by chance; {chance:.0%} could be."
             )
-    auc = share["auc"]
-    floor = max([0.5, *(r.numbers()["auc"].value for r in references)])
-    if not _is_class(model) and _lower(auc) > floor:
-        found.append(f"Samples to forget are told from held-out ones by their loss: AUC {auc.value:.2f}.")
+    if is_class(model):
+        return found  # held-out samples of the class are as unknown as they are
+    mine, floor = auc(model), max([0.5, *(auc(r).value for r in references)])
+    if _lower(mine) > floor:
+        found.append(f"Samples to forget are told from held-out ones by their loss: AUC {mine.value:.2f}.")
     return found
 
 
@@ -165,23 +166,23 @@ def _find_mask(before: Evaluation, after: Evaluation, attacks: Sequence[AttackRo
         if row.name == "unchanged" and row.value.value > UNTOUCHED
     ]
     pairs = [(before.parts[name], part) for name, part in after.parts.items() if name in before.parts]
-    if len(after.gone) and all(_differ_without(after.gone, *pair) < SAME_ANSWERS for pair in pairs):
+    if len(after.gone) and all(differ_without(after.gone, *pair) < SAME_ANSWERS for pair in pairs):
         found.insert(0, "All its answers are the old ones, but for the outputs of the forgotten classes.")
     return found
 
 
 def _find_restored(before: Evaluation, after: Evaluation, references: Sequence[Evaluation]) -> list[str]:
     """Whether one number, added to the outputs of the forgotten classes, brings them back."""
-    mine, old = _restored(after), _restored(before)
+    mine, old = restored(after), restored(before)
     if mine is None or old is None or not references:
         return []
-    most = max(value for r in references if (value := _restored(r)) is not None)
-    count = sum(int(torch.isin(part.labels, after.gone).sum()) for part in _held_out(after))  # type: ignore[arg-type,misc]
+    most = max(value for r in references if (value := restored(r)) is not None)
+    count = sum(int(torch.isin(part.labels, after.gone).sum()) for part in held_out(after))  # type: ignore[arg-type,misc]
     if mine < RESTORED * old or _lower(rate_estimate(round(mine * count), count)) <= most:
         return []
     return [
-        f"One number added to its output brings {mine:.0%} of the forgotten class back (shares of right less wrong "
-        f"answers); in a retrained model {most:.0%}."
+        f"One number added to its output brings {mine:.0%} of the forgotten class back, and in a retrained "
+        f"model {most:.0%} at most."
     ]
 
 
@@ -199,12 +200,12 @@ def _find_excess(attacks: Sequence[AttackRow]) -> list[str]:
 def _find_harm(before: Evaluation, after: Evaluation, references: Sequence[Evaluation]) -> list[str]:
     """What the model has lost on the data that it was to keep, and retrained models have not."""
     found = []
-    for name, key in ((RETAIN, "RA"), (TEST, "TA")):
-        mine, old = (e.kept_test() if name == TEST else e.parts.get(name) for e in (after, before))
+    for name in (RETAIN, TEST):
+        mine, old, *others = (kept(model, name) for model in (after, before, *references))
         if mine is None or old is None or len(mine) != len(old):
             continue
         lost = mean_estimate(old.recognised - mine.recognised)
-        floor = min((r.numbers()[key].value for r in references), default=old.accuracy.value)
+        floor = min((r.accuracy.value for r in others if r is not None), default=old.accuracy.value)
         if _lower(lost) > 0 and lost.value > HARM and mine.accuracy.value < floor - HARM:
             what = "the data to keep" if name == RETAIN else "test data"
             found.append(f"Its accuracy on {what} is {mine.accuracy.value:.1%}, and was {old.accuracy.value:.1%}.")
@@ -213,16 +214,15 @@ def _find_harm(before: Evaluation, after: Evaluation, references: Sequence[Evalu
 
 def _find_overshoot(before: Evaluation, after: Evaluation, references: Sequence[Evaluation]) -> list[str]:
     """Whether the forgotten samples stand out by too high a loss."""
-    numbers = after.numbers()
-    if _is_class(after):
-        most = max((r.numbers()["forget_loss"].value for r in references), default=float("inf"))
-        loss = numbers["forget_loss"].value
+    if is_class(after):
+        most = max((r.parts[FORGET].loss.value for r in references), default=float("inf"))
+        loss = after.parts[FORGET].loss.value
         is_far = loss > FURTHER * most
         return [f"Its loss on the forgotten class is {loss:.3g}, in a retrained model {most:.3g}."] if is_far else []
-    others = [r.numbers()["auc"].value for r in references] or [min(0.5, _lower(before.numbers()["auc"]))]
-    auc = numbers["auc"]
-    if _upper(auc) < min(others) - STANDS_OUT:
-        return [f"Forgotten samples are told from held-out ones by a higher loss: AUC {auc.value:.2f}, below 0.5."]
+    others = [auc(r).value for r in references] or [min(0.5, _lower(auc(before)))]
+    mine = auc(after)
+    if _upper(mine) < min(others) - STANDS_OUT:
+        return [f"Forgotten samples are told from held-out ones by a higher loss: AUC {mine.value:.2f}, below 0.5."]
     return []
 
 
@@ -242,9 +242,7 @@ def _find_gaps(
         )
     distance, floor = _distance(after, references)
     if floor is not None and _lower(distance) > max(FURTHER * floor, MEANINGFUL):
-        found.append(
-            "Its answers to the forgotten samples are further from those of retrained models than these differ."
-        )
+        found.append("Its answers to the forgotten samples are far from those of retrained models, which differ less.")
     if after.kept_test() is None and RETAIN not in after.parts:
         found.append("Nothing was measured of what was to be kept.")
     known = [row for row in attacks if row.value.is_defined]
@@ -254,7 +252,7 @@ def _find_gaps(
             "It cannot be told without an attack on its inside ('probe' or 'relearn', beside a retrained model): a new "
             "last layer on features that keep everything would answer like this."
         )
-    if _is_class(after) and _restored(after) is not None and not (references or "logit_shift" in weighed):
+    if is_class(after) and restored(after) is not None and not (references or "logit_shift" in weighed):
         found.append(
             "It cannot be told without a retrained model, or the attack 'logit_shift' beside one: an output that hides "
             "the class would answer like this."
@@ -280,58 +278,6 @@ def _distance(after: Evaluation, references: Sequence[Evaluation]) -> tuple[Esti
         return distance, None
     rest = [(one, [r for r in references if r is not one]) for one in references]
     return distance, max(one.distances(others)["js"].value for one, others in rest)
-
-
-def _is_class(model: Evaluation) -> bool:
-    """Whether all samples to forget are of classes that go as a whole."""
-    labels = model.parts[FORGET].labels
-    return labels is not None and len(model.gone) > 0 and bool(torch.isin(labels, model.gone).all())
-
-
-def _known_best(model: Evaluation, others: Sequence[Evaluation]) -> Estimate:
-    """Share of forgotten samples with a lower loss than under every other model, and of classifiers above chance."""
-    part = model.parts[FORGET]
-    is_best = part.losses < torch.stack([other.parts[FORGET].losses for other in others]).amin(0)
-    if part.log_probs is not None and part.labels is not None:
-        of_label = part.log_probs.gather(1, part.labels[:, None])[:, 0]
-        is_best &= of_label.exp() > 1 / part.log_probs.shape[1]
-    return rate_estimate(int(is_best.sum()), len(part))
-
-
-def _differ_without(gone: Tensor, one: PartScores, other: PartScores) -> float:
-    """Mean total variation of two models' answers, both renormalised without some classes."""
-    if one.log_probs is None or other.log_probs is None or len(one) != len(other):
-        return float("inf")
-    kept = torch.ones(one.log_probs.shape[1], dtype=torch.bool)
-    kept[gone] = False
-    first, second = (part.log_probs[:, kept].softmax(1) for part in (one, other))  # type: ignore[index]
-    return float((first - second).abs().sum(1).mean() / 2)
-
-
-def _held_out(model: Evaluation) -> list[PartScores]:
-    parts = [model.parts[name] for name in (HOLDOUT, TEST) if name in model.parts]
-    return [part for part in parts if part.labels is not None and part.log_probs is not None]
-
-
-def _restored(model: Evaluation) -> float | None:
-    """Most of the gone classes' held-out samples that one shift of their outputs brings back, less what it takes.
-
-    max over b of   P(z_g + b > z_k | y gone) - P(z_g + b > z_k | y kept),      g: best gone class, k: best kept one
-    """
-    parts = _held_out(model) if _is_class(model) else []
-    if not parts:
-        return None
-    scores, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("log_probs", "labels"))
-    kept = torch.ones(scores.shape[1], dtype=torch.bool)
-    kept[model.gone] = False
-    needed = (scores[:, kept].amax(1) - scores[:, ~kept].amax(1)).nan_to_num(posinf=1e300)
-    is_gone = torch.isin(labels, model.gone)
-    if not is_gone.any() or is_gone.all():
-        return None
-    theirs, others = needed[is_gone].sort().values, needed[~is_gone].sort().values
-    back = torch.arange(1, len(theirs) + 1, dtype=torch.float64) / len(theirs)
-    taken = torch.searchsorted(others, theirs, right=True).double() / len(others)
-    return max(0.0, float((back - taken).max()))
 
 
 def _lower(estimate: Estimate) -> float:

@@ -32,6 +32,8 @@ METRICS = {
     "calibration": "Difference of confidence and accuracy on test samples",
 }
 """For the name of a metric what it is."""
+FIRST = 9
+"""So many of them are shown at once, the others when somebody asks."""
 _HIDDEN = ("UA",)  # one less FA
 _SHARES = {"FA", "RA", "TA", "surer", "tpr_at_1", "tpr_at_0.1", "trained_attack", "agreement"}
 
@@ -45,6 +47,17 @@ KINDS = {
     "cannot_tell": "Cannot be told",
 }
 """For the kind of a verdict its heading."""
+NEXT = {
+    "forgotten": "",
+    "not_forgotten": "Unlearn again, with more steps or a target further away, or retrain without the data.",
+    "masked": "Unlearn again with all weights free, or retrain without the data.",
+    "suppressed": "Do not hand out the weights: unlearn again, or retrain without the data. If only answers leave the "
+    "house, decide whether that is enough.",
+    "harmed": "Train on with the data to keep, and measure again; or unlearn again with smaller steps.",
+    "over_forgotten": "Unlearn again with a target that is nearer.",
+    "cannot_tell": "Measure what is missing, and write this report again.",
+}
+"""For the kind of a verdict what is to be done; nothing where the text is empty."""
 HOLDS = {"yes": "still there", "no": "nothing there", "unknown": "not known"}
 """For what a finding says, the words."""
 COLUMNS = {"before": "before", "after": "after", "floor": "retrained"}

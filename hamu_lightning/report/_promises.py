@@ -51,8 +51,9 @@ def plot_promises(
     """
     due, came = as_array("promised", promised, 1), as_array("measured", measured, 1)
     step = as_array("steps", steps, 1)
-    is_kept = as_array("kept", [1.0] * len(step) if kept is None else kept, 1) > 0
-    check_shapes(step.shape, promised=due, measured=came, kept=is_kept)
+    flags = as_array("kept", [1.0] * len(step) if kept is None else kept, 1)
+    check_shapes(step.shape, promised=due, measured=came, kept=flags)
+    is_kept = flags > 0
     figure = make_figure(6.4, 3.8)
     axes = figure.add_subplot()
     style_axes(axes, title, "step", "rise (loss units)")
