@@ -14,7 +14,8 @@ from hamu_lightning.errors import HAMUError
 
 COMMANDS: Mapping[str, Callable[..., int]] = {"report": report, "verify": verify}
 """For the name of each command its function: arguments without a default are positional, the others are options; the
-docstring is the help, and its last line may be an example. It returns the exit code."""
+docstring is the help, and its last paragraph before `Args` may be an example; what is False by default is a flag. It
+returns the exit code."""
 
 _WRONG = 2
 
@@ -29,17 +30,16 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0 where all is well, 1 where something differs, 2 where nothing could be said.
     """
     try:
-        parser, parsers = _make_parser()
-        chosen = parser.parse_args(None if args is None else [*args])
-        name = chosen.command
-        values = {key: value for key, value in vars(chosen[name]).items() if key in _arguments(COMMANDS[name])}
-        return COMMANDS[name](**values)
+        chosen = _make_parser().parse_args(None if args is None else [*args])
+        command = COMMANDS[chosen.command]
+        given = vars(chosen[chosen.command])
+        return command(**{name: given[name] for name in inspect.signature(command).parameters})
     except HAMUError as error:
         print(f"hamu-lightning: {error}", file=sys.stderr)
         return _WRONG
 
 
-def _make_parser() -> tuple[Any, dict[str, Any]]:
+def _make_parser() -> Any:
     try:
         jsonargparse = import_module("jsonargparse")
     except ImportError as error:
@@ -50,14 +50,20 @@ def _make_parser() -> tuple[Any, dict[str, Any]]:
         prog="hamu-lightning", description="Reports on unlearning, and checks of them."
     )
     commands = parser.add_subcommands(required=True, dest="command")
-    made = {}
     for name, command in COMMANDS.items():
-        text, _, example = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0].rpartition("\n\n")
-        made[name] = jsonargparse.ArgumentParser(description=" ".join(text.split()), epilog=example)
-        made[name].add_function_arguments(command, as_positional=True)
-        commands.add_subcommand(name, made[name], help=text.splitlines()[0])
-    return parser, made
+        about = import_module("docstring_parser").parse(command.__doc__ or "")
+        text, _, example = f"{about.long_description or ''}".partition("Example: ")
+        made = jsonargparse.ArgumentParser(
+            description=f"{about.short_description} {' '.join(text.split())}",
+            epilog=example and f"Example: {' '.join(example.split())}",
+        )
+        flags = {x.arg_name: x.description for x in about.params if isinstance(_default(command, x.arg_name), bool)}
+        made.add_function_arguments(command, as_positional=True, skip={*flags})
+        for flag, words in flags.items():
+            made.add_argument(f"--{flag}", action="store_true", help=words)
+        commands.add_subcommand(name, made, help=about.short_description)
+    return parser
 
 
-def _arguments(command: Callable[..., int]) -> set[str]:
-    return {*inspect.signature(command).parameters}
+def _default(command: Callable[..., int], argument: str) -> Any:
+    return inspect.signature(command).parameters[argument].default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hamu_lightning.callbacks import HAMUCallback
 from hamu_lightning.checks import check_type
@@ -17,6 +17,19 @@ from hamu_lightning.evidence._scores import FORGET, Evaluation
 from hamu_lightning.evidence._signature import sign
 from hamu_lightning.evidence._weights import Weights
 
+
+class Measured(Protocol):
+    """What was measured before and after a fit, as by `EvaluateUnlearning`."""
+
+    @property
+    def before(self) -> Evaluation | None:
+        """What the original said."""
+
+    @property
+    def after(self) -> Evaluation | None:
+        """What the unlearned model says."""
+
+
 _SETTINGS = ("rule", "schedule", "objective", "retain_objective", "stop_on", "verify", "guard", "passes", "steps")
 _COUNTS = ("combined_steps", "left_out_steps", "forget_passes")
 
@@ -25,6 +38,7 @@ def report(
     callback: HAMUCallback,
     folder: str | Path,
     *,
+    evaluation: Measured | None = None,
     before: Evaluation | None = None,
     after: Evaluation | None = None,
     references: Sequence[Evaluation] = (),
@@ -45,6 +59,7 @@ def report(
     Args:
         callback: After its fit.
         folder: Where `hamu_record.json`, `report.html` and `model_card.md` go; files of these names are replaced.
+        evaluation: The `EvaluateUnlearning` of the same fit, in place of the next two.
         before: What the original says of the data.
         after: What the unlearned model says.
         references: What models say that were trained without the forgotten data; three are enough.
@@ -68,6 +83,8 @@ def report(
         'report.html'
     """
     check_type("callback", callback, HAMUCallback, "the HAMUCallback of a fit")
+    if evaluation is not None:
+        before, after = before or evaluation.before, after or evaluation.after
     record = make_record(
         requests=_requests(callback, after),
         before=before,

@@ -10,7 +10,7 @@ import torch
 
 from hamu_lightning.evidence import AttackRow, Evaluation, PartScores, judge
 from hamu_lightning.metrics.functional import Estimate
-from tests.evidence.models import INSIDE, answer, labels_of, make_logits, make_retrained, without_class
+from tests.evidence.made_up import INSIDE, answer, labels_of, make_logits, make_retrained, without_class
 
 ORIGINAL = answer(make_logits(0))
 RETRAINED = make_retrained()
