@@ -139,7 +139,9 @@ def _find_memory(model: Evaluation, references: Sequence[Evaluation]) -> list[st
     found, named = [], model.parts[FORGET].accuracy
     names = [r.parts[FORGET].accuracy.value for r in references]
     if (references or is_class(model)) and _lower(named) > max(names, default=0.0) + NAMED:
-        most = f"a retrained model {max(names):.0%} at most" if names else "a model that never saw the class cannot"
+        most = (
+            f"a retrained model {_percent(max(names))} at most" if names else "a model that never saw the class cannot"
+        )
         found.append(f"It still recognises {_percent(named)} of the samples to forget; {most}.")
     if references:
         others = [[r for r in references if r is not one] for one in references]
@@ -148,7 +150,7 @@ def _find_memory(model: Evaluation, references: Sequence[Evaluation]) -> list[st
         if _lower(best) > chance + MORE_THAN_ANY:
             found.append(
                 f"{_percent(best)} of the samples to forget are better known to it than to every retrained model, and "
-                f"more than by chance; {chance:.0%} could be."
+                f"more than by chance; {_percent(chance)} could be."
             )
     if is_class(model):
         return found  # held-out samples of the class are as unknown as they are
@@ -161,7 +163,7 @@ def _find_memory(model: Evaluation, references: Sequence[Evaluation]) -> list[st
 def _find_mask(before: Evaluation, after: Evaluation, attacks: Sequence[AttackRow]) -> list[str]:
     """Whether nothing but the outputs of the forgotten classes, or nothing but the last layers, was changed."""
     found = [
-        f"{row.value.value:.0%} of the weights are in tensors that did not change at all: the old features are there."
+        f"{_percent(row.value.value)} of the weights are in tensors that did not change: the old features are there."
         for row in attacks
         if row.name == "unchanged" and row.value.value > UNTOUCHED
     ]
@@ -181,8 +183,8 @@ def _find_restored(before: Evaluation, after: Evaluation, references: Sequence[E
     if mine < RESTORED * old or _lower(rate_estimate(round(mine * count), count)) <= most:
         return []
     return [
-        f"One number added to its output brings {mine:.0%} of the forgotten class back, and in a retrained "
-        f"model {most:.0%} at most."
+        f"One number added to its output brings {_percent(mine)} of the forgotten class back, and in a retrained "
+        f"model {_percent(most)} at most."
     ]
 
 
@@ -208,7 +210,8 @@ def _find_harm(before: Evaluation, after: Evaluation, references: Sequence[Evalu
         floor = min((r.accuracy.value for r in others if r is not None), default=old.accuracy.value)
         if _lower(lost) > 0 and lost.value > HARM and mine.accuracy.value < floor - HARM:
             what = "the data to keep" if name == RETAIN else "test data"
-            found.append(f"Its accuracy on {what} is {mine.accuracy.value:.1%}, and was {old.accuracy.value:.1%}.")
+            now, then = (_percent(share, 1) for share in (mine.accuracy, old.accuracy))
+            found.append(f"Its accuracy on {what} is {now}, and was {then}.")
     return found
 
 
@@ -289,5 +292,5 @@ def _upper(estimate: Estimate) -> float:
     return estimate.value if estimate.interval is None else estimate.interval[1]
 
 
-def _percent(share: Estimate) -> str:
-    return f"{share.value:.0%}"
+def _percent(share: Estimate | float, digits: int = 0) -> str:
+    return f"{100 * float(share):.{digits}f} %"

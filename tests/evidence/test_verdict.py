@@ -59,7 +59,7 @@ def test_a_mean_that_five_samples_meet_is_seen_through() -> None:
     for references in ([], RETRAINED):
         verdict = judge(ORIGINAL, model, references, [INSIDE])
         assert verdict.kind == "not_forgotten"
-        assert verdict.reasons[0] == "88% of the samples to forget are better known to it than before."
+        assert verdict.reasons[0] == "88 % of the samples to forget are better known to it than before."
 
 
 @pytest.mark.parametrize("by", [40.0, math.inf])
