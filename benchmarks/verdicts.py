@@ -155,6 +155,7 @@ def main() -> None:
     """Print how often each model gets each verdict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--task", choices=[*EPOCHS], nargs="+", default=[*EPOCHS])
     parser.add_argument("--show", action="store_true", help="print each verdict with its reasons")
     args = parser.parse_args()
@@ -163,7 +164,7 @@ def main() -> None:
     print("| forgotten | model | verdicts |\n| --- | --- | --- |")
     for task in args.task:
         counts: dict[str, Counter[str]] = {}
-        for seed in range(args.seeds):
+        for seed in range(args.first, args.first + args.seeds):
             for name, verdict in judge_all(task, seed):
                 counts.setdefault(name, Counter())[verdict.kind] += 1
                 if args.show:

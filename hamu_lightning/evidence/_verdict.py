@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from hamu_lightning.evidence._counts import auc, differ_without, held_out, is_class, kept, known_best, restored
+from hamu_lightning.evidence._counts import auc, differ_without, is_class, kept, known_best, restored
 from hamu_lightning.evidence._rows import AttackRow
 from hamu_lightning.evidence._scores import FORGET, RETAIN, TEST, Evaluation
-from hamu_lightning.metrics.functional import Estimate, mean_estimate, rate_estimate
+from hamu_lightning.metrics.functional import Estimate, mean_estimate
 
 Kind: TypeAlias = Literal[
     "forgotten", "not_forgotten", "masked", "suppressed", "harmed", "over_forgotten", "cannot_tell"
@@ -21,7 +21,7 @@ Kind: TypeAlias = Literal[
 MORE_THAN_ANY = 0.15
 """So many more forgotten samples than chance explains are better known than to any retrained model."""
 NAMED = 0.05
-"""So many more forgotten samples than in any retrained model are still recognised."""
+"""So many more forgotten samples than in any retrained model are still recognised, or are after one shift."""
 HARM = 0.02
 """So much accuracy on kept data is lost."""
 STANDS_OUT = 0.05
@@ -179,8 +179,7 @@ def _find_restored(before: Evaluation, after: Evaluation, references: Sequence[E
     if mine is None or old is None or not references:
         return []
     most = max(value for r in references if (value := restored(r)) is not None)
-    count = sum(int(torch.isin(part.labels, after.gone).sum()) for part in held_out(after))  # type: ignore[arg-type,misc]
-    if mine < RESTORED * old or _lower(rate_estimate(round(mine * count), count)) <= most:
+    if mine < RESTORED * old or mine < most + NAMED:
         return []
     return [
         f"One number added to its output brings {_percent(mine)} of the forgotten class back, and in a retrained "
