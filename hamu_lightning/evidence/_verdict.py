@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.evidence._counts import auc, differ_without, is_class, kept, known_best, restored
 from hamu_lightning.evidence._rows import AttackRow
 from hamu_lightning.evidence._scores import FORGET, RETAIN, TEST, Evaluation
@@ -82,6 +83,9 @@ def judge(
         attacks: What attacks found. A larger number means that more is left, save in rows that end with "_loss", which
             are not weighed. "unchanged" is the share of weights in tensors that did not change (`compare_weights`).
 
+    Raises:
+        HAMUValueError: If the models were not asked for the same samples to forget.
+
     Example:
         >>> from hamu_lightning.evidence import PartScores
         >>> losses = torch.linspace(0.01, 0.1, 40, dtype=torch.float64)
@@ -89,6 +93,7 @@ def judge(
         >>> judge(model, model).kind
         'not_forgotten'
     """
+    _check_same_samples(before, after, *references)
     searches: tuple[tuple[Kind, Callable[[], list[str]]], ...] = (
         ("not_forgotten", lambda: _find_change(before, after, references) + _find_memory(after, references)),
         ("masked", lambda: _find_mask(before, after, attacks)),
@@ -120,6 +125,15 @@ def _second(kind: Kind, kinds: Sequence[Kind], reasons: Sequence[str]) -> str:
     if kind not in ("harmed", "cannot_tell") and "harmed" in kinds:
         return "It has also lost much of what it was to keep."
     return reasons[0]
+
+
+def _check_same_samples(*models: Evaluation) -> None:
+    first, *others = (model.parts[FORGET].ids for model in models)
+    if any(not torch.equal(first, ids) for ids in others):
+        raise HAMUValueError(
+            "Expected every model to be evaluated on the same samples to forget, in the same order, but got other ids. "
+            "Evaluate all of them on the same data."
+        )
 
 
 def _find_change(before: Evaluation, after: Evaluation, references: Sequence[Evaluation]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.evidence import AttackRow, Evaluation, PartScores, judge
 from hamu_lightning.metrics.functional import Estimate
 from tests.evidence.made_up import INSIDE, answer, labels_of, make_logits, make_retrained, without_class
@@ -152,3 +153,10 @@ def test_what_is_missing_is_named() -> None:
     alone = Evaluation({"forget": after.parts["forget"]})
     told = judge(Evaluation({"forget": before.parts["forget"]}), alone, RETRAINED, [INSIDE])
     assert "Nothing was measured of what was to be kept." in told.reasons
+
+
+def test_other_samples_are_refused() -> None:
+    other = Evaluation({"forget": ORIGINAL.parts["forget"].select(torch.arange(39))})
+    for models in ((ORIGINAL, other), (other, ORIGINAL), (ORIGINAL, ORIGINAL, [other])):
+        with pytest.raises(HAMUValueError, match="Expected every model to be evaluated on the same samples"):
+            judge(*models)  # type: ignore[arg-type]
