@@ -7,6 +7,7 @@ import hmac
 import json
 import math
 import platform
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -28,6 +29,7 @@ FORMAT = "hamu_lightning record 1"
 RECORD = "hamu_record.json"
 _PACKAGES = ("hamu_lightning", "torch", "lightning", "pytorch-lightning", "torchmetrics")
 _SHOWN = 10
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _LIMITS = (
     "No measurement shows that nothing is left: only what these metrics and attacks look for can be found.",
     "Intervals cover the choice of the samples, not the spread over trainings; the floor is what other models that "
@@ -242,10 +244,10 @@ def _verdict(
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has: numbers, text, None; NaN and infinity are None, anything else its `repr`."""
+    """What JSON has: numbers, text, None; NaN and infinity are None, anything else its `repr` without addresses."""
     if isinstance(value, float):
         return _finite(value)
-    return value if value is None or isinstance(value, bool | int | str) else repr(value)
+    return value if value is None or isinstance(value, bool | int | str) else _ADDRESS.sub("", repr(value))
 
 
 def _finite(value: float) -> float | None:

@@ -59,7 +59,7 @@ def full_record(**more: Any) -> dict[str, Any]:
         weights_after=other,
         samples={EVIL: make_table()},
         seeds={"data": 3},
-        configuration={"rule": nn.Identity(), "lr": 0.1, "nothing": None},
+        configuration={"rule": nn.Identity(), "lr": 0.1, "nothing": None, "function": [make_table]},
         run={"combined_steps": 12, "summary": EVIL, "stop_message": None, "level": math.nan},
         **more,
     )
@@ -72,7 +72,8 @@ def test_records_fit_their_schema() -> None:
     check(record)
     assert record["metrics"]["floor"]["js"]["value"] > 0
     assert record["attacks"][-1]["name"] == "unchanged"
-    assert record["configuration"] == {"rule": "Identity()", "lr": 0.1, "nothing": None}
+    expected = {"rule": "Identity()", "lr": 0.1, "nothing": None, "function": "[<function make_table>]"}
+    assert record["configuration"] == expected
     assert record["run"]["level"] is None
 
 
