@@ -10,7 +10,7 @@ from typing import Any
 
 from hamu_lightning.commands._report import report
 from hamu_lightning.commands._verify import verify
-from hamu_lightning.errors import HAMUError
+from hamu_lightning.errors import HAMUError, HAMUStateError
 
 COMMANDS: Mapping[str, Callable[..., int]] = {"report": report, "verify": verify}
 """For the name of each command its function: arguments without a default are positional, the others are options; the
@@ -43,7 +43,7 @@ def _make_parser() -> Any:
     try:
         jsonargparse = import_module("jsonargparse")
     except ImportError as error:
-        raise HAMUError(
+        raise HAMUStateError(
             "Expected jsonargparse for the command line, but it is not installed. Run: pip install hamu_lightning[cli]"
         ) from error
     parser = jsonargparse.ArgumentParser(
