@@ -1,5 +1,8 @@
-"""The command `hamu-lightning`: what can be done from files, without a line of Python."""
+"""The command `hamu-lightning`: reports and checks from files, without a line of Python.
 
-from hamu_lightning.commands._scrub import scrub
+A new command is a function in a file of its own, and a line in `COMMANDS`.
+"""
 
-__all__ = ["scrub"]
+from hamu_lightning.commands._main import COMMANDS, main
+
+__all__ = ["COMMANDS", "main"]

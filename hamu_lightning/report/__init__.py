@@ -8,6 +8,7 @@ from hamu_lightning.report._costs import plot_costs
 from hamu_lightning.report._figures import MissingMatplotlibError
 from hamu_lightning.report._hardness import plot_hardness
 from hamu_lightning.report._losses import plot_losses, plot_ranks, render
+from hamu_lightning.report._promises import plot_promises
 from hamu_lightning.report._recorder import StepHistory, StepRecorder
 from hamu_lightning.report._tradeoff import plot_tradeoff
 
@@ -19,6 +20,7 @@ __all__ = [
     "plot_costs",
     "plot_hardness",
     "plot_losses",
+    "plot_promises",
     "plot_ranks",
     "plot_tradeoff",
     "render",

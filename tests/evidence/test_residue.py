@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from hamu_lightning import HAMUQ, HAMUCallback
-from hamu_lightning.commands import scrub as run_scrub
+from hamu_lightning.commands._scrub import scrub as run_scrub
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.evidence import Finding, audit, scrub
 from hamu_lightning.evidence.residue import Scrubbed

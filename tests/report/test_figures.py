@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.report import MissingMatplotlibError, _figures, plot_comparison, plot_hardness, plot_tradeoff
+from hamu_lightning.report import (
+    MissingMatplotlibError,
+    _figures,
+    plot_comparison,
+    plot_hardness,
+    plot_promises,
+    plot_tradeoff,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -208,3 +215,12 @@ def test_comparison_keeps_room_where_one_method_destroys_the_model() -> None:
 def test_comparison_refuses_other_paths(paths: Any, message: str) -> None:
     with pytest.raises(HAMUValueError, match=message):
         plot_comparison(paths)
+
+
+def test_promises_beside_what_came() -> None:
+    axes = plot_promises([0.1, 0.2, 0.2], [0.1, 0.05, 0.21], [1, 2, 2], [1, 0, 1]).axes[0]
+    np.testing.assert_array_equal(line(axes, "promised"), [0.1, 0.2])
+    points = {c.get_label(): c.get_offsets().tolist() for c in axes.collections}
+    assert points == {"measured": [[1, 0.1], [2, 0.21]], "measured, and taken back": [[2, 0.05]]}
+    with pytest.raises(HAMUValueError, match=r"Expected `measured` to have shape \[2\], but got \[1\]"):
+        plot_promises([0.1, 0.2], [0.1], [1, 2])
