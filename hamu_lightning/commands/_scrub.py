@@ -8,6 +8,8 @@ from hamu_lightning.evidence import scrub as scrub_folder
 def scrub(folder: str, apply: bool = False) -> int:
     """Take out of a folder what this package left there and what still remembers.
 
+    Without --apply it only lists. Example: hamu-lightning scrub lightning_logs --apply
+
     Args:
         folder: The folder; all below it is looked at.
         apply: Do it. Without it nothing is changed, and what would be done is listed.
