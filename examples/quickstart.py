@@ -32,6 +32,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset
 
 from hamu_lightning import HAMUCallback, Unseen
+from hamu_lightning.evidence import attack, audit, judge, report
+from hamu_lightning.evidence import evaluate as evaluate_parts
 from hamu_lightning.report import StepHistory, StepRecorder, plot_hardness, plot_tradeoff
 
 EPOCHS, BATCH_SIZE = 12, 64
@@ -39,6 +41,8 @@ MEASURE_EVERY = 5
 # So many models are retrained, with other seeds: a single pair of them is a rough measure of how far two are apart.
 RETRAINED, SEEDS_APART = 4, 1000
 WIDTH = 80
+# What tries to get the knowledge back: the quick ones.
+ATTACKS = ("probe", "logit_shift", "neighbours", "round_4bit")
 
 
 class Result(NamedTuple):
@@ -52,6 +56,8 @@ class Result(NamedTuple):
     history: StepHistory
     summary: str
     """What the callback says at the end."""
+    verdict: str
+    """What the report says on top."""
 
     @property
     def retrained(self) -> list[Row]:
@@ -159,7 +165,30 @@ def run(args: argparse.Namespace) -> Result:
     for name, model in zip(names, (original, unlearned, *retrained), strict=True):
         retain, forget, test = (evaluate(model, part) for part in (data.retain, data.forget, data.test))
         rows.append(make_row(name, retain, forget, test, data.gone))
-    return Result(rows, data.gone, path.path, steps.history(), hamu.summary)
+    verdict = write_report((original, unlearned, *retrained), data, hamu, args)
+    return Result(rows, data.gone, path.path, steps.history(), hamu.summary, verdict)
+
+
+def write_report(models: Sequence[DigitsClassifier], data: Data, hamu: HAMUCallback, args: argparse.Namespace) -> str:
+    """Write what is handed over, and return its verdict: all models on all parts of the data, and what attacks find."""
+    print("Writing the report", flush=True)
+    parts = {"retain": data.retain, "forget": data.forget, "holdout": data.val, "test": data.test}
+    original, unlearned, *retrained = models
+    before, after, *references = (evaluate_parts(model, parts) for model in models)
+    found = attack(unlearned, parts, control=retrained, attacks=ATTACKS)
+    report(
+        hamu,
+        args.out,
+        before=before,
+        after=after,
+        references=references,
+        attacks=found,
+        audit=audit(unlearned, callback=hamu),
+        weights_before=original,
+        weights_after=unlearned,
+        logs=args.out / "logs" / "unlearned",
+    )
+    return judge(before, after, references, found).text
 
 
 def draw(result: Result, out: Path) -> None:
@@ -229,7 +258,9 @@ def main() -> None:
     draw(result, args.out)
     print(f"\n{textwrap.fill(result.summary, WIDTH)}\n")
     print(f"{format_table(result.rows[:4], result.retrained, result.gone)}\n\n{explain(result)}\n")
-    print(f"{time.perf_counter() - wall:.0f} s. In {args.out}: tradeoff.png, hardness.png, logs (TensorBoard).")
+    print(f"{textwrap.fill(f'The report says: {result.verdict}', WIDTH)}\n")
+    files = "report.html, tradeoff.png, hardness.png, logs (TensorBoard)"
+    print(f"{time.perf_counter() - wall:.0f} s. In {args.out}: {files}.")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def run_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *argv: str) -> An
     monkeypatch.setattr(quickstart, "MEASURE_EVERY", 3)
     monkeypatch.setattr(quickstart, "DigitsClassifier", lambda: DigitsClassifier(width=4))
     monkeypatch.setattr(quickstart, "RETRAINED", 3)
+    monkeypatch.setattr(quickstart, "ATTACKS", ("round_4bit",))
     options = ["--steps", "4", "--workers", "1", "--out", str(tmp_path)]
     return quickstart.run(quickstart.parse_args([*argv, *options]))
 
@@ -144,6 +146,7 @@ def test_small_run_from_end_to_end(argv: tuple[str, ...], tmp_path: Path, monkey
     assert result.summary.startswith("HAMU: 4 combined steps")
     draw(result, tmp_path)
     assert (tmp_path / "tradeoff.png").exists() and (tmp_path / "hardness.png").exists()
+    assert result.verdict and result.verdict in unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert list(tmp_path.glob("logs/unlearned/events.out.tfevents.*"))
     table = format_table(result.rows, result.retrained, [3])
     assert "without 3" in table and "without" not in format_table(result.rows, result.retrained, [])
