@@ -134,7 +134,7 @@ class Evidence:
         if before is None or now is None or data is None or data.positions is None:
             return
         if len(before.losses) == len(now.losses):
-            held_out = self._now[HELD_OUT].losses if HELD_OUT in self._now else None
+            held_out = self._now[HELD_OUT].of_classes(now) if HELD_OUT in self._now else None
             positions = torch.tensor(data.positions or range(len(now.losses)))
             self.table = ForgottenSamples.of(positions, before.losses, now.losses, now.recognised, held_out)
 
@@ -188,7 +188,9 @@ class Evidence:
         told = [] if self.table is None else [_describe_table(self.table, is_part=self._is_excerpt)]
         if self._auc is not None:
             before = "" if self._auc_before is None else f", before {tell(self._auc_before)}"
-            told.append(f"AUC against {len(self._now[HELD_OUT].losses)} held-out samples {tell(self._auc)}{before}")
+            held_out = len(self._now[HELD_OUT].of_classes(self._now[FORGET]))
+            which = "" if held_out == len(self._now[HELD_OUT].losses) else " of the same classes"
+            told.append(f"AUC against {held_out} held-out samples{which} {tell(self._auc)}{before}")
         verdict = self.judge() if is_reached else ""
         unknown = "" if told or not self._is_begun else self._explain_unknown()
         parts = "; ".join(told), verdict, unknown, self.doubt, self._runaway
@@ -241,8 +243,10 @@ class Evidence:
 
     @staticmethod
     def _estimate_auc(read: Mapping[str, SampleLosses]) -> Estimate | None:
-        has_both = FORGET in read and HELD_OUT in read
-        return estimate_auc(read[FORGET].losses, read[HELD_OUT].losses) if has_both else None
+        if not (FORGET in read and HELD_OUT in read):
+            return None
+        held_out = read[HELD_OUT].of_classes(read[FORGET])
+        return estimate_auc(read[FORGET].losses, held_out) if len(held_out) else None
 
 
 def gather_evidence(

@@ -21,11 +21,13 @@ class SampleRead(NamedTuple):
         losses: `[N]`, the loss of each sample.
         places: `[N]`, over how many places each loss is a mean.
         recognised: `[N]`: 1 where the model gives the label, else 0, of a sequence the share; None where unknown.
+        classes: `[N]`, integers: the class of each sample; None where it has not one alone.
     """
 
     losses: Tensor
     places: Tensor
     recognised: Tensor | None
+    classes: Tensor | None = None
 
 
 def find_form(logits: Tensor, labels: Tensor, own: float) -> str | None:
@@ -58,7 +60,8 @@ def _of_classes(logits: Tensor, labels: Tensor) -> SampleRead | None:
     if labels.is_floating_point() or logits.ndim < 2 or labels.shape != (logits.shape[0], *logits.shape[2:]):
         return None
     losses = F.cross_entropy(logits, labels.long(), reduction="none", ignore_index=_IGNORED)
-    return _over_places(losses, logits.argmax(dim=1) == labels, labels != _IGNORED)
+    read = _over_places(losses, logits.argmax(dim=1) == labels, labels != _IGNORED)
+    return read._replace(classes=labels) if labels.ndim == 1 else read
 
 
 def _of_tokens(logits: Tensor, labels: Tensor) -> SampleRead | None:

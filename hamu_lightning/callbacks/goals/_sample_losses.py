@@ -31,10 +31,18 @@ class SampleLosses(NamedTuple):
     Attributes:
         losses: `[N]`, float64, on the CPU.
         recognised: `[N]`: 1 where the model gives the label, else 0, of a sequence the share; NaN where unknown.
+        classes: `[N]`, the class of each; NaN where it has not one alone. None where nobody asked.
     """
 
     losses: Tensor
     recognised: Tensor
+    classes: Tensor | None = None
+
+    def of_classes(self, like: SampleLosses) -> Tensor:
+        """The losses of the samples whose classes are among those of others; all where classes are unknown."""
+        if self.classes is None or like.classes is None or self.classes.isnan().any() or like.classes.isnan().any():
+            return self.losses
+        return self.losses[torch.isin(self.classes, like.classes)]
 
 
 class SampleReader:
@@ -158,9 +166,9 @@ class _Asking(Objective):
         return FORMS[form](logits.detach().float(), labels)
 
 
-def _known(read: SampleRead) -> tuple[Tensor, Tensor]:
-    recognised = torch.full_like(read.losses, torch.nan) if read.recognised is None else read.recognised
-    return read.losses, recognised
+def _known(read: SampleRead) -> list[Tensor]:
+    parts = (read.losses, read.recognised, read.classes)
+    return [torch.full_like(read.losses, torch.nan) if part is None else part for part in parts]
 
 
 def _of_labels(batch: BatchPass, outputs: Outputs) -> SampleRead:
@@ -168,4 +176,6 @@ def _of_labels(batch: BatchPass, outputs: Outputs) -> SampleRead:
     prediction = batch.predict(outputs)
     is_right = (prediction.logits.argmax(dim=-1) == prediction.labels).float()
     losses, recognised = map(prediction.mean_over_places, (-prediction.log_likelihoods(), is_right))
-    return SampleRead(losses.detach(), prediction.mask.sum(dim=1), recognised)
+    is_one = prediction.labels.shape[1] == 1 and not prediction.is_sequence
+    classes = prediction.labels[:, 0] if is_one else None
+    return SampleRead(losses.detach(), prediction.mask.sum(dim=1), recognised, classes)

@@ -15,7 +15,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, Holdout
@@ -159,6 +167,18 @@ def test_a_mean_that_a_few_samples_carry_is_not_reached() -> None:
     assert "not forgotten one by one" in (hamu.summary or "")
 
 
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target", "ignore:The forget loss is")
+def test_held_out_samples_of_other_classes_are_not_compared() -> None:
+    """They are harder or easier for reasons of their own: here each has a lower loss than any forgotten sample."""
+    low = with_losses([0.001] * 30)
+    ordinary = with_losses([0.3 + 0.02 * i for i in range(40)])
+    mixed = ConcatDataset([ordinary, TensorDataset(low.tensors[0].roll(1, dims=1), torch.ones(30, dtype=torch.long))])
+    hamu = HAMUCallback(DataLoader(ORDINARY, batch_size=40), target=Holdout(DataLoader(mixed, batch_size=70)))
+    fit(Shown(), hamu, loader=DataLoader(OTHERS, batch_size=20), max_epochs=-1, max_steps=1)
+    assert "AUC against 40 held-out samples of the same classes 0.5 (" in (hamu.summary or "")
+    assert float(hamu.forgotten_samples["forget"].rank.mean()) == pytest.approx(0.5)
+
+
 def test_nothing_to_forget_is_said_with_intervals() -> None:
     hamu = HAMUCallback(DataLoader(ORDINARY, batch_size=40), target=Holdout(DataLoader(ORDINARY, batch_size=40)))
     with (
@@ -188,7 +208,8 @@ def test_the_table_has_each_sample(tmp_path: Path) -> None:
     hamu, module, trainer = reach(DataLoader(FORGET, batch_size=3, sampler=SubsetRandomSampler(rows)))
     table = hamu.forgotten_samples["forget"]
     assert table.position.tolist() == rows
-    after, held_out = losses_of(module, FORGET)[rows], losses_of(module, HELD_OUT)
+    same = torch.isin(HELD_OUT.tensors[1], FORGET.tensors[1][rows])
+    after, held_out = losses_of(module, FORGET)[rows], losses_of(module, HELD_OUT)[same]
     assert table.loss_before.tolist() == pytest.approx(losses_of(trained(), FORGET)[rows].tolist(), rel=1e-4)  # float32
     assert table.loss_after.tolist() == pytest.approx(after.tolist(), rel=1e-4)
     assert table.rank.tolist() == [float((held_out < loss).double().mean()) for loss in after]
@@ -202,7 +223,9 @@ def test_the_table_has_each_sample(tmp_path: Path) -> None:
     assert float(lines[2]["loss_after"]) == table.rows()[2]["loss_after"]
     # The same numbers in words, and for loggers.
     share = f"Of 4 forgotten samples {100 * table.surer:.0f} % are surer than before"
-    assert share in (hamu.summary or "") and "AUC against 30 held-out samples" in (hamu.summary or "")
+    assert share in (hamu.summary or "") and f"AUC against {len(held_out)} held-out samples of the" in (
+        hamu.summary or ""
+    )
     assert float(trainer.callback_metrics["hamu/surer"]) == pytest.approx(table.surer)
     assert {"hamu/recognised", "hamu/auc", "hamu/auc_lower", "hamu/auc_upper"} <= trainer.callback_metrics.keys()
 
