@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# What is read first stands first: of distances and attacks those that stayed when weights were rounded, the model had
-# relearned a little, or outputs were shifted (benchmarks/trusted_metrics.py). One that is not here is shown by its name,
-# after these.
+# What is read first stands first: of distances and attacks those that stayed when weights were rounded, when a model had
+# relearned a little, or when outputs were shifted (benchmarks/trusted_metrics.py). One that is not here comes after
+# these, by its name.
 METRICS = {
     "FA": "Forgotten samples that the model still recognises",
     "RA": "Samples to keep that it recognises",
