@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# What is read first stands first: of distances and attacks those that stayed when weights were rounded, when a model had
-# relearned a little, or when outputs were shifted (benchmarks/trusted_metrics.py). One that is not here comes after
-# these, by its name.
+# What is read first stands first: of distances and attacks those that stayed when weights were rounded, a model had
+# relearned a little, or outputs were shifted (benchmarks/trusted_metrics.py). What is not here comes after these.
 METRICS = {
     "FA": "Forgotten samples that the model still recognises",
     "RA": "Samples to keep that it recognises",
