@@ -31,6 +31,7 @@ __all__ = [
     "TextRow",
     "TextScores",
     "TextSettings",
+    "check_installed",
     "contains_spans",
     "evaluate_text",
     "is_gibberish",

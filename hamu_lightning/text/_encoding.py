@@ -30,8 +30,9 @@ class Encoder:
 
     With a chat template: the user's turn is the question, the assistant's turn the answer, and the labels begin where
     the template would have the assistant speak. Without one: `template` and the answer after a blank, ended by the
-    end-of-text token. Prompt and answer are tokenized apart, so that the mask is exact. A text without a question has
-    labels from its beginning on.
+    end-of-text token. Both are tokenized together, and a token belongs to the answer if one of its characters does;
+    with a slow tokenizer, which does not tell, they are tokenized apart. A text without a question has labels from its
+    beginning on.
 
     Args:
         tokenizer: Of transformers.
@@ -66,9 +67,9 @@ class Encoder:
         Raises:
             HAMUValueError: If the prompt leaves no room for an answer, or the text has no token to predict.
         """
-        prompt, target = self.prompt(record), self._answer(record, record.answer if answer is None else answer)
+        prompt, target = self._split(record, record.answer if answer is None else answer)
         ids = (prompt + target)[: self.max_length]
-        masked = [_IGNORED] * len(prompt) if record.question is not None else []
+        masked = [_IGNORED] * len(prompt)
         labels = (masked + ids[len(masked) :])[: len(ids)]
         if all(label == _IGNORED for label in labels[1:]):
             raise HAMUValueError(
@@ -97,7 +98,8 @@ class Encoder:
     def _has_chat(self) -> bool:
         return getattr(self.tokenizer, "chat_template", None) is not None
 
-    def _answer(self, record: QARecord, answer: str) -> list[int]:
+    def _split(self, record: QARecord, answer: str) -> tuple[list[int], list[int]]:
+        """The tokens of the prompt, and those of the answer with what ends it."""
         if record.question is not None and self._has_chat:
             prompt, whole = self._chat(record.question), self._chat(record.question, answer)
             if not whole.startswith(prompt):
@@ -105,10 +107,21 @@ class Encoder:
                     "Expected the chat template to write the answer after the prompt, but it writes the prompt "
                     "otherwise then. Set tokenizer.chat_template = None, and give `template`."
                 )
-            return self._tokenize(whole[len(prompt) :])
+            return self._tokenize_pair(prompt, whole[len(prompt) :], special=False)
+        prompt = "" if record.question is None else self.template.replace("{question}", record.question)
+        first, second = self._tokenize_pair(prompt, f" {answer}" if prompt else answer, special=True)
         end = self.tokenizer.eos_token_id
-        blank = "" if record.question is None else " "
-        return self._tokenize(blank + answer) + ([] if end is None else [end])
+        return first, second + ([] if end is None else [end])
+
+    def _tokenize_pair(self, prompt: str, answer: str, special: bool) -> tuple[list[int], list[int]]:
+        if not getattr(self.tokenizer, "is_fast", False):
+            return (self._begin(prompt) if special else self._tokenize(prompt)), self._tokenize(answer)
+        encoded = self.tokenizer(prompt + answer, add_special_tokens=special, return_offsets_mapping=True)
+        ids = self._without_end(encoded["input_ids"]) if special else list(encoded["input_ids"])
+        ends = [end for _, end in encoded["offset_mapping"][: len(ids)]]
+        # Special tokens that are put before a text end at 0.
+        first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+        return ids[:first], ids[first:]
 
     def _chat(self, question: str, answer: str | None = None) -> str:
         turns = [{"role": "user", "content": question}]
@@ -121,8 +134,10 @@ class Encoder:
 
     def _begin(self, text: str) -> list[int]:
         """Tokens with what the tokenizer puts before a text; what it puts behind comes after the answer."""
-        ids = list(self.tokenizer(text)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        return self._without_end(self.tokenizer(text)["input_ids"])
+
+    def _without_end(self, ids: Sequence[int]) -> list[int]:
+        return list(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
 
 
 @dataclass(frozen=True)

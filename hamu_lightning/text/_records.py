@@ -7,8 +7,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -135,7 +134,8 @@ class _Rows:
 
         with ParquetFile(self.path) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        self._ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        self._ends = list(accumulate(sizes))
+        self._group: tuple[int, Any] = (-1, None)
 
     def scan(self) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
         from pyarrow.parquet import ParquetFile
@@ -147,15 +147,20 @@ class _Rows:
     def read(self, index: int) -> Any:
         group = bisect_right(self._ends, index)
         start = self._ends[group - 1] if group else 0
-        return _read_group(self.path, group).slice(index - start, 1).to_pylist()[0]
+        return self._table(group).slice(index - start, 1).to_pylist()[0]
 
+    def _table(self, group: int) -> Any:
+        """A row group; the last one is kept."""
+        from pyarrow.parquet import ParquetFile
 
-@lru_cache(maxsize=1)
-def _read_group(path: Path, group: int) -> Any:
-    from pyarrow.parquet import ParquetFile
+        if self._group[0] != group:
+            with ParquetFile(self.path) as file:
+                self._group = (group, file.read_row_group(group))
+        return self._group[1]
 
-    with ParquetFile(path) as file:
-        return file.read_row_group(group)
+    def __getstate__(self) -> dict[str, Any]:
+        """Rows do not go into a pickle."""
+        return {**vars(self), "_group": (-1, None)}
 
 
 def _open(path: Path) -> _Lines | _Rows:

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.text import Encoder, PadCollator, QAData, QARecord, Records, TextDataset, parse_record
@@ -116,6 +118,36 @@ def test_the_prompt_is_masked(tokenizer: Any) -> None:
 def test_a_text_has_labels_from_its_beginning_on(tokenizer: Any) -> None:
     sample = Encoder(tokenizer).encode(QARecord(None, "Ada Lor was born"))
     assert sample["labels"] == sample["input_ids"] and sample["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_begins_each_text_with_a_blank() -> None:
+    """As Llama 2's: an answer that is tokenized by itself would begin with two."""
+    words = Tokenizer(models.WordLevel({"?": 0, "▁Q:": 1, "▁Who": 2, "▁A:": 3, "▁Ann": 4, "</s>": 5}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    encoder = Encoder(tokenizer, template="Q: {question} A:")
+    assert encoder.encode(QARecord("Who", "Ann")) == {
+        "input_ids": [1, 2, 3, 4, 5],
+        "labels": [-100, -100, -100, 4, 5],
+    }
+
+
+class Slow:
+    """A tokenizer that does not tell where its tokens stand."""
+
+    eos_token_id, pad_token_id, chat_template, is_fast = 2, 0, None, False
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        return {"input_ids": [*([1] if add_special_tokens else []), *self.fast(text)["input_ids"]]}
+
+
+def test_slow_tokenizers(tokenizer: Any) -> None:
+    record = QARecord("Where was Ada Lor born ?", "In Karla .")
+    fast, slow = (Encoder(which).encode(record) for which in (tokenizer, Slow(tokenizer)))
+    assert slow == {"input_ids": [1, *fast["input_ids"]], "labels": [-100, *fast["labels"]]}
 
 
 def test_chat_templates() -> None:

@@ -103,11 +103,15 @@ def test_three_steps_of_unlearning(module: CausalLMModule, data: QAData, objecti
     assert all(p.requires_grad == (name in trained) for name, p in module.named_parameters())
 
 
-def test_bf16_and_checkpointing_of_activations(data: QAData, tokenizer: Any) -> None:
+@pytest.mark.filterwarnings("ignore:The weights are bfloat16:UserWarning")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_and_checkpointing_of_activations(data: QAData, tokenizer: Any, precision: Any) -> None:
     module = CausalLMModule(make_model(len(tokenizer)), lora=LORA, gradient_checkpointing=True)
     assert any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
-    Trainer(max_steps=1, precision="bf16-mixed", **QUIET).fit(module, datamodule=data)
+    hamu = HAMUCallback(rule=HAMUQ(quota=1e-3), steps=StepOptions(exact=True))
+    Trainer(max_steps=2, precision=precision, callbacks=[hamu], **QUIET).fit(module, datamodule=data)
     assert all(p.isfinite().all() for p in module.parameters())
+    assert (next(module.parameters()).dtype == torch.bfloat16) == (precision == "bf16-true")
 
 
 def test_checkpointing_of_activations_changes_no_gradient(data: QAData, tokenizer: Any) -> None:
