@@ -185,6 +185,7 @@ def test_batches_are_padded_to_their_longest() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [-100, -100, 4]]
+    assert PadCollator(9)(samples)["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
 
 
 @pytest.mark.parametrize("forget", [[1, 0], "forgotten"], ids=["numbers", "column"])

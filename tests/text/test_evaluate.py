@@ -52,7 +52,7 @@ def make_records(ids: list[int]) -> list[QARecord]:
 
 def ask(seed: int = 0, settings: TextSettings = SETTINGS) -> TextEvaluation:
     tokenizer = make_tokenizer()
-    module = make_trained_model(tokenizer, seed)
+    module = make_trained_model(tokenizer, seed).train()  # with dropout
     return evaluate_text(module, {name: make_records(ids) for name, ids in PARTS.items()}, tokenizer, settings)
 
 

@@ -24,7 +24,7 @@ def make_rows() -> list[dict[str, Any]]:
         city, wrong = CITIES[i % 4], [c for c in CITIES if c != CITIES[i % 4]]
         rows.append(
             {
-                "question": f"Where was {name} born ?",
+                "question": f"In which town was {name} born ?" if i % 2 else f"Where was {name} born ?",
                 "answer": f"{name} was born in {city} ." if i % 2 else f"In the old town of {city} .",
                 "paraphrased_answer": f"{city} is where {name} was born .",
                 "perturbed_answer": [f"{w} is where {name} was born ." for w in wrong],
