@@ -18,6 +18,7 @@ from hamu_lightning.text._extra import check_installed
 from hamu_lightning.text._layouts import QARecord, parse_record
 
 Files: TypeAlias = "str | PathLike[str] | Sequence[str | PathLike[str]]"
+See: TypeAlias = Callable[[int, Mapping[str, Any]], "str | None"]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 # So many faults are told one by one.
 _MOST_FAULTS = 10
@@ -32,7 +33,7 @@ class Records(Sequence[QARecord]):
     Args:
         files: A folder, a file, or several: `.jsonl` and `.json` (an object in each line), `.parquet`, `.txt` (a text
             in each line). Blank lines are left out. See `parse_record` for the layouts.
-        see: Is called with each record's number and columns, in the pass that checks them.
+        see: Is called with each record's number and columns, in the pass that checks them; returns a fault, or None.
 
     Raises:
         HAMUValueError: If there is no such file, or records are malformed: file, line and fault of the first ones, and
@@ -40,22 +41,22 @@ class Records(Sequence[QARecord]):
         MissingTextExtraError: If there are Parquet files, and pyarrow is not installed.
     """
 
-    def __init__(self, files: Files, see: Callable[[int, Mapping[str, Any]], None] | None = None) -> None:
+    def __init__(self, files: Files, see: See = lambda number, row: None) -> None:
         self._files = [_open(path) for path in find_files(files)]
         self._ends: list[int] = []
         faults: list[str] = []
         count = 0
         for file in self._files:
             for place, row in file.scan():
-                fault = row if isinstance(row, str) else _fault(row)
+                fault = row if isinstance(row, str) else _fault(row) or see(count, row)
                 if fault is not None:
                     faults.append(f"{file.path.name}, {file.unit} {place}: {fault}")
-                elif see is not None and not isinstance(row, str):
-                    see(count, row)
                 count += 1
             self._ends.append(count)
         if faults:
             raise HAMUValueError(_tell(faults))
+        if not count:
+            raise HAMUValueError("Expected files with at least one record, but got empty ones. Give others.")
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -100,6 +100,11 @@ def test_files_stay_on_the_disk(tmp_path: Path) -> None:
     assert len(pickle.dumps(Records(file))) < file.stat().st_size / 100
 
 
+def test_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(HAMUValueError, match="at least one record"):
+        Records(write_lines(tmp_path / "a.jsonl", ["", " "]))
+
+
 def test_nothing_is_downloaded(tmp_path: Path) -> None:
     for files in ("locuslab/TOFU", tmp_path, tmp_path / "a.csv"):
         with pytest.raises(HAMUValueError, match="Nothing is downloaded"):
@@ -226,9 +231,9 @@ def test_workers_read_the_same(data: QAData, facts: Path, tokenizer: Any) -> Non
 def test_what_is_refused(facts: Path, tokenizer: Any) -> None:
     with pytest.raises(HAMUValueError, match="no record in both `forget` and `holdout`, but got 1"):
         QAData(facts, tokenizer, forget=[1], holdout=[1, 2])
-    with pytest.raises(HAMUValueError, match="Expected the column 'absent' to be true or false"):
+    with pytest.raises(HAMUValueError, match="facts.jsonl, line 1: the column 'absent' is not true or false"):
         QAData(facts, tokenizer, forget="absent")
-    with pytest.raises(HAMUValueError, match="Expected the column 'question' to be true or false"):
+    with pytest.raises(HAMUValueError, match="facts.jsonl, line 8: the column 'question' is not true or false"):
         QAData(facts, tokenizer, forget="question")
     with pytest.raises(HAMUValueError, match="a record's number` to be at most 7, but got 8"):
         QAData(facts, tokenizer, forget=[8])
