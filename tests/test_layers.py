@@ -28,6 +28,7 @@ LAYERS = (
     "objectives",
     "metrics",
     "report",
+    "text",
     "callbacks",
     "methods",
     "evidence",
@@ -35,10 +36,16 @@ LAYERS = (
 )
 # The only layers that may import these; what is not named here may be imported anywhere that PURE allows.
 HOMES = {
-    "lightning": {"callbacks", "report", "methods", "evidence", "commands"},
+    "lightning": {"callbacks", "report", "text", "methods", "evidence", "commands"},
     "lightning_fabric": {"callbacks"},
     "pytorch_lightning": {"callbacks"},
-    "torchmetrics": {"metrics", "report", "callbacks", "methods"},
+    "torchmetrics": {"metrics", "report", "text", "callbacks", "methods"},
+    "transformers": {"text"},
+    "peft": {"text"},
+    "tokenizers": {"text"},
+    "safetensors": {"text"},
+    "pyarrow": {"text"},
+    "nltk": {"text"},
     "jinja2": {"evidence"},
     "cryptography": {"evidence"},
     "jsonargparse": {"commands"},
