@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         preflight,
         split_forget,
     )
+    from hamu_lightning.evidence import EvaluateUnlearning, attack
     from hamu_lightning.gramian import compute_gramian
     from hamu_lightning.methods import compare
     from hamu_lightning.optim import HAMUOptimizer
@@ -27,6 +28,7 @@ __all__ = [
     "HAMUQ",
     "HAMUU",
     "Chance",
+    "EvaluateUnlearning",
     "HAMUCallback",
     "HAMUOptimizer",
     "Holdout",
@@ -34,6 +36,7 @@ __all__ = [
     "Unseen",
     "RetainGuard",
     "VerifySteps",
+    "attack",
     "compare",
     "compute_gramian",
     "preflight",
@@ -45,6 +48,7 @@ _HOMES = {
     "HAMUQ": "rules",
     "HAMUU": "rules",
     "Chance": "callbacks",
+    "EvaluateUnlearning": "evidence",
     "HAMUCallback": "callbacks",
     "HAMUOptimizer": "optim",
     "Holdout": "callbacks",
@@ -52,6 +56,7 @@ _HOMES = {
     "Unseen": "callbacks",
     "RetainGuard": "callbacks",
     "VerifySteps": "callbacks",
+    "attack": "evidence",
     "compare": "methods",
     "compute_gramian": "gramian",
     "preflight": "callbacks",
