@@ -221,6 +221,7 @@ class HAMUCallback(Record, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with refusing(trainer):
             check_setup(trainer, pl_module, self)
+            self.settings = self.settings.for_module(pl_module)
             past = Past(self._state, self._is_loaded, is_same_module=self._module() is pl_module)
             self._fit = Fit(trainer, self, self.settings, past)
             self._module = weakref.ref(pl_module)
