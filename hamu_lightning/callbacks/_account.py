@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._ending import describe_ending
+from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.errors import HAMUStateError
 
@@ -25,11 +26,14 @@ class Account:
 
     Attributes:
         averages: Who puts an average of the weights in the place of the model at the end.
+        movement: Knows the weights that the fit has begun with.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.averages: list[str] = []
+        self.movement: Movement | None = None
+        self._still = ""
 
     def check_it_happened(self) -> None:
         """Raise unless there was unlearning: forgetting must never silently not happen."""
@@ -82,6 +86,14 @@ class Account:
         """Measure at the weights that the fit leaves; say so if there is a target and the fit has ended before it."""
         groups = self._parts.groups
         groups.conclude_evidence()
+        if self.movement is not None and self._done()["combined_steps"]:
+            self._still = self.movement.describe()
+        if self._still:
+            rank_zero_warn(
+                f"{self._still}. {self._done()['combined_steps']} combined steps were taken; each was shorter than the "
+                "rounding of the weights, or what they did was taken back. Give a larger quota or radius, such as "
+                "RelativeRadius(1e-3), which no gradient can make small."
+            )
         if self._parts.stopper.reason is not None:
             return
         groups.conclude()
@@ -126,6 +138,7 @@ class Account:
             + parts.groups.describe_unseen()
             + parts.groups.describe_evidence()
             + ("" if parts.guarding is None else parts.guarding.describe())
+            + (f" {self._still}." if self._still else "")
             + self._describe_ending()
             + (self._describe_run() if parts.is_resumed else "")
             + "".join(

@@ -9,6 +9,7 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._account import Account
 from hamu_lightning.callbacks._checks import best_checkpoints, check_data, warn_about_averages, warn_about_stale_best
 from hamu_lightning.callbacks._flow import Flow
+from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts, Past
 from hamu_lightning.callbacks._settings import FitSettings
 
@@ -56,6 +57,7 @@ class Fit:
         if self._unlearns:
             self.account.averages = warn_about_averages(self._trainer)
         self.parts.start()
+        self.account.movement = Movement(self._trainer, self.parts.optimizer)
         self.flow.start()
 
     def add_request(self, settings: FitSettings, name: str) -> None:

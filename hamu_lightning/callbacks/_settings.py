@@ -41,7 +41,7 @@ from hamu_lightning.solvers import FeasibleDirection
 # Chosen in docs/targets.md: one problem for the whole model, whose weights a step moves by this share at most; with
 # low-rank adapters the weights that they change.
 _TARGET_RADIUS = 2e-3
-_ADAPTER_RADIUS = 1e-2
+_ADAPTER_RADIUS = 5e-2
 BatchNormMode: TypeAlias = Literal["freeze", "retain"]
 
 

@@ -13,6 +13,7 @@ from hamu_lightning.callbacks.goals._conditions import (
     StopReason,
     as_conditions,
 )
+from hamu_lightning.callbacks.goals._planning import warn_about_budget
 from hamu_lightning.callbacks.goals._reading import Reader, read_as_held_out
 from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
 from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
@@ -52,4 +53,5 @@ __all__ = [
     "as_target",
     "choose_guard",
     "read_as_held_out",
+    "warn_about_budget",
 ]
