@@ -12,6 +12,7 @@ from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._ending import describe_ending
 from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts
+from hamu_lightning.callbacks.goals import CEILINGS
 from hamu_lightning.errors import HAMUStateError
 
 if TYPE_CHECKING:
@@ -86,20 +87,24 @@ class Account:
         """Measure at the weights that the fit leaves; say so if there is a target and the fit has ended before it."""
         groups = self._parts.groups
         groups.conclude_evidence()
-        if self.movement is not None and self._done()["combined_steps"]:
-            self._still = self.movement.describe()
-        if self._still:
-            rank_zero_warn(
-                f"{self._still}. {self._done()['combined_steps']} combined steps were taken; each was shorter than the "
-                "rounding of the weights, or what they did was taken back. Give a larger quota or radius, such as "
-                "RelativeRadius(1e-3), which no gradient can make small."
-            )
+        self._look_for_movement()
         if self._parts.stopper.reason is not None:
             return
         groups.conclude()
         short = groups.describe_short()
         if short:
             rank_zero_warn(f"The fit has ended before the target: {short}")
+
+    def _look_for_movement(self) -> None:
+        parts, steps = self._parts, self._done()["combined_steps"]
+        self._still = self.movement.describe() if self.movement is not None and steps else ""
+        # Who went back on purpose says so.
+        is_back = parts.stopper.reason in CEILINGS or (parts.guarding is not None and parts.guarding.has_gone_back)
+        if self._still and not is_back:
+            rank_zero_warn(
+                f"{self._still}. The {steps} combined steps were too short for it. Give a larger quota, or a radius "
+                "that no gradient makes small, such as RelativeRadius(1e-3)."
+            )
 
     def log_evidence(self) -> None:
         """Log once what single samples show: hooks at the end of training take no `self.log`."""

@@ -80,8 +80,10 @@ class HAMUCallback(Record, Callback):
         target: Instead of a rule: where forgetting should end, and the fit with it. `Unseen(holdout)` (what the model
             says about samples that it never saw: for samples), `Unseen()` (the same for whole classes),
             `SecondChoice()` (for wrong labels); for the module's own loss a number, `Holdout(loader)`, `Chance()`, or a
-            function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(2e-3), blocks="global")`;
-            `Approach` judges when it is reached. A mapping from the names of the requests to their targets means
+            function of the module. Means
+            `HAMUQ(TargetQuota(target), radius=RelativeRadius(2e-3), blocks="global")`, with `AdapterRadius(5e-2)` where
+            low-rank adapters are trained (LoRA); `Approach` judges when it is reached. A mapping from the names of the
+            requests to their targets means
             `FeasibleDirection`, with a floor of 0 for what is protected.
         seed: Seed of the forget stream's own random state.
         stop_on: When to stop before a step is applied: "collateral_damage" (no step can meet the quota without harm,

@@ -17,6 +17,9 @@ from tests.callbacks.modules import Base, fit
 peft = pytest.importorskip("peft", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
+# PEFT calls what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 
 class Sentences(Dataset[Any]):
     def __init__(self, seed: int) -> None:
@@ -73,7 +76,7 @@ def test_steps_are_measured_by_the_weights() -> None:
     module.on_train_batch_end = note  # type: ignore[method-assign]
     rule = HAMUQ(1e3, radius=AdapterRadius(0.01), blocks="global")
     hamu = HAMUCallback(DataLoader(Sentences(1), batch_size=4), rule)
-    fit(module, hamu, DataLoader(Sentences(2), batch_size=4), max_epochs=-1, max_steps=6)
+    fit(module, hamu, loader=DataLoader(Sentences(2), batch_size=4), max_epochs=-1, max_steps=6)
     assert len(shares) == 6
     assert all(1e-4 < share <= 0.01 * (1 + 1e-4) for share in shares)  # float32
 
