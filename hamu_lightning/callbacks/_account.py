@@ -98,9 +98,9 @@ class Account:
     def _look_for_movement(self) -> None:
         parts, steps = self._parts, self._done()["combined_steps"]
         self._still = self.movement.describe() if self.movement is not None and steps else ""
-        # Who went back on purpose says so.
+        # Who went back on purpose says so; where longer steps were promised, that was said.
         is_back = parts.stopper.reason in CEILINGS or (parts.guarding is not None and parts.guarding.has_gone_back)
-        if self._still and not is_back:
+        if self._still and not is_back and not parts.journal.has_warned:
             rank_zero_warn(
                 f"{self._still}. The {steps} combined steps were too short for it. Give a larger quota, or a radius "
                 "that no gradient makes small, such as RelativeRadius(1e-3)."

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from typing_extensions import Unpack, override
 
-from hamu_lightning.callbacks._checks import check_setup, check_strategy
+from hamu_lightning.callbacks._checks import check_data, check_setup, check_strategy
 from hamu_lightning.callbacks._fit import Fit
 from hamu_lightning.callbacks._parts import Past
 from hamu_lightning.callbacks._record import Record
@@ -223,6 +223,7 @@ class HAMUCallback(Record, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with refusing(trainer):
             check_setup(trainer, pl_module, self)
+            check_data(self.settings)
             self.settings = self.settings.for_module(pl_module)
             past = Past(self._state, self._is_loaded, is_same_module=self._module() is pl_module)
             self._fit = Fit(trainer, self, self.settings, past)

@@ -228,7 +228,7 @@ class FitSettings(HoldsData):
         trained = {id(p) for p in module.parameters() if p.requires_grad}
         has_adapters = any(id(f) in trained for a in find_adapters(module) for f in (a.down, a.up))
         radius = AdapterRadius(_ADAPTER_RADIUS) if has_adapters else RelativeRadius(_TARGET_RADIUS)
-        return replace(self, rule=replace(self.rule, radius=radius))
+        return self if self.rule.radius == radius else replace(self, rule=replace(self.rule, radius=radius))
 
     def with_request(self, name: str, forget: Any, quota: float | Quota | None, target: Any) -> FitSettings:
         """The same with one more request to forget; see `HAMUCallback.add_request`."""

@@ -142,15 +142,15 @@ def test_large_tensors_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_budget_that_cannot_reach_the_target_is_told_at_the_start() -> None:
     hamu = callback(HAMUQ(TargetQuota(Chance()), radius=RelativeRadius(1e-6), blocks="global"))
     with pytest.warns(UserWarning) as told:
-        fit(trained_on(FORGET, 60, Base), hamu, max_epochs=-1, max_steps=12)
+        fit(trained_on(FORGET, 60, Base), hamu, max_epochs=-1, max_steps=30)
     [message] = [str(w.message) for w in told if "out of reach" in str(w.message)]
-    assert "The fit has 12. Give it more steps, or a larger radius, such as RelativeRadius(" in message
+    assert "The fit has 30. Give it more steps, or a larger radius, such as RelativeRadius(" in message
     # What it names is enough.
     fraction = float(message.rsplit("RelativeRadius(", 1)[1].split(")")[0])
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         again = callback(HAMUQ(TargetQuota(Chance()), radius=RelativeRadius(2 * fraction), blocks="global"))
-        fit(trained_on(FORGET, 60, Base), again, max_epochs=-1, max_steps=12)
+        fit(trained_on(FORGET, 60, Base), again, max_epochs=-1, max_steps=30)
     assert not [w for w in found if "out of reach" in str(w.message)]
 
 

@@ -20,7 +20,7 @@ _APPROACH = 2 / 3
 # A target is out of reach where the steps to it are so many times those of the fit: their number is a rough estimate.
 _FAR = 3
 # Nobody means to reach a target in fewer steps: such a fit is a trial.
-_FEW = 10
+_FEW = 20
 
 
 def plan_steps(trainer: Trainer, quota: TargetQuota, taken: int, every_n_steps: int) -> int:
