@@ -140,7 +140,7 @@ def bound_spectral_norms(factors: list[Tensor]) -> Tensor:
         `[len(factors)]`, float64; zero for zero, NaN for NaN.
 
     Example:
-        >>> bound_spectral_norms([torch.diag(torch.tensor([3.0, 1.0]))])
+        >>> bound_spectral_norms([torch.diag(torch.tensor([3.0, 1.0]))]).round(decimals=3)
         tensor([3.], dtype=torch.float64)
     """
     dtype, device = widest_float(factors[0].device), factors[0].device
