@@ -10,7 +10,9 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._ending import describe_ending
+from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts
+from hamu_lightning.callbacks.goals import CEILINGS
 from hamu_lightning.errors import HAMUStateError
 
 if TYPE_CHECKING:
@@ -25,11 +27,14 @@ class Account:
 
     Attributes:
         averages: Who puts an average of the weights in the place of the model at the end.
+        movement: Knows the weights that the fit has begun with.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.averages: list[str] = []
+        self.movement: Movement | None = None
+        self._still = ""
 
     def check_it_happened(self) -> None:
         """Raise unless there was unlearning: forgetting must never silently not happen."""
@@ -82,12 +87,24 @@ class Account:
         """Measure at the weights that the fit leaves; say so if there is a target and the fit has ended before it."""
         groups = self._parts.groups
         groups.conclude_evidence()
+        self._look_for_movement()
         if self._parts.stopper.reason is not None:
             return
         groups.conclude()
         short = groups.describe_short()
         if short:
             rank_zero_warn(f"The fit has ended before the target: {short}")
+
+    def _look_for_movement(self) -> None:
+        parts, steps = self._parts, self._done()["combined_steps"]
+        self._still = self.movement.describe() if self.movement is not None and steps else ""
+        # Who went back on purpose says so; where longer steps were promised, that was said.
+        is_back = parts.stopper.reason in CEILINGS or (parts.guarding is not None and parts.guarding.has_gone_back)
+        if self._still and not is_back and not parts.journal.has_warned:
+            rank_zero_warn(
+                f"{self._still}. The {steps} combined steps were too short for it. Give a larger quota, or a radius "
+                "that no gradient makes small, such as RelativeRadius(1e-3)."
+            )
 
     def log_evidence(self) -> None:
         """Log once what single samples show: hooks at the end of training take no `self.log`."""
@@ -126,6 +143,7 @@ class Account:
             + parts.groups.describe_unseen()
             + parts.groups.describe_evidence()
             + ("" if parts.guarding is None else parts.guarding.describe())
+            + (f" {self._still}." if self._still else "")
             + self._describe_ending()
             + (self._describe_run() if parts.is_resumed else "")
             + "".join(

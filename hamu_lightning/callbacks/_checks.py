@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.passes import AbsentData
 from hamu_lightning.objectives import Objective
-from hamu_lightning.rules import Rule
+from hamu_lightning.rules import Rule, find_adapters
 
 MANUAL_RECIPE = """\
 Expected automatic optimization, but the module sets `automatic_optimization = False`. There the module steps itself: \
@@ -152,7 +152,9 @@ def wrap_optimizer(module: LightningModule, base: Any, rule: Any, mask: Any = No
             "It can be left out only when `configure_optimizers` returns a HAMUOptimizer."
         )
     try:
-        return HAMUOptimizer(base, rule, named_parameters=module.named_parameters, mask=mask, **options)
+        adapters = find_adapters(module)
+        names = module.named_parameters
+        return HAMUOptimizer(base, rule, named_parameters=names, mask=mask, adapters=adapters, **options)
     except HAMUValueError as error:
         raise HAMUMisconfigurationError(str(error)) from error
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks._account import Account
-from hamu_lightning.callbacks._checks import best_checkpoints, check_data, warn_about_averages, warn_about_stale_best
+from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_averages, warn_about_stale_best
 from hamu_lightning.callbacks._flow import Flow
+from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts, Past
 from hamu_lightning.callbacks._settings import FitSettings
 
@@ -33,7 +34,6 @@ class Fit:
 
     def __init__(self, trainer: Trainer, callback: Any, settings: FitSettings, past: Past) -> None:
         self._trainer = trainer
-        check_data(settings)
         self.parts = parts = Parts(trainer, settings, past)
         self.flow, self.account = Flow(parts), Account(parts)
         self._best: dict[str, str] = {}
@@ -56,6 +56,7 @@ class Fit:
         if self._unlearns:
             self.account.averages = warn_about_averages(self._trainer)
         self.parts.start()
+        self.account.movement = Movement(self._trainer, self.parts.optimizer)
         self.flow.start()
 
     def add_request(self, settings: FitSettings, name: str) -> None:

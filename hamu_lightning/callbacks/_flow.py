@@ -13,7 +13,7 @@ from hamu_lightning.callbacks._group import Group
 from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.callbacks.forecast import FitPreflight, PreflightReport
-from hamu_lightning.callbacks.goals import StopReason
+from hamu_lightning.callbacks.goals import StopReason, warn_about_budget
 from hamu_lightning.callbacks.passes import FrozenBatchNorm, NoLossError, detached_loss, split_batch, wrap_step
 from hamu_lightning.optim import Plan, StepReport
 from hamu_lightning.solvers import GroupCoefficients
@@ -198,7 +198,8 @@ class Flow:
 
     def approve(self, report: StepReport) -> bool:
         """Whether a step is to be applied."""
-        groups = self._parts.groups
+        groups, parts = self._parts.groups, self._parts
+        warn_about_budget(parts.trainer, parts.optimizer, report, parts.settings.passes.every_n_steps)
         losses = self._retain_losses, groups.forget_losses
         return self._parts.stopper.approves(report, *losses, groups.target, groups.level)
 

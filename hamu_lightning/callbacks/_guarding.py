@@ -98,6 +98,11 @@ class Guarding:
         """Return the state of the watch."""
         return {} if self._watch is None else self._watch.state_dict()
 
+    @property
+    def has_gone_back(self) -> bool:
+        """Whether weights went back to an earlier step."""
+        return self._watch is not None and self._watch.returns > 0
+
     def close(self) -> None:
         """Let the workers go that read for measurements."""
         if self._watch is not None:

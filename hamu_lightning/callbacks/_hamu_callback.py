@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from typing_extensions import Unpack, override
 
-from hamu_lightning.callbacks._checks import check_setup, check_strategy
+from hamu_lightning.callbacks._checks import check_data, check_setup, check_strategy
 from hamu_lightning.callbacks._fit import Fit
 from hamu_lightning.callbacks._parts import Past
 from hamu_lightning.callbacks._record import Record
@@ -80,8 +80,10 @@ class HAMUCallback(Record, Callback):
         target: Instead of a rule: where forgetting should end, and the fit with it. `Unseen(holdout)` (what the model
             says about samples that it never saw: for samples), `Unseen()` (the same for whole classes),
             `SecondChoice()` (for wrong labels); for the module's own loss a number, `Holdout(loader)`, `Chance()`, or a
-            function of the module. Means `HAMUQ(TargetQuota(target), radius=RelativeRadius(2e-3), blocks="global")`;
-            `Approach` judges when it is reached. A mapping from the names of the requests to their targets means
+            function of the module. Means
+            `HAMUQ(TargetQuota(target), radius=RelativeRadius(2e-3), blocks="global")`, with `AdapterRadius(5e-2)` where
+            low-rank adapters are trained (LoRA); `Approach` judges when it is reached. A mapping from the names of the
+            requests to their targets means
             `FeasibleDirection`, with a floor of 0 for what is protected.
         seed: Seed of the forget stream's own random state.
         stop_on: When to stop before a step is applied: "collateral_damage" (no step can meet the quota without harm,
@@ -225,6 +227,8 @@ class HAMUCallback(Record, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with refusing(trainer):
             check_setup(trainer, pl_module, self)
+            check_data(self.settings)
+            self.settings = self.settings.for_module(pl_module)
             past = Past(self._state, self._is_loaded, is_same_module=self._module() is pl_module)
             self._fit = Fit(trainer, self, self.settings, past)
             self._module = weakref.ref(pl_module)

@@ -73,6 +73,11 @@ class Journal:
         if self._promises % _COMPARED_EVERY == 0 and not self._is_warned:
             self._compare(watched)
 
+    @property
+    def has_warned(self) -> bool:
+        """Whether it was said that promises and losses have parted."""
+        return self._is_warned
+
     def _compare(self, watched: Iterable[str]) -> None:
         for name, numbers in self._numbers(watched).items():
             if not self._is_warned and have_parted(*numbers):

@@ -124,7 +124,9 @@ class Parts:
         if self.turns is not None:
             self.turns.load_state_dict(state.get("turns", {}))
         for name, objective in self.objectives.items():
-            objective.load_state_dict(state.get("objectives", {}).get(name, {}))
+            known = state.get("objectives", {})
+            objective.load_state_dict(known.get(name, {}))
+            objective.expect_start(not self.is_resumed and name not in known)
         # Other settings may go on where these had to stop.
         stopped = state.get("stop", {}) if state.get("stopped_under") == self._stopping_settings() else {}
         self.stopper = Stopper(self.trainer, self.optimizer, self.settings.stop_on, stopped)

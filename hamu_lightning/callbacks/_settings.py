@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
@@ -25,11 +25,23 @@ from hamu_lightning.checks import (
 )
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import Objective
-from hamu_lightning.rules import HAMUQ, Quota, RelativeRadius, Rule, Schedule, TargetQuota, check_schedule
+from hamu_lightning.rules import (
+    HAMUQ,
+    AdapterRadius,
+    Quota,
+    RelativeRadius,
+    Rule,
+    Schedule,
+    TargetQuota,
+    check_schedule,
+    find_adapters,
+)
 from hamu_lightning.solvers import FeasibleDirection
 
-# Chosen in docs/targets.md: one problem for the whole model, whose weights a step moves by this share at most.
+# Chosen in docs/targets.md: one problem for the whole model, whose weights a step moves by this share at most; with
+# low-rank adapters the weights that they change.
 _TARGET_RADIUS = 2e-3
+_ADAPTER_RADIUS = 5e-2
 BatchNormMode: TypeAlias = Literal["freeze", "retain"]
 
 
@@ -208,6 +220,15 @@ class FitSettings(HoldsData):
         quota = rule.target_quotas.get(group)
         brought: Objective | None = getattr(getattr(quota, "target", None), "objective", None)
         return self.objective if brought is None else brought
+
+    def for_module(self, module: nn.Module) -> FitSettings:
+        """The same with the radius that a default rule has for a module: another one where adapters are trained."""
+        if not self.has_target or not isinstance(self.rule, HAMUQ | FeasibleDirection):
+            return self
+        trained = {id(p) for p in module.parameters() if p.requires_grad}
+        has_adapters = any(id(f) in trained for a in find_adapters(module) for f in (a.down, a.up))
+        radius = AdapterRadius(_ADAPTER_RADIUS) if has_adapters else RelativeRadius(_TARGET_RADIUS)
+        return self if self.rule.radius == radius else replace(self, rule=replace(self.rule, radius=radius))
 
     def with_request(self, name: str, forget: Any, quota: float | Quota | None, target: Any) -> FitSettings:
         """The same with one more request to forget; see `HAMUCallback.add_request`."""

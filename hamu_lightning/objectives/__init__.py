@@ -1,5 +1,6 @@
 """Objectives: what is raised on the forget stream and lowered on the retain stream."""
 
+from hamu_lightning.objectives._adapters import AdaptersDisabled, SecondAdapter
 from hamu_lightning.objectives._base import BatchPass, LossCap, ModuleLoss, Objective, WeightedSum
 from hamu_lightning.objectives._cached_logits import CachedLogits
 from hamu_lightning.objectives._calibration import Calibration
@@ -8,7 +9,7 @@ from hamu_lightning.objectives._labels import CrossEntropy, RandomLabels, Unifor
 from hamu_lightning.objectives._odds import ClassReader, log_odds
 from hamu_lightning.objectives._outputs import ModuleOutputs, Outputs
 from hamu_lightning.objectives._preference import DPO, NPO, IdkDPO, SimNPO
-from hamu_lightning.objectives._reference import AdaptersDisabled, FrozenCopy, Reference, evaluating
+from hamu_lightning.objectives._reference import FrozenCopy, Reference, evaluating
 from hamu_lightning.objectives._representation import RMU, RMURetain
 from hamu_lightning.objectives._unseen import AnswerObjective, SecondAnswer, UnseenAnswer
 
@@ -37,6 +38,7 @@ __all__ = [
     "RandomLabels",
     "Reference",
     "ReferenceKL",
+    "SecondAdapter",
     "SecondAnswer",
     "SimNPO",
     "UniformLabels",

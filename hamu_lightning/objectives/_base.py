@@ -116,6 +116,13 @@ class Objective(ABC):
         for name, part in self._stateful().items():
             part.load_state_dict(state.get(name, {}))
 
+    def expect_start(self, expected: bool = True) -> None:
+        """Tell references that the next batch is the first of a fit: they should be the module itself, and look."""
+        for name, part in self._stateful().items():
+            tell = getattr(part, "expect_start", None)
+            if tell is not None and name != "teacher":
+                tell(expected)
+
     def _stateful(self) -> dict[str, Stateful]:
         return {name: getattr(self, name) for name in self._parts}
 

@@ -54,6 +54,9 @@ class CachedLogits(Reference):
         HAMUValueError: If an argument is of another kind.
     """
 
+    is_start = None
+    _cure = "Another augmentation, or another precision than that of `fill`, can do that."
+
     def __init__(self, folder: str | Path, *, key: Key | None = None) -> None:
         self._folder = Path(check_type("folder", folder, str | PathLike, "a folder"))
         self._key = as_key(key)

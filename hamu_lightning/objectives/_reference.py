@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,9 +18,21 @@ from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives._base import BatchPass
 from hamu_lightning.objectives._outputs import Outputs, Prediction
 
+# A reference that should be the starting model may differ from it by so much, for rounding: the distance in
+# log-likelihood, in nats, as a mean over the labels of a batch.
+_SAME = 0.25
+
 
 class Reference(ABC):
-    """A model in evaluation mode and without gradients, next to the one that is trained."""
+    """A model in evaluation mode and without gradients, next to the one that is trained.
+
+    Attributes:
+        is_start: Whether it should be the module before the first step: True makes a difference an error, None a
+            warning; False where it need not be, or cannot be anything else.
+    """
+
+    is_start: bool | None = False
+    _is_due: bool = False
 
     @abstractmethod
     def using(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
@@ -38,7 +51,35 @@ class Reference(ABC):
     def predict(self, batch: BatchPass, outputs: Outputs) -> tuple[Prediction, Tensor]:
         """What the module says about a batch, and then the reference model's logits in the same form."""
         prediction = batch.predict(outputs)
-        return prediction, prediction.align(self.logits(batch, outputs))
+        logits = prediction.align(self.logits(batch, outputs))
+        if self._is_due:
+            self.expect_start(False)
+            self._compare(batch, outputs, prediction, logits)
+        return prediction, logits
+
+    def expect_start(self, expected: bool = True) -> None:
+        """Compare with the module at the next batch, if this should be the same model then: a fit begins.
+
+        A wrong reference makes every ratio of likelihoods, and all that is forgotten by it, wrong in silence.
+        """
+        self._is_due = expected and self.is_start is not False
+
+    def _compare(self, batch: BatchPass, outputs: Outputs, prediction: Prediction, logits: Tensor) -> None:
+        with torch.no_grad(), evaluating(batch.module):
+            now = prediction.align(outputs(batch.module, batch.batch)[0])
+        distances = (prediction.log_likelihoods(now) - prediction.log_likelihoods(logits)).abs()
+        apart = float(distances.sum() / prediction.mask.sum().clamp(min=1))
+        if apart <= _SAME:
+            return
+        told = (
+            f"Expected {type(self).__name__} to be the module before unlearning, but at the first batch their "
+            f"log-likelihoods of a label differ by {apart:.3g} nats in the mean (at most {_SAME} are rounding)."
+        )
+        if self.is_start:
+            raise HAMUStateError(f"{told} {self._cure}")
+        warnings.warn(f"{told} {self._cure}", stacklevel=2)
+
+    _cure = "If another model is meant, go on."
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be in a checkpoint."""
@@ -79,6 +120,7 @@ class FrozenCopy(Reference):
     def __init__(self, module: nn.Module | None = None) -> None:
         check_type("module", module, nn.Module | None, "a model to compare with, or None for a copy of the trained one")
         self._given = module
+        self.is_start = False if module is None else None  # a copy cannot be another model
         self._copy: nn.Module | None = None
         self._weights: dict[str, Any] | None = None
         self._is_released = False
@@ -124,7 +166,8 @@ class FrozenCopy(Reference):
     def __getstate__(self) -> dict[str, Any]:
         """A copy of this object holds weights, and makes a model of them at its first use."""
         weights = self.state_dict().get("weights")
-        return {"_given": self._given, "_copy": None, "_weights": weights, "_is_released": self._is_released}
+        kept = {name: getattr(self, name) for name in ("_given", "_is_released", "is_start")}
+        return {**kept, "_copy": None, "_weights": weights}
 
     def _make(self, module: nn.Module) -> nn.Module:
         frozen = copy_module(module)
@@ -141,29 +184,9 @@ def as_reference(reference: Reference | None) -> Reference:
         HAMUValueError: If it is none.
     """
     cure = "A model of your own goes in as FrozenCopy(model)."
-    wanted = "FrozenCopy(), AdaptersDisabled() or CachedLogits(folder)"
+    wanted = "FrozenCopy(), AdaptersDisabled(), SecondAdapter(name) or CachedLogits(folder)"
     check_type("reference", reference, Reference | None, wanted, cure)
     return FrozenCopy() if reference is None else reference
-
-
-class AdaptersDisabled(Reference):
-    """The trained module itself with its adapters switched off (LoRA): no memory at all.
-
-    Right where only adapters are trained, and all of them were new when unlearning began. The first submodule with a
-    method `disable_adapter` (PEFT's models) is asked.
-    """
-
-    @override
-    @contextmanager
-    def using(self, module: nn.Module) -> Iterator[nn.Module]:
-        adapted = next((m for m in module.modules() if callable(getattr(m, "disable_adapter", None))), None)
-        if adapted is None:
-            raise HAMUValueError(
-                f"Expected a module with `disable_adapter`, as PEFT's models have it, but {type(module).__name__} has "
-                "none. FrozenCopy() works with every module."
-            )
-        with evaluating(module), adapted.disable_adapter():  # type: ignore[operator]
-            yield module
 
 
 @contextmanager

@@ -78,6 +78,7 @@ def check_can_move(layout: Layout, rule: Rule) -> None:
             f"Expected some weight to differ from zero with {rule.radius}, but all are zero. "
             "A radius relative to the weights needs weights: use FixedRadius, or load the trained model first."
         )
+    rule.radius.check(layout)
 
 
 def check_all_present(groups: Sequence[str], is_there: Sequence[bool]) -> None:

@@ -23,7 +23,7 @@ from hamu_lightning.optim._scaling import Unscalings
 from hamu_lightning.optim._sketch import Sketch, SketchedGradients, SketchSlot
 from hamu_lightning.optim._slots import GradientSlot, SpentGradients, pointed_gradients
 from hamu_lightning.optim._trial import Referee, Snapshot, shorten_step_
-from hamu_lightning.rules import Rule
+from hamu_lightning.rules import Adapter, Rule
 
 Plan: TypeAlias = Literal["combine", "retain_only", "drop"]
 """What a step is to do: see `HAMUOptimizer.plan_step`."""
@@ -46,6 +46,7 @@ class Engine:
     sketch: Sketch | None = None
     recompute: Callable[[str], object] | None = None
     mask: Mask | None = None
+    adapters: tuple[Adapter, ...] = ()
     counters: Counters = field(default_factory=Counters)
     slots: dict[str, GradientSlot] = field(default_factory=dict)
     spent: SpentGradients = field(default_factory=SpentGradients)
@@ -120,7 +121,7 @@ class Engine:
         trainable = tuple(p for p in self.parameters if p.requires_grad)
         if self.layout is None or [*map(id, self.layout.parameters)] != [*map(id, trainable)]:
             self._learn_names(trainable)
-            self.layout = make_layout(self.base.param_groups, self.names, self.rule.blocks, self.mask)
+            self.layout = make_layout(self.base.param_groups, self.names, self.rule.blocks, self.mask, self.adapters)
         return self.layout
 
     def _learn_names(self, trainable: Sequence[Tensor]) -> None:
@@ -234,9 +235,7 @@ class Engine:
         if self.region != 1 and self.applier.moves_by_d:
             rule = rule.in_region(self.region)
         gramian = self.unscalings.mark_overflow(gradients.gramian())
-        known: dict[str, Any] = {}
-        if rule.radius.needs_weights:
-            known = {"weight_norms": layout.weight_norms(), "sizes": layout.vector(layout.sizes)}
+        known: dict[str, Any] = dict(rule.radius.measure(layout))
         targets = {name: quota for name, quota in rule.target_quotas.items() if name in groups}
         known |= rule.step_arguments(groups, {n: self.find_aim(n).resolve(quota) for n, quota in targets.items()})
         lr = layout.learning_rates(self.base.param_groups)

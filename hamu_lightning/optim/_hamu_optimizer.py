@@ -32,7 +32,7 @@ from hamu_lightning.optim._sketch import Sketch
 from hamu_lightning.optim._slots import own_gradients_
 from hamu_lightning.optim._steering import SteeredSteps
 from hamu_lightning.optim._wrapper import OptimizerWrapper
-from hamu_lightning.rules import Rule
+from hamu_lightning.rules import Adapter, Rule, check_adapters
 
 
 class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
@@ -88,6 +88,8 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
             `add_param_group`, moves as without a mask. Costs a copy of the masked tensors' retain gradients in each
             step, one of their weights with a base other than plain SGD, and a byte per weight. Like the rule it is no
             part of a checkpoint: give the same one when a run goes on. Gradients are clipped before they are masked.
+        adapters: Which of the weights are factors of low-rank adapters, as from `find_adapters(module)` of
+            `hamu_lightning.rules`: for `AdapterRadius`.
 
     Raises:
         HAMUValueError: If the base cannot be wrapped, the rule's blocks need names that are not known, or the
@@ -118,6 +120,7 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
         reuse_groups: bool = False,
         sketch: int | None = None,
         mask: NamedMasks | None = None,
+        adapters: Iterable[Adapter] = (),
     ) -> None:
         if isinstance(base, HAMUOptimizer):
             raise HAMUValueError("Expected `base` to be a plain optimizer, but got a HAMUOptimizer: wrap it once.")
@@ -133,6 +136,7 @@ class HAMUOptimizer(CountedSteps, SteeredSteps, OptimizerWrapper):
             self._core.sketch = Sketch(sketch)
         if mask is not None:
             self._core.mask = make_mask(mask, names, self._core.parameters)
+        self._core.adapters = check_adapters(adapters)
         layout = self._core.update_layout()
         check_can_move(layout, rule)
         warn_about_rounding(layout, rule)

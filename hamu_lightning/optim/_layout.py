@@ -13,6 +13,7 @@ from hamu_lightning.checks import describe, is_iterable
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import Blocks, assign_blocks, compute_gramian, widest_float
 from hamu_lightning.optim._mask import Mask
+from hamu_lightning.rules import Adapter
 
 _PAIRS = "pairs of a name and a tensor, as from `module.named_parameters()`"
 
@@ -26,16 +27,26 @@ class Layout:
         blocks: For each tensor the index of its block.
         labels: For each block its name.
         groups: For each block the index of its parameter group.
-        sizes: For each block its number of weights that may move.
+        counts: For each tensor its number of weights that may move.
         mask: Which of the weights rest; None if all may move.
+        adapters: Those of which a factor is among the tensors.
     """
 
     parameters: tuple[Tensor, ...]
     blocks: tuple[int, ...]
     labels: tuple[str, ...]
     groups: tuple[int, ...]
-    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
     mask: Mask | None = None
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """For each block its number of weights that may move."""
+        sizes = [0] * len(self.labels)
+        for block, count in zip(self.blocks, self.counts, strict=True):
+            sizes[block] += count
+        return tuple(sizes)
 
     @property
     def device(self) -> torch.device:
@@ -61,14 +72,18 @@ class Layout:
         """Whether weights are so coarse (16 bits or less) that small steps are rounded away."""
         return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters)
 
-    def weight_norms(self) -> Tensor:
-        """The L2 norm of each block's weights that may move, `[B]`."""
+    def tensor_norms(self) -> Tensor:
+        """The L2 norm of each tensor's weights that may move, `[T]`."""
         weights = self.weights
         usual = (Tensor, torch.nn.Parameter)
         if any(type(p) not in usual or p.is_complex() or p.dtype != weights[0].dtype for p in weights):
-            return compute_gramian(weights, blocks=self.blocks).view(-1).sqrt()  # it knows about shards
-        norms = torch.stack([norm.to(self.device) for norm in _tensor_norms(weights)]).to(widest_float(self.device))
-        index = torch.tensor(self.blocks, device=self.device)
+            return compute_gramian(weights).view(-1).sqrt()  # it knows about shards
+        return torch.stack([norm.to(self.device) for norm in _tensor_norms(weights)]).to(widest_float(self.device))
+
+    def weight_norms(self) -> Tensor:
+        """The L2 norm of each block's weights that may move, `[B]`."""
+        norms = self.tensor_norms()
+        index = torch.tensor(self.blocks, device=norms.device)
         return norms.new_zeros(len(self.labels)).index_add_(0, index, norms.square()).sqrt()
 
     def learning_rates(self, param_groups: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -83,7 +98,11 @@ def _tensor_norms(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def make_layout(
-    param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], blocks: Blocks, mask: Mask | None = None
+    param_groups: Sequence[Mapping[str, Any]],
+    names: Mapping[Tensor, str],
+    blocks: Blocks,
+    mask: Mask | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Layout:
     """Lay out the trainable tensors of the groups.
 
@@ -103,11 +122,14 @@ def make_layout(
         )
     labels = [names.get(p, f"group{g}.{index}") for index, (p, g) in enumerate(members)]
     ids, block_labels = assign_blocks(labels, [g for _, g in members], blocks)
-    groups, sizes = [0] * len(block_labels), [0] * len(block_labels)
-    for block, (parameter, group) in zip(ids, members, strict=True):
+    groups = [0] * len(block_labels)
+    for block, (_, group) in zip(ids, members, strict=True):
         groups[block] = group
-        sizes[block] += parameter.numel() if mask is None else mask.count(parameter)
-    return Layout(tuple(p for p, _ in members), tuple(ids), tuple(block_labels), tuple(groups), tuple(sizes), mask)
+    parameters = tuple(p for p, _ in members)
+    counts = tuple(p.numel() if mask is None else mask.count(p) for p in parameters)
+    known = {id(p) for p in parameters}
+    moved = tuple(a for a in adapters if id(a.down) in known or id(a.up) in known)
+    return Layout(parameters, tuple(ids), tuple(block_labels), tuple(groups), counts, mask, moved)
 
 
 def collect_names(param_groups: Sequence[Mapping[str, Any]], given: Any = None) -> dict[Tensor, str]:

@@ -1,5 +1,6 @@
 """Rules: from the Gramians of the retain and the forget gradient to the step of each block."""
 
+from hamu_lightning.rules._adapters import Adapter, check_adapters, find_adapters, pair_adapters
 from hamu_lightning.rules._base import Rule, as_wide, check_gramian
 from hamu_lightning.rules._coefficients import Branch, Coefficients
 from hamu_lightning.rules._combination import CombinationRule
@@ -14,11 +15,13 @@ from hamu_lightning.rules._ngdiff import NGDiff
 from hamu_lightning.rules._pcgrad import PCGrad
 from hamu_lightning.rules._quota import AbsoluteQuota, Quota, RelativeQuota, TargetQuota, as_quota, check_quota
 from hamu_lightning.rules._radius import (
+    AdapterRadius,
     FixedRadius,
     LearningRateRadius,
     Radius,
     RelativeRadius,
     ScaledRadius,
+    WeightLayout,
     check_radius,
 )
 from hamu_lightning.rules._schedule import Alternate, Schedule, check_schedule
@@ -27,6 +30,8 @@ __all__ = [
     "HAMUQ",
     "HAMUU",
     "AbsoluteQuota",
+    "Adapter",
+    "AdapterRadius",
     "Alternate",
     "Branch",
     "Coefficients",
@@ -50,13 +55,17 @@ __all__ = [
     "TargetQuota",
     "OnInfeasible",
     "ScaledRadius",
+    "WeightLayout",
     "as_quota",
     "as_wide",
+    "check_adapters",
     "check_gramian",
     "check_quota",
     "check_radius",
     "check_schedule",
     "descend",
     "descent_gramian",
+    "find_adapters",
     "join_blocks",
+    "pair_adapters",
 ]

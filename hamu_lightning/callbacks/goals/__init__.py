@@ -14,6 +14,7 @@ from hamu_lightning.callbacks.goals._conditions import (
     as_conditions,
 )
 from hamu_lightning.callbacks.goals._loss_forms import FORMS, SampleRead, agrees, find_form
+from hamu_lightning.callbacks.goals._planning import warn_about_budget
 from hamu_lightning.callbacks.goals._reading import Reader, one_by_one, read_as_held_out
 from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
 from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
@@ -60,4 +61,5 @@ __all__ = [
     "find_form",
     "one_by_one",
     "read_as_held_out",
+    "warn_about_budget",
 ]
