@@ -63,6 +63,7 @@ def test_one_group_is_the_plain_callback() -> None:
     torch.testing.assert_close(flat(module), ends[0], rtol=0, atol=1e-5)  # float32, 12 steps
 
 
+@pytest.mark.filterwarnings("ignore:No weight has moved")
 @pytest.mark.parametrize("kind", [WithBatchNorm, WithDropout])
 def test_the_groups_leave_no_trace(kind: type[Base]) -> None:
     """With no radius worth speaking of the retain stream sees what it would see alone: I1 for many groups."""
