@@ -15,7 +15,9 @@ from hamu_lightning import HAMUQ, HAMUCallback
 from hamu_lightning.rules import FixedRadius, TargetQuota
 from tests.callbacks.modules import Base, build, fit, make_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:The fit has ended before the target")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The fit has ended before the target", "ignore:The target of 'forget' is out of reach"
+)
 TOWARDS = HAMUQ(TargetQuota(9.0), radius=FixedRadius(1e-3))
 WITHOUT = HAMUQ(1e-3, radius=FixedRadius(1e-3))
 
