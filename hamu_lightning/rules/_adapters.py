@@ -181,22 +181,28 @@ def _trace(matrices: Tensor) -> Tensor:
 
 
 def _adapters_of(part: nn.Module) -> Iterator[Adapter]:
-    scaling = getattr(part, "scaling", None)
-    base = _find_base(part)
-    if scaling is None or base is None or not base.is_floating_point():
+    scaling = _held(part, "scaling")
+    if scaling is None:
         return
     for names in _FACTORS:
-        downs, ups = (getattr(part, name, None) for name in names)
+        downs, ups = (_held(part, name) for name in names)
         for key in _keys(downs):
             down, up = _weight(_entry(downs, key)), _weight(_entry(ups, key))
-            if down is not None and up is not None:
+            base = None if down is None or up is None else _find_base(part)
+            if down is not None and up is not None and base is not None and base.is_floating_point():
                 yield Adapter(down, up, base, float(_entry(scaling, key)))
+
+
+def _held(part: nn.Module, name: str) -> Any:
+    """What a module holds under a name. Properties are not asked: reading one may change the module."""
+    stores = (vars(part), part._parameters, part._modules, part._buffers)
+    return next((store[name] for store in stores if name in store), None)
 
 
 def _find_base(part: nn.Module) -> Tensor | None:
     inner = part
-    while isinstance(getattr(inner, "base_layer", None), nn.Module):
-        inner = inner.base_layer  # type: ignore[assignment]
+    while isinstance(_held(inner, "base_layer"), nn.Module):
+        inner = _held(inner, "base_layer")
     return _weight(inner)
 
 

@@ -244,3 +244,24 @@ def test_refusals() -> None:
         AdapterRadius(0.1).compute(torch.ones(1), torch.ones(1))
     with pytest.raises(HAMUValueError, match="`fraction`"):
         AdapterRadius(0.0)
+
+
+class SharesInPlace(nn.Module):
+    """Reading its weight changes it, as in the shared embeddings of a project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = nn.Parameter(torch.ones(2, 2))
+        self.scaling = 2.0
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self.held.detach()
+        weight[:, 0] = 0
+        return weight
+
+
+def test_properties_of_other_modules_are_not_read() -> None:
+    part = SharesInPlace()
+    assert find_adapters(nn.Sequential(part)) == ()
+    assert torch.equal(part.held.detach(), torch.ones(2, 2))
