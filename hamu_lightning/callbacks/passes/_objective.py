@@ -63,7 +63,7 @@ def in_mode_of(step: Callable[..., Any]) -> AbstractContextManager[None]:
 
 
 def _keeps_its_mode(part: nn.Module) -> bool:
-    return isinstance(part, _BatchNorm | nn.RNNBase) or bool(getattr(part, "gradient_checkpointing", False))
+    return isinstance(part, _BatchNorm | nn.RNNBase) or bool(vars(part).get("gradient_checkpointing"))
 
 
 @dataclass(frozen=True)

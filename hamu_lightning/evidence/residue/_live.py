@@ -27,7 +27,7 @@ _AVERAGE = "An average of weights reaches back before unlearning unless it began
 def judge_module(module: LightningModule) -> Iterator[Finding]:
     """Running statistics, averaged weights, hyper-parameters and data that hang on the module."""
     parts = dict(module.named_modules())
-    norms = [name for name, part in parts.items() if isinstance(getattr(part, "running_mean", None), Tensor)]
+    norms = [name for name, part in parts.items() if isinstance(part._buffers.get("running_mean"), Tensor)]
     if norms:
         yield Finding(f"module: running statistics of {len(norms)} norms ({norms[0]}, ...)", "unknown", _RENEW)
     else:
