@@ -153,8 +153,8 @@ class ForgetPass(IsolatedPass):
             share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
             # The loss is the level where nothing is in training mode anyway.
-            is_level = not any(part.training for part in self._trainer.lightning_module.modules())
-            again = copied(batch) if self.sees_levels and not is_level else None
+            differs = self.sees_levels and any(part.training for part in self._trainer.lightning_module.modules())
+            again = copied(batch) if differs else None
             with explaining, explaining_single_samples(), self._metrics.noting(self._trainer.lightning_module):
                 output = step(batch, *args[1:], **kwargs)
             loss = _compat.split_step_output(output)
