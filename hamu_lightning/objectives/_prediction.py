@@ -97,7 +97,9 @@ class Prediction:
 
     def count_places(self) -> Tensor:
         """How many places of each sample have a label, int64 `[N]`."""
-        return self.sum_over_places(self.mask.long())
+        if self.sequences is None:
+            return self.mask.sum(1)
+        return torch.bincount(self.sequences.numbers, minlength=self.sequences.count)
 
 
 def log_p_of_labels(logits: Tensor, labels: Tensor) -> Tensor:

@@ -161,8 +161,7 @@ class IdkDPO(DPO):
         answers: Token ids of each answer, with the token that ends it.
         beta: As for `DPO`.
         seed: Which sample gets which answer.
-        key: A function of the batch that returns an int64 `[N]`; default: what the samples' tensors hold, so that a
-            sample padded to another length may get another answer.
+        key: A function of the batch that returns an int64 `[N]`; default: what the samples' tensors hold.
         reference: As for `DPO`.
         outputs: How to ask the models.
 
