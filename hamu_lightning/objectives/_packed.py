@@ -49,12 +49,13 @@ def _find_begins(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     for name in _NUMBERS:
         numbers = batch.get(name)
         if isinstance(numbers, Tensor) and numbers.shape == shape:
-            return _with_rows(torch.cat([numbers[:, :1] != numbers[:, :1], numbers[:, 1:] != numbers[:, :-1]], dim=1))
+            return _with_rows(numbers != numbers.roll(1, dims=1))
     for name in _BOUNDS:
         bounds = batch.get(name)
         if isinstance(bounds, Tensor) and bounds.dim() == 1:
-            begins = torch.zeros(shape.numel(), dtype=torch.bool, device=bounds.device)
-            return _with_rows(begins.index_fill(0, bounds[:-1].long(), True).reshape(shape))
+            # The length of the row is among the bounds, in some programs several times.
+            begins = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=bounds.device)
+            return _with_rows(begins.index_fill(0, bounds.long(), True)[:-1].reshape(shape))
     positions, attention = batch.get("position_ids"), batch.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.shape != shape:
         return None

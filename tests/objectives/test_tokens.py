@@ -127,7 +127,7 @@ SIGNS = {
     "seq_idx": torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2])[None],
     "segment_ids": torch.tensor([1, 1, 1, 2, 2, 2, 2, 2, 3, 3])[None],
     "cu_seq_lens_q": torch.tensor([0, 3, 8, 10], dtype=torch.int32),
-    "cu_seqlens": torch.tensor([0, 3, 8, 10]),
+    "cu_seqlens": torch.tensor([0, 3, 8, 10, 10]),  # filled up to a length
 }
 
 
