@@ -131,7 +131,7 @@ class CoreTokens:
         tensor([[   2, -100]])
     """
 
-    given: Outputs = field(default_factory=lambda: ModuleOutputs())
+    given: Outputs = field(default_factory=ModuleOutputs)
 
     def __call__(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Return logits and labels."""

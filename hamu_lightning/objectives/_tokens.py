@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -228,7 +227,7 @@ class TokenMean(Objective):
 
     def __init__(self, objective: Objective, tokens_per_batch: float | None = None) -> None:
         check_objective("objective", objective)
-        if not isinstance(getattr(objective, "outputs", None), Callable):  # type: ignore[arg-type]
+        if not callable(getattr(objective, "outputs", None)):
             raise HAMUValueError(
                 f"Expected an objective that looks at tokens, but got {type(objective).__name__}. "
                 "CrossEntropy() is the module's loss as one."

@@ -103,7 +103,7 @@ class EvaluateText(Callback):
             precision=trainer.precision_plugin.forward_context,
         )
         self.last, self.numbers = found, found.numbers(self.reference)
-        # What is not defined is NaN there: who monitors it is told by Lightning, and not that there is no such name.
+        # With what is not defined, as NaN: a monitor would else say that there is no such name.
         monitored = {f"eval/{name}": torch.tensor(e.value) for name, e in self.numbers.items()}
         trainer.callback_metrics.update(monitored)
         values = {f"eval/{name}": e.value for name, e in self.numbers.items() if e.is_defined}
