@@ -12,7 +12,9 @@ from typing_extensions import override
 
 from hamu_lightning.checks import check_number, check_positive, check_type, describe
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
-from hamu_lightning.objectives._outputs import Outputs, Prediction, make_prediction
+from hamu_lightning.objectives._outputs import Outputs
+from hamu_lightning.objectives._packed import find_sequences
+from hamu_lightning.objectives._prediction import Prediction, make_prediction
 
 
 class Stateful(Protocol):
@@ -61,7 +63,8 @@ class BatchPass:
         for known, prediction in self._predictions:
             if known == outputs:
                 return prediction
-        prediction = make_prediction(*outputs(self.module, self.batch))
+        logits, labels = outputs(self.module, self.batch)
+        prediction = make_prediction(logits, labels, find_sequences(self.batch, labels.shape))
         self._predictions.append((outputs, prediction))
         return prediction
 

@@ -9,20 +9,23 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from hamu_lightning.checks import check_type
+from hamu_lightning.checks import check_choice, check_type
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.files import UNFINISHED, hash_weights, read_tensors, write_new, write_whole
 from hamu_lightning.objectives._base import BatchPass
 from hamu_lightning.objectives._keys import Key, as_key, mix
 from hamu_lightning.objectives._outputs import Outputs, as_outputs
+from hamu_lightning.objectives._packed import check_padded
+from hamu_lightning.objectives._prediction import Prediction, make_prediction
 from hamu_lightning.objectives._reference import Reference, evaluating
 
+Kept: TypeAlias = Literal["logits", "likelihoods"]
 _HEADER = "cached_logits.json"
 _OURS = re.compile(r"[0-9a-f]{16}\.pt")
 _CURE = "Delete the logits, CachedLogits(folder).delete(), and `fill` again with the model before unlearning."
@@ -35,8 +38,12 @@ class CachedLogits(Reference):
         cache.fill(module, forget_loader).fill(module, retain_loader)     # before the fit
         HAMUCallback(objective=NPO(reference=cache), retain_objective=ReferenceKL(cache), ...)
 
-    A sample is found by what its tensors hold, or by the number that `key` gives it. Random augmentation and other
-    padding make other samples; those that are not there are an error. With the batches, the device and the precision of
+    Of texts only the rows that predict a label are kept; `keep="likelihoods"` keeps one number for each sample, which
+    is all that `NPO`, `DPO`, `AltPO` and `IdkDPO` ask for.
+
+    A sample is found by what its tensors hold, or by the number that `key` gives it. Padding on either side, which an
+    `attention_mask` tells, makes no other sample, but random augmentation does; those that are not there are an error.
+    Packed sequences are refused. With the batches, the device and the precision of
     the fit the logits are those of a `FrozenCopy` bit for bit; in other batches of the same samples, up to the rounding
     of the forward pass. Files are mapped into memory, and read as they are needed.
 
@@ -49,6 +56,7 @@ class CachedLogits(Reference):
         folder: Where the files are; one for each batch.
         key: A function of the batch that returns a number for each sample, int64 `[N]`, such as the index in the data
             set. One folder then belongs to one data set.
+        keep: What `fill` writes: "logits", or "likelihoods", the log-likelihood of each sample's labels.
 
     Raises:
         HAMUValueError: If an argument is of another kind.
@@ -57,7 +65,9 @@ class CachedLogits(Reference):
     is_start = None
     _cure = "Another augmentation, or another precision than that of `fill`, can do that."
 
-    def __init__(self, folder: str | Path, *, key: Key | None = None) -> None:
+    def __init__(self, folder: str | Path, *, key: Key | None = None, keep: Kept = "logits") -> None:
+        check_choice("keep", keep, get_args(Kept))
+        self._keep: Kept = keep
         self._folder = Path(check_type("folder", folder, str | PathLike, "a folder"))
         self._key = as_key(key)
         self._rows: dict[int, Tensor] = {}
@@ -72,7 +82,8 @@ class CachedLogits(Reference):
             outputs: As for the objective.
 
         Raises:
-            HAMUValueError: If the folder holds the logits of another model, or logits are NaN.
+            HAMUValueError: If the folder holds the logits of another model, or something else than `keep`, if logits
+                are NaN, or sequences are packed.
             HAMUStateError: If a file in the folder is broken or not ours, or cannot be written.
         """
         outputs = as_outputs(outputs)
@@ -85,7 +96,7 @@ class CachedLogits(Reference):
                 moved = _move(batch, device)
                 keys = self._salted(moved)
                 if not self._rows.keys() >= set(keys.tolist()):
-                    self._write(keys.cpu(), outputs(module, moved)[0].cpu())
+                    self._write(keys.cpu(), self._read_model(module, moved, outputs))
         return self
 
     def delete(self) -> None:
@@ -105,7 +116,45 @@ class CachedLogits(Reference):
         )
 
     @override
-    def logits(self, batch: BatchPass, outputs: Outputs) -> Tensor:
+    def logits_for(self, prediction: Prediction, batch: BatchPass, outputs: Outputs) -> Tensor:
+        rows = self._find(batch)
+        if self._header["keep"] != "logits":
+            raise HAMUStateError(
+                f"Expected logits in {str(self._folder)!r}, but it holds one number for each sample. Fill a folder of "
+                "CachedLogits(folder, keep='logits') for this objective; NPO and DPO can do with the numbers."
+            )
+        counts, expected = [len(row) for row in rows], prediction.count_places().tolist()
+        if counts != expected or rows[0].shape[1] != prediction.logits.shape[-1]:
+            raise HAMUValueError(
+                f"Expected stored logits of as many places as there are labels, {expected}, and "
+                f"{prediction.logits.shape[-1]} classes, but got {counts} and {rows[0].shape[1]}. Call `fill` with the "
+                "labels and the `outputs` of the fit."
+            )
+        found = rows[0].new_zeros(prediction.logits.shape, device=prediction.mask.device)
+        found[prediction.mask] = self._checked(torch.cat(rows)).to(found)
+        return found
+
+    @override
+    def likelihoods_for(self, prediction: Prediction, batch: BatchPass, outputs: Outputs) -> Tensor:
+        rows = self._find(batch)
+        if self._header["keep"] == "logits":
+            return super().likelihoods_for(prediction, batch, outputs)
+        return self._checked(torch.stack(rows)).to(prediction.mask.device)
+
+    def _read_model(self, module: nn.Module, batch: Any, outputs: Outputs) -> dict[str, Tensor]:
+        """What a file holds of a batch."""
+        logits, labels = outputs(module, batch)
+        check_padded(batch, labels.shape, "CachedLogits, which finds samples by their rows")
+        prediction = make_prediction(logits, labels)
+        kept = prediction.logits[prediction.mask]
+        if bool(kept.isnan().any()):
+            raise HAMUValueError("Expected the module's logits to be numbers, but some are NaN. Check its weights.")
+        if self._keep == "likelihoods":
+            return {"likelihoods": prediction.sum_over_places(prediction.log_likelihoods()).cpu()}
+        return {"logits": kept.cpu(), "counts": prediction.count_places().cpu()}
+
+    def _find(self, batch: BatchPass) -> list[Tensor]:
+        """What is stored of each sample of a batch."""
         if not self._rows:
             self._open()
         keys = self._salted(batch.batch)
@@ -117,17 +166,14 @@ class CachedLogits(Reference):
                 f"{len(rows) - len(found)} are not there. Call `fill` with the same data before the fit; with random "
                 "augmentation or padding use `key=`, or FrozenCopy()."
             )
-        if len({row.shape for row in found}) > 1:
-            raise HAMUValueError(
-                "Expected stored logits of one shape in a batch, but got "
-                f"{sorted({tuple(row.shape) for row in found})}. Pad all samples to the same length."
-            )
-        stacked = torch.stack(found)
-        if bool(stacked.isnan().any()):
+        return found
+
+    def _checked(self, numbers: Tensor) -> Tensor:
+        if bool(numbers.isnan().any()):
             raise HAMUStateError(
                 f"Expected the logits in {str(self._folder)!r} to be numbers, but some are NaN. {_CURE}"
             )
-        return stacked.to(keys.device)
+        return numbers
 
     def __getstate__(self) -> dict[str, Any]:
         """The files stay where they are."""
@@ -135,12 +181,12 @@ class CachedLogits(Reference):
 
     def _begin(self, model: str) -> None:
         """Take the folder for a model, unless it is another one's."""
-        text = json.dumps({"salt": secrets.randbits(63), "model": model}).encode()
+        text = json.dumps({"salt": secrets.randbits(63), "model": model, "keep": self._keep}).encode()
         is_empty = not any(self._folder.glob("*.pt"))
         if is_empty:
             write_new(self._folder / _HEADER, lambda file: file.write(text))
         self._read_header()
-        if is_empty and self._header["model"] != model:  # nothing was written for that one
+        if is_empty and (self._header["model"], self._header["keep"]) != (model, self._keep):  # nothing was written
             write_whole(self._folder / _HEADER, lambda file: file.write(text))
             self._read_header()
         if self._header["model"] != model:
@@ -148,12 +194,17 @@ class CachedLogits(Reference):
                 f"Expected {str(self._folder)!r} to be for the logits of this module, but it holds those of one with "
                 "other weights. Give it a folder of its own, or delete the old logits, CachedLogits(folder).delete()."
             )
+        if self._header["keep"] != self._keep:
+            raise HAMUValueError(
+                f"Expected {str(self._folder)!r} to be for {self._keep}, but it holds {self._header['keep']}. Give "
+                "them a folder of their own."
+            )
 
     def _read_header(self) -> None:
         path = self._folder / _HEADER
         try:
             header = json.loads(path.read_text(encoding="utf-8"))
-            self._header = {"salt": int(header["salt"]), "model": str(header["model"])}
+            self._header = {"salt": int(header["salt"]), "model": str(header["model"]), "keep": str(header["keep"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise HAMUStateError(
                 f"Expected {str(path)!r} to say whose logits these are, but it cannot be read. {_CURE}"
@@ -169,18 +220,21 @@ class CachedLogits(Reference):
         kind = "logits that CachedLogits wrote"
         stored = read_tensors(path, kind, _CURE)
         match stored:
-            case {"keys": Tensor() as keys, "logits": Tensor() as logits, "model": model} if (
-                model == self._header["model"] and keys.dim() == 1 and keys.shape == logits.shape[:1]
+            case {"keys": Tensor() as keys, "logits": Tensor() as logits, "counts": Tensor() as counts, **rest} if (
+                rest == {"model": self._header["model"]}
+                and (logits.dim(), keys.shape, int(counts.sum())) == (2, counts.shape, len(logits))
             ):
-                self._rows.update(zip(keys.tolist(), logits, strict=True))
+                self._rows.update(zip(keys.tolist(), torch.split(logits, counts.tolist()), strict=True))
+            case {"keys": Tensor() as keys, "likelihoods": Tensor() as likelihoods, **rest} if (
+                rest == {"model": self._header["model"]} and keys.shape == likelihoods.shape
+            ):
+                self._rows.update(zip(keys.tolist(), likelihoods, strict=True))
             case _:
                 raise HAMUStateError(f"Expected {str(path)!r} to be {kind} for this folder, but it is not. {_CURE}")
 
-    def _write(self, keys: Tensor, logits: Tensor) -> None:
-        if bool(logits.isnan().any()):
-            raise HAMUValueError("Expected the module's logits to be numbers, but some are NaN. Check its weights.")
+    def _write(self, keys: Tensor, found: dict[str, Tensor]) -> None:
         path = self._folder / f"{int(mix(keys).sum()) % 2**64:016x}.pt"
-        content = {"keys": keys, "logits": logits.contiguous(), "model": self._header["model"]}
+        content = {"keys": keys, **found, "model": self._header["model"]}
         write_whole(path, lambda file: torch.save(content, file))
         self._read(path)
 

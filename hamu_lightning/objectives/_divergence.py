@@ -83,8 +83,12 @@ class ReferenceKL(Objective):
     @override
     def samples(self, batch: BatchPass) -> Tensor:
         prediction, reference = self.reference.predict(batch, self.outputs)
-        pair = (reference, prediction.logits) if self.direction == "forward" else (prediction.logits, reference)
-        return prediction.mean_over_places(kl_divergence(*pair, temperature=self.temperature))
+
+        def distance(now: Tensor, labels: Tensor, original: Tensor) -> Tensor:
+            pair = (original, now) if self.direction == "forward" else (now, original)
+            return kl_divergence(*pair, temperature=self.temperature)
+
+        return prediction.mean_over_places(prediction.by_rows(distance, reference))
 
 
 class BadTeacher(Objective):
@@ -119,8 +123,11 @@ class BadTeacher(Objective):
     @override
     def samples(self, batch: BatchPass) -> Tensor:
         prediction, teacher = self.teacher.predict(batch, self.outputs)
-        divergence = kl_divergence(teacher, prediction.logits, self.temperature)
-        return to_raise(prediction.mean_over_places(divergence))
+
+        def distance(now: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+            return kl_divergence(taught, now, self.temperature)
+
+        return to_raise(prediction.mean_over_places(prediction.by_rows(distance, teacher)))
 
 
 class UNDIAL(Objective):
@@ -152,9 +159,12 @@ class UNDIAL(Objective):
     @override
     def samples(self, batch: BatchPass) -> Tensor:
         prediction, reference = self.reference.predict(batch, self.outputs)
-        taken = torch.full_like(reference[..., :1], -self.strength)
-        adjusted = reference.scatter_add(-1, prediction.labels.unsqueeze(-1), taken)
-        return to_raise(prediction.mean_over_places(kl_divergence(adjusted, prediction.logits)))
+
+        def distance(now: Tensor, labels: Tensor, original: Tensor) -> Tensor:
+            taken = torch.full_like(original[..., :1], -self.strength)
+            return kl_divergence(original.scatter_add(-1, labels.unsqueeze(-1), taken), now)
+
+        return to_raise(prediction.mean_over_places(prediction.by_rows(distance, reference)))
 
 
 class DELETE(Objective):
@@ -181,10 +191,13 @@ class DELETE(Objective):
     @override
     def samples(self, batch: BatchPass) -> Tensor:
         prediction, reference = self.reference.predict(batch, self.outputs)
-        # Finite, or 0 log 0 would be NaN; half of the smallest number, or its difference from the others would be none.
-        nothing = torch.finfo(reference.dtype).min / 2
-        second = reference.scatter(-1, prediction.labels.unsqueeze(-1), nothing)
-        return to_raise(prediction.mean_over_places(kl_divergence(second, prediction.logits)))
+
+        def distance(now: Tensor, labels: Tensor, original: Tensor) -> Tensor:
+            # Finite, or 0 log 0 would be NaN; half of the smallest number, or it would not differ from the others.
+            nothing = torch.finfo(original.dtype).min / 2
+            return kl_divergence(original.scatter(-1, labels.unsqueeze(-1), nothing), now)
+
+        return to_raise(prediction.mean_over_places(prediction.by_rows(distance, reference)))
 
 
 class RandomTeacher(FrozenCopy):

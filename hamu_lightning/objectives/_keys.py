@@ -43,7 +43,8 @@ def sample_keys(batch: Any) -> Tensor:
     """A key for each of the N samples of a batch, int64 `[N]`, from the bits of all its tensors of length N.
 
     The same sample has the same key in every batch, epoch and process, as long as its tensors are the same: randomly
-    augmented, or padded to another length, it is another sample.
+    augmented it is another sample, and so it is padded to another length, unless an `attention_mask` `[N, T]` of the
+    same mapping says what is padding.
 
     Raises:
         HAMUValueError: If there is no tensor in the batch.
@@ -53,20 +54,27 @@ def sample_keys(batch: Any) -> Tensor:
         >>> bool(keys[0] == keys[2]), bool(keys[0] == keys[1])
         (True, False)
     """
-    leaves = [leaf for leaf in tensors_in(batch) if leaf.dim()]
+    leaves = [(leaf, mask) for leaf, mask in _masked_tensors_in(batch) if leaf.dim()]
     if not leaves:
         raise HAMUValueError(
             f"Expected a batch with tensors, to tell its samples apart, but got a {type(batch).__name__} without. "
             "Pass `key=`, a function of the batch that returns a number for each sample."
         )
-    n = len(leaves[0])
-    keys = torch.zeros(n, dtype=torch.int64, device=leaves[0].device)
-    for number, leaf in enumerate(leaves, start=1):
-        if len(leaf) == n:
-            bits = _bits_of(leaf.detach()).reshape(n, -1)
-            places = torch.arange(bits.shape[1], device=bits.device) + number * 2**40
-            keys = mix(keys + mix(bits ^ mix(places * _STEP)).sum(1))
+    first, _ = leaves[0]
+    keys = torch.zeros(len(first), dtype=torch.int64, device=first.device)
+    for number, (leaf, mask) in enumerate(leaves, start=1):
+        if len(leaf) == len(first):
+            keys = mix(keys + _sum_up(_bits_of(leaf.detach()).reshape(len(leaf), -1), mask, number))
     return keys
+
+
+def _sum_up(bits: Tensor, mask: Tensor | None, number: int) -> Tensor:
+    """One number for each row of `[N, T]`, that of the bits and their places; counted from where the mask begins."""
+    places = torch.arange(bits.shape[1], device=bits.device)
+    if mask is not None:
+        places = places - mask.long().argmax(1, keepdim=True)
+    mixed = mix(bits ^ mix((places + number * 2**40) * _STEP))
+    return mixed.sum(1) if mask is None else torch.where(mask, mixed, 0).sum(1)
 
 
 def draw_below(bound: int, keys: Tensor, seed: int) -> Tensor:
@@ -81,13 +89,18 @@ def draw_places(bound: int, keys: Tensor, places: int, seed: int) -> Tensor:
     return draw_below(bound, mix(keys.unsqueeze(1) + numbers), seed)
 
 
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """All tensors of a nested batch, in order."""
+def _masked_tensors_in(batch: Any, mask: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """All tensors of a nested batch, in order, and where there is no padding in them, bool `[N, T]`."""
     if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | list | tuple):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors_in(part)
+        yield batch, mask if mask is not None and mask.shape == batch.shape else None
+    elif isinstance(batch, Mapping):
+        found = batch.get("attention_mask")
+        own = found.bool() if isinstance(found, Tensor) and found.dim() == 2 else None
+        for part in batch.values():
+            yield from _masked_tensors_in(part, own)
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _masked_tensors_in(part, mask)
 
 
 def _shift(numbers: Tensor, bits: int) -> Tensor:

@@ -12,6 +12,7 @@ from hamu_lightning.checks import check_seed
 from hamu_lightning.objectives._base import BatchPass, Objective, to_raise
 from hamu_lightning.objectives._keys import Key, as_key, draw_places
 from hamu_lightning.objectives._outputs import Outputs, as_outputs
+from hamu_lightning.objectives._packed import check_padded
 
 
 class CrossEntropy(Objective):
@@ -58,6 +59,7 @@ class RandomLabels(Objective):
     @override
     def samples(self, batch: BatchPass) -> Tensor:
         prediction = batch.predict(self.outputs)
+        check_padded(batch.batch, prediction.labels.shape, "RandomLabels, which draws for each sample")
         classes, places = prediction.logits.shape[-1], prediction.labels.shape[1]
         keys = self.key(batch.batch).to(prediction.labels.device)
         # Added to the label modulo the classes, 1 ... C - 1 gives all labels but the own one.
@@ -83,6 +85,8 @@ class UniformLabels(Objective):
     @override
     def samples(self, batch: BatchPass) -> Tensor:
         prediction = batch.predict(self.outputs)
-        logits = prediction.logits
-        divergence = logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])
-        return to_raise(prediction.mean_over_places(divergence))
+        return to_raise(prediction.mean_over_places(prediction.by_rows(_divergence_of_guess)))
+
+
+def _divergence_of_guess(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives._base import BatchPass, Objective
-from hamu_lightning.objectives._outputs import Outputs, has_one_logit, make_prediction
+from hamu_lightning.objectives._outputs import Outputs
+from hamu_lightning.objectives._prediction import has_one_logit, make_prediction
 from hamu_lightning.objectives._reference import Reference, evaluating
 
 _CURE = (
@@ -56,6 +57,11 @@ def check_labels(labels: Tensor, classes: int) -> None:
 def is_label_of(labels: Tensor, classes: int) -> Tensor:
     """Where the label is among the classes: bool `[..., C]` for labels `[...]`."""
     return labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)
+
+
+def log_odds_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """The log-odds of labels `[...]` under logits `[..., C]`, nats."""
+    return log_odds(logits, is_label_of(labels, logits.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -110,10 +116,10 @@ class ClassReader(Objective):
             check_labels(labels, self.classes)
             self._labels.append(labels.cpu())
             if self._reference is not None:
-                original = prediction.align(self._reference.logits(batch, self._outputs))
-                found = log_odds(original, is_label_of(prediction.labels, self.classes))
+                original = self._reference.logits_for(prediction, batch, self._outputs)
+                found = prediction.by_rows(log_odds_of_labels, logits=original)
                 self._log_odds.append(found[prediction.mask].cpu())
-            return prediction.logits.new_zeros(len(prediction.labels))
+            return torch.zeros(len(prediction.labels), device=labels.device)
 
     @property
     def labels(self) -> Tensor:

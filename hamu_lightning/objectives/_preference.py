@@ -45,7 +45,7 @@ class NPO(Objective):
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
-        ratio = log_ratio(batch, self.reference, self.outputs)
+        ratio = self.reference.log_ratio(batch, self.outputs)
         return to_raise(-2 / self.beta * logsigmoid(-self.beta * ratio))
 
 
@@ -96,6 +96,7 @@ class DPO(Objective):
     """
 
     _parts = ("reference",)
+    _factor = 1.0
 
     def __init__(
         self,
@@ -113,8 +114,8 @@ class DPO(Objective):
     @override
     def samples(self, batch: BatchPass) -> Tensor:
         pair = self.find_pair(batch.batch)
-        preferred, other = (log_ratio(BatchPass(batch.module, b), self.reference, self.outputs) for b in pair)
-        return to_raise(-1 / self.beta * logsigmoid(self.beta * (preferred - other)))
+        preferred, other = (self.reference.log_ratio(BatchPass(batch.module, b), self.outputs) for b in pair)
+        return to_raise(-self._factor / self.beta * logsigmoid(self.beta * (preferred - other)))
 
     def find_pair(self, batch: Any) -> tuple[Any, Any]:
         """The batch of the preferred answers, and that of the answers to be forgotten."""
@@ -129,6 +130,27 @@ class DPO(Objective):
         return batch["preferred"], {name: value for name, value in batch.items() if name != "preferred"}
 
 
+class AltPO(DPO):
+    """DPO with other plausible answers preferred, and twice the factor (Mekala et al. 2025, COLING, arXiv 2409.13474).
+
+        to raise   (2 / beta) log sigmoid(beta log(p(y_a|x) / p_ref(y_a|x)) - beta log(p(y|x) / p_ref(y|x))) <= 0
+
+    The answers y_a are of the same kind as the right ones and false, written by a model that was asked to make facts
+    up; several for one question are several samples. Unlike "I do not know" they leave no gap.
+
+    Args:
+        preferred: As for `DPO`: makes the batch of other answers, by default the entry `preferred`.
+        beta: As for `DPO`.
+        reference: As for `DPO`.
+        outputs: How to ask the models.
+
+    Raises:
+        HAMUValueError: As `DPO`.
+    """
+
+    _factor = 2.0
+
+
 class IdkDPO(DPO):
     """DPO whose preferred answers are "I do not know" (TOFU, Maini et al. 2024, arXiv 2401.06121).
 
@@ -139,8 +161,7 @@ class IdkDPO(DPO):
         answers: Token ids of each answer, with the token that ends it.
         beta: As for `DPO`.
         seed: Which sample gets which answer.
-        key: A function of the batch that returns an int64 `[N]`; default: what the samples' tensors hold, so that a
-            sample padded to another length may get another answer.
+        key: A function of the batch that returns an int64 `[N]`; default: what the samples' tensors hold.
         reference: As for `DPO`.
         outputs: How to ask the models.
 
@@ -178,12 +199,6 @@ class IdkDPO(DPO):
         drawn = draw_below(len(padded), self.key(batch), self.seed)
         answers = torch.tensor(padded, dtype=labels.dtype, device=labels.device)[drawn]  # [N, longest]
         return replace_answers(batch["input_ids"], batch["attention_mask"], labels, answers), batch
-
-
-def log_ratio(batch: BatchPass, reference: Reference, outputs: Outputs) -> Tensor:
-    """log(p(y|x) / p_ref(y|x)) per sample, `[N]` in nats, the likelihoods being products over tokens."""
-    prediction, other = reference.predict(batch, outputs)
-    return (prediction.log_likelihoods() - prediction.log_likelihoods(other)).sum(1)
 
 
 def replace_answers(inputs: Tensor, attention: Tensor, labels: Tensor, answers: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from typing_extensions import override
 from hamu_lightning.checks import check_type
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives._base import BatchPass
-from hamu_lightning.objectives._outputs import Outputs, Prediction
+from hamu_lightning.objectives._outputs import Outputs
+from hamu_lightning.objectives._prediction import Prediction
 
 # A reference that should be the starting model may differ from it by so much, for rounding: the distance in
 # log-likelihood, in nats, as a mean over the labels of a batch.
@@ -48,14 +49,29 @@ class Reference(ABC):
         with torch.no_grad(), self.using(batch.module) as reference:
             return outputs(reference, batch.batch)[0]
 
+    def logits_for(self, prediction: Prediction, batch: BatchPass, outputs: Outputs) -> Tensor:
+        """The same in the form of a prediction, `[N, T, V]`: right where there is a label."""
+        return prediction.align(self.logits(batch, outputs))
+
     def predict(self, batch: BatchPass, outputs: Outputs) -> tuple[Prediction, Tensor]:
         """What the module says about a batch, and then the reference model's logits in the same form."""
         prediction = batch.predict(outputs)
-        logits = prediction.align(self.logits(batch, outputs))
+        logits = self.logits_for(prediction, batch, outputs)
         if self._is_due:
-            self.expect_start(False)
-            self._compare(batch, outputs, prediction, logits)
+            self._compare(batch, outputs, prediction, prediction.log_likelihoods(logits))
         return prediction, logits
+
+    def log_ratio(self, batch: BatchPass, outputs: Outputs) -> Tensor:
+        """log(p(y|x) / p_ref(y|x)) per sample, `[N]` in nats, the likelihoods being products over tokens."""
+        prediction = batch.predict(outputs)
+        original = self.likelihoods_for(prediction, batch, outputs)
+        if self._is_due:
+            self._compare(batch, outputs, prediction, original)
+        return _differ(prediction, prediction.log_likelihoods(), original)
+
+    def likelihoods_for(self, prediction: Prediction, batch: BatchPass, outputs: Outputs) -> Tensor:
+        """Log p_ref of each label, `[N, T]` in nats, or only their sums over each sample, `[N]`."""
+        return prediction.log_likelihoods(self.logits_for(prediction, batch, outputs))
 
     def expect_start(self, expected: bool = True) -> None:
         """Compare with the module at the next batch, if this should be the same model then: a fit begins.
@@ -64,11 +80,13 @@ class Reference(ABC):
         """
         self._is_due = expected and self.is_start is not False
 
-    def _compare(self, batch: BatchPass, outputs: Outputs, prediction: Prediction, logits: Tensor) -> None:
+    def _compare(self, batch: BatchPass, outputs: Outputs, prediction: Prediction, original: Tensor) -> None:
+        self.expect_start(False)
         with torch.no_grad(), evaluating(batch.module):
             now = prediction.align(outputs(batch.module, batch.batch)[0])
-        distances = (prediction.log_likelihoods(now) - prediction.log_likelihoods(logits)).abs()
-        apart = float(distances.sum() / prediction.mask.sum().clamp(min=1))
+        now = prediction.log_likelihoods(now)
+        distances = (now if original.dim() == 2 else prediction.sum_over_places(now)) - original
+        apart = float(distances.abs().sum() / prediction.mask.sum().clamp(min=1))
         if apart <= _SAME:
             return
         told = (
@@ -91,6 +109,13 @@ class Reference(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most references have no state
         """Go on with what `state_dict` returned; an empty dict makes a fresh start."""
+
+
+def _differ(prediction: Prediction, likelihoods: Tensor, original: Tensor) -> Tensor:
+    """The sums over each sample, `[N]`, of log-likelihoods less those of the original, `[N, T]` or their sums `[N]`."""
+    if original.dim() == 2:
+        return prediction.sum_over_places(likelihoods - original)
+    return prediction.sum_over_places(likelihoods) - original
 
 
 class FrozenCopy(Reference):

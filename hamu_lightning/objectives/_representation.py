@@ -13,7 +13,9 @@ from typing_extensions import override
 from hamu_lightning.checks import check_positive, check_seed, check_type
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives._base import BatchPass, Objective, to_raise
-from hamu_lightning.objectives._outputs import Outputs, as_outputs, mean_where
+from hamu_lightning.objectives._outputs import Outputs, as_outputs
+from hamu_lightning.objectives._packed import check_padded
+from hamu_lightning.objectives._prediction import mean_where
 from hamu_lightning.objectives._reference import Reference, as_reference
 
 
@@ -113,6 +115,7 @@ def draw_direction(size: int, seed: int) -> Tensor:
 def mean_square(differences: Tensor, batch: Any) -> Tensor:
     """Squared length of `[N, T, H]` over H, the mean over the tokens of each sample, `[N]`."""
     squares = differences.square().sum(-1)
+    check_padded(batch, squares.shape, "RMU, which takes the mean over each sample's tokens")
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.shape != squares.shape:
         return squares.mean(1)

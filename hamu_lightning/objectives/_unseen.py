@@ -15,8 +15,9 @@ from hamu_lightning.checks import check_type
 from hamu_lightning.objectives._base import BatchPass, Objective, Stateful
 from hamu_lightning.objectives._calibration import Calibration
 from hamu_lightning.objectives._odds import ClassOutputs, is_label_of, log_odds
-from hamu_lightning.objectives._outputs import Outputs, Prediction, as_outputs
+from hamu_lightning.objectives._outputs import Outputs, as_outputs
 from hamu_lightning.objectives._reference import Reference, as_reference
+from hamu_lightning.objectives._rows import RowFunction
 
 # A class that is gone is not made less likely than this many times the log-odds of a guess.
 _LEAST_LIKELY = 3.0
@@ -56,28 +57,33 @@ class AnswerObjective(Objective):
 
     @override
     def samples(self, batch: BatchPass) -> Tensor:
-        prediction, original = self.reference.predict(batch, self.outputs)
-        return prediction.mean_over_places(self.gains(batch, prediction, original, prediction.logits))
+        return self._over_places(batch, self.gains)
 
     def end_samples(self, batch: BatchPass) -> Tensor:
         """The end of each sample, `[N]` in nats."""
-        prediction, original = self.reference.predict(batch, self.outputs)
-        return prediction.mean_over_places(self.gains(batch, prediction, original, None))
 
-    def gains(self, batch: BatchPass, prediction: Prediction, original: Tensor, logits: Tensor | None) -> Tensor:
-        """What has come true of the answer, `[N, T]` in nats.
+        def ends(logits: Tensor, labels: Tensor, original: Tensor, besides: Tensor) -> Tensor:
+            return self.gains(None, labels, original, besides)
+
+        with torch.no_grad():
+            return self._over_places(batch, ends)
+
+    def gains(self, logits: Tensor | None, labels: Tensor, original: Tensor, besides: Tensor) -> Tensor:
+        """What has come true of the answer, `[...]` in nats.
 
         Args:
-            batch: The batch.
-            prediction: What the module says.
-            original: The logits before unlearning, `[N, T, C]`.
-            logits: Of the module, `[N, T, C]`; None for the end.
+            logits: Of the module, `[..., C]`; None for the end.
+            labels: `[...]`.
+            original: The logits before unlearning, `[..., C]`.
+            besides: Those of who says s, `[..., C]`.
         """
         raise NotImplementedError
 
-    def besides(self, batch: BatchPass, prediction: Prediction, original: Tensor) -> Tensor:
-        """The logits of who says s, `[N, T, C]`."""
-        return original if self.teacher is None else prediction.align(self.teacher.logits(batch, self.outputs))
+    def _over_places(self, batch: BatchPass, gains: RowFunction) -> Tensor:
+        prediction, original = self.reference.predict(batch, self.outputs)
+        teacher = self.teacher
+        besides = original if teacher is None else teacher.logits_for(prediction, batch, self.outputs)
+        return prediction.mean_over_places(prediction.by_rows(gains, original, besides))
 
     @override
     def _stateful(self) -> dict[str, Stateful]:
@@ -129,10 +135,9 @@ class UnseenAnswer(AnswerObjective):
         self.calibration = Calibration() if calibration is None else calibration
 
     @override
-    def gains(self, batch: BatchPass, prediction: Prediction, original: Tensor, logits: Tensor | None) -> Tensor:
-        calibration, labels = self.calibration, prediction.labels
+    def gains(self, logits: Tensor | None, labels: Tensor, original: Tensor, besides: Tensor) -> Tensor:
+        calibration = self.calibration
         calibration.check_is_there()
-        besides = self.besides(batch, prediction, original)
         goes = calibration.goes(labels.device)
         is_label = is_label_of(labels, original.shape[-1])
         found = []
@@ -162,9 +167,8 @@ class SecondAnswer(AnswerObjective):
     """
 
     @override
-    def gains(self, batch: BatchPass, prediction: Prediction, original: Tensor, logits: Tensor | None) -> Tensor:
-        besides = self.besides(batch, prediction, original)
-        is_label = is_label_of(prediction.labels, original.shape[-1])
+    def gains(self, logits: Tensor | None, labels: Tensor, original: Tensor, besides: Tensor) -> Tensor:
+        is_label = is_label_of(labels, original.shape[-1])
         return expected_gain(second_choice(besides, is_label, None), original, logits)
 
 
@@ -173,10 +177,10 @@ class SampleAnswer:
     """The answer to a sample of a class that stays.
 
     Args:
-        original: Logits before unlearning, `[N, T, C]`.
-        is_label: Where the label is, bool `[N, T, C]`.
-        aim: phi_t, `[N, T]`.
-        besides: log s, `[N, T, C]`.
+        original: Logits before unlearning, `[..., C]`.
+        is_label: Where the label is, bool `[..., C]`.
+        aim: phi_t, `[...]`.
+        besides: log s, `[..., C]`.
     """
 
     original: Tensor
@@ -185,7 +189,7 @@ class SampleAnswer:
     besides: Tensor
 
     def gain(self, logits: Tensor | None) -> Tensor:
-        """What has come true of it, `[N, T]`; with None the end."""
+        """What has come true of it, `[...]`; with None the end."""
         aim = self.aim.unsqueeze(-1)
         answer = torch.where(self.is_label, logsigmoid(aim), logsigmoid(-aim) + self.besides)
         return expected_gain(answer, self.original, logits)
@@ -196,9 +200,9 @@ class ClassAnswer:
     """The answer to a sample of a class that goes as a whole.
 
     Args:
-        original: Logits before unlearning, `[N, T, C]`.
+        original: Logits before unlearning, `[..., C]`.
         goes: Which classes go, bool `[C]`.
-        besides: Logits of who says s, `[N, T, C]`.
+        besides: Logits of who says s, `[..., C]`.
     """
 
     original: Tensor
@@ -206,7 +210,7 @@ class ClassAnswer:
     besides: Tensor
 
     def gain(self, logits: Tensor | None) -> Tensor:
-        """What has come true of it, `[N, T]`; with None the end."""
+        """What has come true of it, `[...]`; with None the end."""
         start, aim = log_odds(self.original, self.goes), self.aim()
         besides = self.without(self.besides).log_softmax(-1)
         kept = None if logits is None else self.without(logits)
@@ -220,7 +224,7 @@ class ClassAnswer:
         return logits.masked_fill(self.goes, -math.inf)
 
     def aim(self) -> Tensor:
-        """phi_t, `[N, T]`."""
+        """phi_t, `[...]`."""
         floor = -_LEAST_LIKELY * math.log(self.original.shape[-1])
         besides = self.without(self.besides).log_softmax(-1)
         least = besides.masked_fill(self.goes, math.inf).amin(-1)

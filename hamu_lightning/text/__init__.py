@@ -13,6 +13,7 @@ from hamu_lightning.text._layouts import QARecord, parse_record
 from hamu_lightning.text._module import CausalLMModule
 from hamu_lightning.text._records import Records
 from hamu_lightning.text._scores import TextEvaluation, TextRow, TextScores
+from hamu_lightning.text._spans import find_spans
 
 check_installed("transformers", "hamu_lightning.text")
 
@@ -34,6 +35,7 @@ __all__ = [
     "check_installed",
     "contains_spans",
     "evaluate_text",
+    "find_spans",
     "is_gibberish",
     "parse_record",
     "rouge_l_recall",

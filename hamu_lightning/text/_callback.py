@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
@@ -24,7 +25,8 @@ class EvaluateText(Callback):
     - `on_train_batch_end`: every `every_n_steps` optimizer steps.
     - `on_train_end`: the model as it leaves, and in TensorBoard a table of greedy answers before and after.
 
-    The names are those of `TextEvaluation.numbers`; what is NaN is not logged, and its reason is in `numbers`. The fit
+    The names are those of `TextEvaluation.numbers`; what is NaN is not logged, and its reason is in `numbers`. All
+    of them are in `trainer.callback_metrics`, for `ModelCheckpoint(monitor="eval/forget/spans")`. The fit
     goes on as without this callback: modes and random numbers are put back. All processes ask, see `evaluate_text`.
     Nothing of it is in a checkpoint. The table of answers, which may hold what is to be forgotten, is in the event
     file: delete that, or set `answers=0`.
@@ -101,6 +103,9 @@ class EvaluateText(Callback):
             precision=trainer.precision_plugin.forward_context,
         )
         self.last, self.numbers = found, found.numbers(self.reference)
+        # With what is not defined, as NaN: a monitor would else say that there is no such name.
+        monitored = {f"eval/{name}": torch.tensor(e.value) for name, e in self.numbers.items()}
+        trainer.callback_metrics.update(monitored)
         values = {f"eval/{name}": e.value for name, e in self.numbers.items() if e.is_defined}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)

@@ -15,8 +15,9 @@ from typing_extensions import override
 from hamu_lightning.checks import check_choice, check_count, check_optional, describe, is_iterable
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.text._encoding import Encoded, Encoder, PadCollator
-from hamu_lightning.text._layouts import QARecord
+from hamu_lightning.text._layouts import QARecord, parse_record
 from hamu_lightning.text._records import Files, Records
+from hamu_lightning.text._spans import find_spans
 
 Answers: TypeAlias = Literal["answer", "paraphrased", "perturbed"]
 Choice: TypeAlias = "Sequence[int] | str | Path | list[Path] | None"
@@ -101,6 +102,8 @@ class QAData(LightningDataModule):
         forget_batch_size: Of the forget loader; default: as the others.
         max_length: Longer samples lose the end of their answer, in tokens.
         template: The prompt where there is no chat template.
+        mark_spans: Add `core_tokens` to the batches, the tokens of the records' `spans` in their answers, for
+            `hamu_lightning.objectives.CoreTokens`. All spans have to stand in their answers.
         num_workers: As for `DataLoader`.
 
     Attributes:
@@ -111,7 +114,7 @@ class QAData(LightningDataModule):
 
     Raises:
         HAMUValueError: If records are malformed (with file and line, never with what stands there), if there is no such
-            file, column or number, or a record is in two parts.
+            file, column or number, a record is in two parts, or (with `mark_spans`) a span is not in its answer.
 
     Example:
         >>> import json, tempfile
@@ -140,16 +143,17 @@ class QAData(LightningDataModule):
         forget_batch_size: int | None = None,
         max_length: int | None = 512,
         template: str = Encoder.template,
+        mark_spans: bool = False,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        encoder = Encoder(tokenizer, max_length, template)
+        encoder = Encoder(tokenizer, max_length, template, mark_spans)
         self.batch_size = check_count("batch_size", batch_size)
         self.forget_batch_size = check_optional(check_count, "forget_batch_size", forget_batch_size)
         self.num_workers = check_count("num_workers", num_workers, least=0)
         self._collate = PadCollator(encoder.pad_id)
         fields = {name: [] for name in (forget, holdout) if isinstance(name, str)}  # type: dict[str, list[int]]
-        records = Records(files, _Marks(fields))
+        records = Records(files, _Marks(fields, mark_spans))
         self.forget = _choose("forget", forget, records, fields, encoder)
         self.holdout = _choose("holdout", holdout, records, fields, encoder)
         parts = [set(part.ids) for part in (self.forget, self.holdout) if part.records is records]
@@ -187,12 +191,17 @@ class QAData(LightningDataModule):
 
 
 class _Marks:
-    """Notes for each of some columns in which records it is true."""
+    """Notes for each of some columns in which records it is true, and looks whether spans are in their answers."""
 
-    def __init__(self, fields: dict[str, list[int]]) -> None:
-        self._fields = fields
+    def __init__(self, fields: dict[str, list[int]], mark_spans: bool) -> None:
+        self._fields, self._mark_spans = fields, mark_spans
 
     def __call__(self, number: int, row: Mapping[str, Any]) -> str | None:
+        if self._mark_spans:
+            record = parse_record(row)
+            absent = [i for i, span in enumerate(record.spans) if not find_spans(record.answer, [span])]
+            if absent:
+                return f"of its `spans`, which count from 0, number {absent[0]} is not in its answer"
         for name, found in self._fields.items():
             if not isinstance(row.get(name), bool | int):
                 return f"the column {describe(name)} is not true or false (files of their own are given as Path)"
@@ -209,10 +218,10 @@ def _choose(
     if isinstance(choice, str):
         return TextDataset(records, encoder, fields[choice])
     if isinstance(choice, PathLike):
-        return TextDataset(Records(choice), encoder)
+        return TextDataset(Records(choice, _Marks({}, encoder.mark_spans)), encoder)
     items: list[Any] = list(choice) if is_iterable(choice) else [choice]
     if items and all(isinstance(item, PathLike) for item in items):
-        return TextDataset(Records(items), encoder)
+        return TextDataset(Records(items, _Marks({}, encoder.mark_spans)), encoder)
     ids = [check_count(f"{name}: a record's number", i, least=0, most=len(records) - 1) for i in items]
     if len(set(ids)) < len(ids):
         raise HAMUValueError(f"Expected each number in `{name}` once, but got some several times.")

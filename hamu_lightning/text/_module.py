@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from hamu_lightning.checks import check_flag, check_number, check_optional, check_positive, describe
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.text._encoding import CORE
 from hamu_lightning.text._extra import check_installed
 
 _IGNORED = -100
@@ -90,7 +91,7 @@ class CausalLMModule(LightningModule):
     @override
     def forward(self, **batch: Any) -> Any:
         """Return what the model of transformers returns: `.logits` `[N, T, V]`, and `.loss` if there are labels."""
-        return self.model(**batch)
+        return self.model(**{name: value for name, value in batch.items() if name != CORE})
 
     @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int = 0) -> Tensor:

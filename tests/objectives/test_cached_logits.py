@@ -10,22 +10,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.files import UNFINISHED
 from hamu_lightning.objectives import (
+    DPO,
     NPO,
     BatchPass,
     CachedLogits,
     FrozenCopy,
     ModuleOutputs,
+    Reference,
     ReferenceKL,
     RMURetain,
 )
 from hamu_lightning.objectives._keys import sample_keys
-from tests.objectives.models import LanguageModel, grads, make_batch, make_model
-from tests.objectives.test_references import clone_by_pickle, logits_of, move
+from tests.objectives.models import VOCABULARY, LanguageModel, grads, make_batch, make_model
+from tests.objectives.test_references import OUTPUTS, clone_by_pickle, move
+
+
+def logits_of(reference: Reference, model: nn.Module, batch: Any) -> Tensor:
+    """Those that predict a label, `[M, V]`."""
+    prediction, logits = reference.predict(BatchPass(model, batch), OUTPUTS)
+    return logits[prediction.mask]
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens"])
@@ -154,14 +162,15 @@ def test_threads_fill_one_folder(tmp_path: Path) -> None:
 
 def test_stored_logits_by_index(tmp_path: Path) -> None:
     model, batch = make_model("tokens"), make_batch("tokens")
-    batch["index"] = torch.tensor([3, 1, 4, 0])
+    batch["index"], order = torch.tensor([3, 1, 4, 0]), [3, 0]
 
     def outputs(module: nn.Module, batch: Any) -> Any:
         return ModuleOutputs()(module, {name: value for name, value in batch.items() if name != "index"})
 
     cache = CachedLogits(tmp_path, key=lambda batch: batch["index"]).fill(model, [batch], outputs=outputs)
-    expected = outputs(model, batch)[0]
-    assert torch.equal(cache.logits(BatchPass(model, {"index": torch.tensor([0, 3])}), outputs), expected[[3, 0]])
+    prediction, found = cache.predict(BatchPass(model, {name: x[order] for name, x in batch.items()}), outputs)
+    expected = outputs(model, batch)[0][order]
+    assert torch.equal(found[prediction.mask], expected[prediction.mask])
 
 
 def test_samples_that_are_not_stored_are_an_error(tmp_path: Path) -> None:
@@ -173,15 +182,64 @@ def test_samples_that_are_not_stored_are_an_error(tmp_path: Path) -> None:
         RMURetain("body", reference=cache)(BatchPass(model, (x, y)))
 
 
-def test_stored_logits_of_two_lengths_are_an_error(tmp_path: Path) -> None:
+def pad(batch: dict[str, Tensor], left: int, right: int) -> dict[str, Tensor]:
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {name: nn.functional.pad(value, (left, right), value=fill[name]) for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("keep", ["logits", "likelihoods"])
+@pytest.mark.parametrize(("left", "right"), [(0, 2), (3, 0), (1, 1)])
+def test_padding_makes_no_other_sample(tmp_path: Path, left: int, right: int, keep: Any) -> None:
+    """Also where shorter samples come in batches of their own."""
     model, batch = make_model("tokens"), make_batch("tokens")
-    short = {name: value[:1, :5] for name, value in batch.items()}
-    key = lambda b: b["input_ids"][:, 0] * 100 + b["input_ids"].shape[1]  # noqa: E731
-    cache = CachedLogits(tmp_path, key=key).fill(model, [batch, short])
-    both = {"input_ids": torch.stack([torch.tensor([0, 0]), torch.tensor([0, 0])])}
-    cache._key = lambda b: torch.stack([key(batch)[0], key(short)[0]])
-    with pytest.raises(HAMUValueError, match="Expected stored logits of one shape in a batch"):
-        logits_of(cache, model, both)
+    # The second sample is as long as its four tokens: the same in a batch without padding.
+    cache = CachedLogits(tmp_path, keep=keep).fill(model, [batch, {name: x[1:2, :4] for name, x in batch.items()}])
+    assert len(cache._rows) == 4
+    live = FrozenCopy(copy.deepcopy(model))
+    move(model)
+    found = NPO(reference=cache).samples(BatchPass(model, pad(batch, left, right)))
+    expected = NPO(reference=live).samples(BatchPass(model, batch))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)  # rounding of other batches' products
+
+
+def test_rows_without_a_label_are_not_stored(tmp_path: Path) -> None:
+    model, batch = make_model("tokens"), make_batch("tokens")
+    CachedLogits(tmp_path / "rows").fill(model, [batch])
+    CachedLogits(tmp_path / "numbers", keep="likelihoods").fill(model, [batch])
+    rows, numbers = (torch.load(next((tmp_path / name).glob("*.pt"))) for name in ("rows", "numbers"))
+    labelled = int((batch["labels"] != -100).sum())
+    assert rows["logits"].shape == (labelled, VOCABULARY) and "labels" not in rows
+    assert numbers["likelihoods"].shape == (4,) and "logits" not in numbers
+
+
+def test_numbers_do_for_likelihoods_alone(tmp_path: Path) -> None:
+    model, batch = make_model("tokens"), make_batch("tokens")
+    numbers = CachedLogits(tmp_path, keep="likelihoods").fill(model, [batch])
+    original = copy.deepcopy(model)
+    live = FrozenCopy(original)
+    move(model)
+    for make in (lambda r: NPO(reference=r), lambda r: DPO(lambda b: pad(b, 0, 1), reference=r)):
+        found, expected = (make(r).samples(BatchPass(model, batch)) for r in (numbers, live))
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)  # sums in another order
+    with pytest.raises(HAMUStateError, match=r"holds one number for each sample.*keep='logits'"):
+        ReferenceKL(numbers)(BatchPass(model, batch))
+    with pytest.raises(HAMUValueError, match="to be for logits, but it holds likelihoods"):
+        CachedLogits(tmp_path).fill(original, [batch])
+    with pytest.raises(HAMUValueError, match="Expected `keep` to be one of 'logits', 'likelihoods'"):
+        CachedLogits(tmp_path, keep="all")  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
+    model, batch = make_model("tokens"), make_batch("tokens")
+    index = lambda b: torch.arange(len(b["labels"]))  # noqa: E731
+    cache = CachedLogits(tmp_path, key=index).fill(model, [batch])
+    fewer = {**batch, "labels": batch["labels"].clone()}
+    fewer["labels"][0, 2] = -100
+    with pytest.raises(HAMUValueError, match=r"as many places as there are labels, \[3, 2, 4, 0\].*labels and the"):
+        NPO(reference=cache)(BatchPass(model, fewer))
+    packed = {**batch, "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 4)}
+    with pytest.raises(HAMUValueError, match="one sequence for CachedLogits"):
+        CachedLogits(tmp_path / "packed").fill(model, [packed], outputs=lambda m, b: ModuleOutputs()(m, batch))
     with pytest.raises(HAMUValueError, match="Expected the other model's logits to be of shape \\[4, 6, 7\\]"):
         ReferenceKL(FrozenCopy(LanguageModel().double()), outputs=Shortening())(BatchPass(model, batch))
 

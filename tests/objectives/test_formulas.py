@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import (
+    CEU,
     DELETE,
     DPO,
     NPO,
     RMU,
     UNDIAL,
+    WGA,
+    AltPO,
     BadTeacher,
     BatchPass,
     CrossEntropy,
+    EntropyWeighted,
     FrozenCopy,
     IdkDPO,
     LossCap,
@@ -26,9 +31,12 @@ from hamu_lightning.objectives import (
     RandomLabels,
     ReferenceKL,
     RMURetain,
+    SatImp,
     SimNPO,
+    TokenCap,
     UniformLabels,
     WeightedSum,
+    _rows,
 )
 from hamu_lightning.objectives._preference import replace_answers
 from tests.objectives.models import CLASSES, VOCABULARY, grads, make_batch, make_model, perturbed
@@ -95,6 +103,26 @@ def sim_npo(sample: list[Place], beta: float, gamma: float) -> Tensor:
     return 2 / beta * log_sigmoid(-reward - gamma)
 
 
+def wga(sample: list[Place], alpha: float) -> Tensor:
+    return mean([(1 - torch.exp(log_p(z, label)) ** alpha) / alpha for z, _, label in sample])
+
+
+def sat_imp(sample: list[Place]) -> Tensor:
+    """The integral of q (1 - q) from p to 1."""
+    p = [torch.exp(log_p(z, label)) for z, _, label in sample]
+    return mean([1 / 6 - x**2 / 2 + x**3 / 3 for x in p])
+
+
+def capped(sample: list[Place], level: float) -> list[Tensor]:
+    losses = [-log_p(z, label) for z, _, label in sample]
+    return [loss if float(loss.detach()) < level else torch.full_like(loss, level) for loss in losses]
+
+
+def entropy_weighted(sample: list[Place]) -> Tensor:
+    distances = [kl(z.detach(), torch.zeros_like(z)) / math.log(len(z)) for z, _, _ in sample]
+    return mean([(1 - d) * loss for d, loss in zip(distances, capped(sample, 1.5), strict=True)])
+
+
 Case = tuple[Callable[[Any], Objective], Callable[[list[Place]], Tensor]]
 CASES: dict[str, Case] = {
     "cross-entropy": (lambda r: CrossEntropy(), cross_entropy),
@@ -113,6 +141,11 @@ CASES: dict[str, Case] = {
         lambda r: BadTeacher(r._given, temperature=1.5),
         lambda s: -mean([kl(o, z, 1.5) for z, o, _ in s]),
     ),
+    "CE-U": (lambda r: CEU(), lambda s: delete([(z, z.detach(), label) for z, _, label in s])),
+    "WGA": (lambda r: WGA(1.7), lambda s: wga(s, 1.7)),
+    "SatImp": (lambda r: SatImp(2.0, 1.0), sat_imp),
+    "token cap": (lambda r: TokenCap(1.5), lambda s: mean(capped(s, 1.5))),
+    "entropy": (lambda r: EntropyWeighted(1.5), entropy_weighted),
     "SCRUB, retain": (
         lambda r: WeightedSum((0.5, ReferenceKL(r)), (2.0, CrossEntropy())),
         lambda s: 0.5 * mean([kl(o, z) for z, o, _ in s]) + 2.0 * cross_entropy(s),
@@ -124,7 +157,7 @@ CASES: dict[str, Case] = {
         ),
     ),
 }
-BOUNDED = {"NPO", "SimNPO", "UNDIAL", "DELETE", "uniform", "bad teacher"}
+BOUNDED = {"NPO", "SimNPO", "UNDIAL", "DELETE", "CE-U", "uniform", "bad teacher"}
 
 
 def places_of(kind: str, model: nn.Module, other: nn.Module, batch: Any) -> list[list[Place]]:
@@ -146,9 +179,12 @@ def assert_equal(value: Tensor, expected: Tensor, model: nn.Module) -> None:
         torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("few", [_rows._FEW, 0], ids=["at once", "in pieces"])
 @pytest.mark.parametrize("kind", ["classes", "tokens"])
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_with_the_paper(name: str, kind: str) -> None:
+def test_agrees_with_the_paper(name: str, kind: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rows, "_FEW", few)
+    monkeypatch.setattr(_rows, "_PIECES", 5)
     model, batch = make_model(kind), make_batch(kind)
     other = perturbed(model)
     make, formula = CASES[name]
@@ -160,17 +196,18 @@ def test_agrees_with_the_paper(name: str, kind: str) -> None:
         assert max(sample.item() for sample in samples) <= 0
 
 
+@pytest.mark.parametrize(("make", "factor"), [(DPO, 1), (AltPO, 2)])
 @pytest.mark.parametrize("kind", ["classes", "tokens"])
-def test_dpo_agrees_with_the_paper(kind: str) -> None:
+def test_dpo_agrees_with_the_paper(kind: str, make: type[DPO], factor: int) -> None:
     model, batch = make_model(kind), make_batch(kind)
     other = perturbed(model)
     preferred: Any = (batch[0], (batch[1] + 1) % CLASSES) if kind == "classes" else {**batch}
     if kind == "tokens":
         labels = torch.where(batch["labels"] == -100, -100, (batch["input_ids"] + 1) % VOCABULARY)
         preferred |= {"input_ids": torch.where(labels == -100, batch["input_ids"], labels), "labels": labels}
-    objective = DPO(lambda b: preferred, 0.7, reference=FrozenCopy(other))
+    objective = make(lambda b: preferred, 0.7, reference=FrozenCopy(other))
     pairs = zip(places_of(kind, model, other, preferred), places_of(kind, model, other, batch), strict=True)
-    samples = [1 / 0.7 * log_sigmoid(0.7 * ratio(win) - 0.7 * ratio(lose)) for win, lose in pairs]
+    samples = [factor / 0.7 * log_sigmoid(0.7 * ratio(win) - 0.7 * ratio(lose)) for win, lose in pairs]
     assert_equal(objective(BatchPass(model, batch)), mean(samples), model)
     assert max(sample.item() for sample in samples) <= 0
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from scipy.stats import ks_2samp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -221,11 +222,32 @@ def test_the_callback_logs_before_during_and_after(tmp_path: Path, data: QAData,
     events = EventAccumulator(trainer.log_dir).Reload()
     assert [event.step for event in events.Scalars("eval/forget/loss")] == [0, 2, 3]
     assert events.Scalars("eval/forget/loss")[-1].value == pytest.approx(watch.numbers["forget/loss"].value, rel=1e-5)
+    assert trainer.callback_metrics["eval/forget/loss"] == pytest.approx(watch.numbers["forget/loss"].value)
+    assert math.isnan(trainer.callback_metrics["eval/forget_quality"])
     assert "eval/forget_quality" not in events.Tags()["scalars"]
     (text,) = events.Tensors("eval/answers/text_summary")
     lines = text.tensor_proto.string_val[0].decode().splitlines()
     assert len(lines) == 3 and lines[2].startswith("| Where was")
     assert watch.before is not None and watch.before.parts["forget"].column("loss").mean() > 0
+
+
+def test_the_best_checkpoint_by_a_number(tmp_path: Path, data: QAData, tokenizer: Any) -> None:
+    watch = EvaluateText(settings=TextSettings(max_new_tokens=0), every_n_steps=1, answers=0)
+    best = ModelCheckpoint(tmp_path, monitor="eval/forget/loss", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[best, watch],
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(CausalLMModule(make_model(len(tokenizer)), lr=1e-2), datamodule=data)
+    scores = sorted(float(score) for score in best.best_k_models.values())
+    assert len(set(scores)) == 2 and best.best_model_score == pytest.approx(scores[0])
+    assert scores[0] == pytest.approx(watch.numbers["forget/loss"].value)  # of the last step
 
 
 def test_a_fit_goes_on_as_without_the_callback(data: QAData, tokenizer: Any) -> None:

@@ -178,4 +178,4 @@ def _of_labels(batch: BatchPass, outputs: Outputs) -> SampleRead:
     losses, recognised = map(prediction.mean_over_places, (-prediction.log_likelihoods(), is_right))
     is_one = prediction.labels.shape[1] == 1 and not prediction.is_sequence
     classes = prediction.labels[:, 0] if is_one else None
-    return SampleRead(losses.detach(), prediction.mask.sum(dim=1), recognised, classes)
+    return SampleRead(losses.detach(), prediction.count_places(), recognised, classes)
