@@ -298,8 +298,7 @@ class Approach:
     def _measure_target(self, target: Target, *step: Any) -> Tensor:
         if not isinstance(target, AnswerTarget):
             return self._gauge.measure(target.measure, *step)
-        data = self._given, self._protected
-        around = Surroundings(self._trainer, self._reader, *data, self._gauge.measure, step)
+        around = Surroundings(self._trainer, self._reader, self._given, self._protected, self._gauge.measure, step)
         end = target.prepare(around)
         if around.held_out is not None:
             self.evidence.take_held_out(around.held_out)
