@@ -144,7 +144,8 @@ class Groups:
             group.read(_compat_loaders.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
             every, kept = settings.passes.every_n_steps, state.get("approach")
-            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, kept)
+            protected = [data for other, data in self._find_given().items() if other in settings.protect]
+            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, protected, every, kept)
 
     def wrap_step(self, step: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         """For each group what runs a batch, if the strategy's `training_step` is to return what it differentiates."""

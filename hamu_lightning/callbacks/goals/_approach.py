@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,7 @@ class Approach:
         forget_pass: What runs batches through the module without a trace.
         forget: The forget loader as the user gave it: every process reads all of it. None where the training loader
             brings its batches.
+        protected: The loaders of the protected groups.
         every_n_steps: Every how many steps of the trainer one is a combined one.
         state: What `state_dict` returned in the run that this one continues.
 
@@ -75,6 +76,7 @@ class Approach:
         group: str,
         forget_pass: ForgetPass,
         forget: Any,
+        protected: Sequence[Any],
         every_n_steps: int,
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -86,7 +88,7 @@ class Approach:
         self._gauge = Gauge(trainer, forget_pass, self._reader, self._target)
         if forget is None:
             forget = _compat_loaders.train_loader_parts(trainer)[group]
-        self._given, read = forget, read_beside(forget)
+        self._given, self._protected, read = forget, protected, read_beside(forget)
         self._forget = read if isinstance(read, MeasuringLoader) else None
         self._seen, self._trail = PassMean(), Trail()
         forget_pass.sees_levels = self._forget is None
@@ -296,7 +298,7 @@ class Approach:
     def _measure_target(self, target: Target, *step: Any) -> Tensor:
         if not isinstance(target, AnswerTarget):
             return self._gauge.measure(target.measure, *step)
-        around = Surroundings(self._trainer, self._reader, self._given, self._gauge.measure, step)
+        around = Surroundings(self._trainer, self._reader, self._given, self._protected, self._gauge.measure, step)
         end = target.prepare(around)
         if around.held_out is not None:
             self.evidence.take_held_out(around.held_out)

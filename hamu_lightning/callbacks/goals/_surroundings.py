@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ class Surroundings:
         trainer: The trainer, with its loaders set up.
         reader: Opens held-out data.
         given: The loader of what is to be forgotten, as the user gave it.
+        protected: The loaders of the protected groups: their classes stay as well.
         measure: Gives a level, as for `Target.measure`, with a step.
         step: Runs a batch of what is to be forgotten, with the arguments of the retain batch.
 
@@ -39,9 +40,15 @@ class Surroundings:
     """
 
     def __init__(
-        self, trainer: Trainer, reader: Reader, given: Any, measure: Callable[..., Tensor], step: tuple[Any, ...]
+        self,
+        trainer: Trainer,
+        reader: Reader,
+        given: Any,
+        protected: Sequence[Any],
+        measure: Callable[..., Tensor],
+        step: tuple[Any, ...],
     ) -> None:
-        self._trainer, self._reader, self._given = trainer, reader, given
+        self._trainer, self._reader, self._given, self._protected = trainer, reader, given, protected
         self._measure, self._step = measure, step
         self.forget = self._open_forget()
         self.held_out: Any = None
@@ -59,23 +66,22 @@ class Surroundings:
         return self._reader.open(self.held_out)
 
     def count_retained(self, forget: ClassReader) -> Tensor:
-        """How many retain samples each class has, int64 `[C]`.
+        """How many samples of each class stay, in the retain data and the protected groups, int64 `[C]`.
 
         Labels of datasets count where they can be read, and those of the forget set are what was read of it; else a
-        pass over the retain data is made.
+        pass over the data is made.
 
         Args:
             forget: What was read of the forget set.
 
         Raises:
-            HAMUMisconfigurationError: If the retain data cannot be read.
+            HAMUMisconfigurationError: If the data cannot be read.
         """
-        retain = undivided(self._reader.find_retain())
-        labels, own = read_labels(retain), read_labels(self._given)
-        if labels is not None and own is not None and torch.equal(own.sort().values, forget.labels.sort().values):
-            if int(labels.min()) >= 0 and int(labels.max()) < forget.classes:
-                return torch.bincount(labels, minlength=forget.classes)
-        return self._count_by_pass(retain, forget)
+        own = read_labels(self._given)
+        are_labels = own is not None and torch.equal(own.sort().values, forget.labels.sort().values)
+        kept = (self._reader.find_retain(), *self._protected)
+        counts = [self._count(undivided(data), forget, are_labels) for data in kept]
+        return torch.stack(counts).sum(0)
 
     def agree(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state of the first process: others may have rounded differently."""
@@ -90,10 +96,17 @@ class Surroundings:
                 f"Expected data to forget that can be read before the first step, but they cannot: {error}"
             ) from error
 
-    def _count_by_pass(self, retain: Any, forget: ClassReader) -> Tensor:
+    def _count(self, data: Any, forget: ClassReader, are_labels: bool) -> Tensor:
+        """How many samples of each class a loader has; `are_labels`: what a Dataset names are those of the loss."""
+        labels = read_labels(data) if are_labels else None
+        if labels is not None and int(labels.min()) >= 0 and int(labels.max()) < forget.classes:
+            return torch.bincount(labels, minlength=forget.classes)
+        return self._count_by_pass(data, forget)
+
+    def _count_by_pass(self, data: Any, forget: ClassReader) -> Tensor:
         reader = forget.for_labels()
         try:
-            batches = MeasuringLoader(retain)
+            batches = MeasuringLoader(data)
             if batches.length is None:
                 raise HAMUValueError("a stream has no end that is known")
         except HAMUValueError as error:

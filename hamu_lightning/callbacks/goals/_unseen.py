@@ -37,10 +37,10 @@ class Unseen(HoldsData, AnswerTarget):
     nothing to tune.
 
     At the start of the fit one pass over the forget set and one over the held-out data, in evaluation mode, measure
-    what is needed. A class of which no sample is in the retain data goes as a whole; which share of the others is kept
-    is counted as well: from the labels of the datasets (`targets`, `TensorDataset`, subsets of them), and where these
-    cannot be read, by a pass over the retain data. A text (logits `[N, T, V]`) has no classes that go. Whole classes
-    and samples of other classes are two groups, each with its own end:
+    what is needed. A class of which no sample is in the retain data or a protected group goes as a whole; which share
+    of the others is kept is counted as well: from the labels of the datasets (`targets`, `TensorDataset`, subsets of
+    them), and where these cannot be read, by a pass over the data. A text (logits `[N, T, V]`) has no classes that go.
+    Whole classes and samples of other classes are two groups, each with its own end:
     `target={"classes": Unseen(), "samples": Unseen(data)}`.
 
     Args:

@@ -47,6 +47,17 @@ def test_samples_and_whole_classes_end_each_at_its_own_end() -> None:
         HAMUCallback({"a": classes, "b": samples}, target=dict.fromkeys("ab", targets["samples"]))
 
 
+@pytest.mark.parametrize("are_labels_named", [True, False])
+def test_protected_classes_stay(are_labels_named: bool) -> None:
+    """A class that is in no other loader is not one that goes."""
+    kept, protected, gone = (Subset(TRAIN, (TRAIN.tensors[1] == c).nonzero().flatten().tolist()) for c in range(3))
+    forget: Any = gone if are_labels_named else [next(iter(DataLoader(gone, batch_size=len(gone))))]
+    hamu = HAMUCallback({"class": forget}, protect={"like it": protected}, target={"class": (target := Unseen())})
+    with pytest.warns(UserWarning, match="The fit has ended before the target"):
+        fit(trained(), hamu, loader=DataLoader(kept, batch_size=16), max_steps=1)
+    assert target.objective.calibration.goes(torch.device("cpu")).tolist() == [False, False, True]
+
+
 class Regression(Base):
     def make_net(self) -> nn.Module:
         return nn.Linear(10, 1)
