@@ -28,6 +28,11 @@ def check_base(base: Optimizer) -> None:
     """Raise unless the optimizer can be wrapped."""
     if not isinstance(base, Optimizer):
         raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {type(base).__name__}.")
+    if type(base).__module__.partition(".")[0] == "accelerate":
+        raise HAMUValueError(
+            "Expected `base` to be a plain optimizer, but got one that Accelerate has prepared, which would leave out our "
+            "steps unseen. Wrap it before `accelerator.prepare`, and prepare the HAMUOptimizer."
+        )
     if isinstance(base, LBFGS):
         raise HAMUValueError(
             "Expected `base` to take one gradient per step, but got LBFGS, which evaluates its closure several times. "

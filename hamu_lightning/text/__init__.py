@@ -9,6 +9,7 @@ from hamu_lightning.text._data import QAData, TextDataset
 from hamu_lightning.text._encoding import Encoded, Encoder, PadCollator
 from hamu_lightning.text._evaluate import TextSettings, evaluate_text
 from hamu_lightning.text._extra import MissingTextExtraError, check_installed
+from hamu_lightning.text._hf_trainer import HAMUTrainerMixin
 from hamu_lightning.text._layouts import QARecord, parse_record
 from hamu_lightning.text._module import CausalLMModule
 from hamu_lightning.text._records import Records
@@ -22,6 +23,7 @@ __all__ = [
     "Encoded",
     "Encoder",
     "EvaluateText",
+    "HAMUTrainerMixin",
     "MissingTextExtraError",
     "PadCollator",
     "QAData",
