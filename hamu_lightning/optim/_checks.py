@@ -30,8 +30,8 @@ def check_base(base: Optimizer) -> None:
         raise HAMUValueError(f"Expected `base` to be a torch.optim.Optimizer, but got {type(base).__name__}.")
     if type(base).__module__.partition(".")[0] == "accelerate":
         raise HAMUValueError(
-            "Expected `base` to be a plain optimizer, but got one that Accelerate has prepared, which would leave out our "
-            "steps unseen. Wrap it before `accelerator.prepare`, and prepare the HAMUOptimizer."
+            "Expected `base` to be a plain optimizer, but got one that Accelerate has prepared, which leaves out steps "
+            "where we cannot see it. Wrap it before `accelerator.prepare`, and prepare the HAMUOptimizer."
         )
     if isinstance(base, LBFGS):
         raise HAMUValueError(

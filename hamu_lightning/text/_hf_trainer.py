@@ -164,8 +164,9 @@ class HAMUTrainerMixin:
     def _check_set_up(self) -> None:
         kind = str(getattr(self.accelerator.distributed_type, "name", ""))
         if kind in _REFUSED or self.args.fp16:
+            got = "float16" if self.args.fp16 else kind
             raise HAMUValueError(
-                f"Expected one process or DDP, in float32 or bfloat16, but got {'float16' if self.args.fp16 else kind}. "
+                f"Expected one process or DDP, in float32 or bfloat16, but got {got}. "
                 "Set bf16=True, or unlearn with HAMUCallback, which works with Lightning's FSDP2 and 16-mixed."
             )
 
@@ -182,6 +183,7 @@ class HAMUTrainerMixin:
     def _load_forget(self, like: Any) -> Iterator[Any]:
         """Yield forget batches without end, shuffled anew in each pass."""
         dataset, ranks, seed = _with_columns_of(like.dataset, self.forget_dataset), self.args.world_size, self.args.seed
+        sampler: DistributedSampler[Any] | None
         sampler = None if ranks == 1 else DistributedSampler(dataset, ranks, self.args.process_index, seed=seed)
         loader: DataLoader[Any] = DataLoader(
             dataset,

@@ -56,53 +56,54 @@ def test_a_plain_rule_leaves_the_run_as_it_was(model: Any, data: QAData, tmp_pat
     assert torch.equal(weights_of(model), weights_of(twin))
 
 
+class Recorded(Unlearner):
+    """Keeps the batches of both streams."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.batches: dict[bool, list[Any]] = {True: [], False: []}
+        super().__init__(*args, **options)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
+        self.batches[self._is_forgetting].append({name: x.clone() for name, x in inputs.items()})
+        return super().compute_loss(model, inputs, *args, **options)
+
+
+def accumulate(module: nn.Module, batches: list[Any], objective: Any) -> list[Any]:
+    """The clipped gradient of the mean over all tokens of some batches, or of the mean of an objective."""
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    module.zero_grad()
+    for batch, count in zip(batches, counts, strict=True):
+        if objective is None:
+            (module(**batch).loss * count / sum(counts)).backward()
+        else:
+            (objective(BatchPass(module, batch)) / len(batches)).backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+    return [weight.grad for weight in module.parameters()]
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("make_objective", [lambda: None, lambda: NPO(0.1)], ids=["own loss", "NPO"])
 def test_steps_are_those_of_a_loop(
     model: Any, data: QAData, tmp_path: Path, accumulated: int, make_objective: Any
 ) -> None:
-    seen: list[Any] = []
-
-    class Recorded(Unlearner):
-        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
-            seen.append((self._is_forgetting, {name: x.clone() for name, x in inputs.items()}))
-            return super().compute_loss(model, inputs, *args, **options)
-
-    twin = copy.deepcopy(model)
-    for module in (model, twin):
-        module.config.attention_dropout = 0.0
-        for part in module.modules():
-            if hasattr(part, "attention_dropout"):
-                part.attention_dropout = 0.0
+    for part in model.modules():  # two streams draw different numbers
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = 0.0
+    twin, objective = copy.deepcopy(model), make_objective()
     options = {"gradient_accumulation_steps": accumulated, "max_grad_norm": 0.5}
     ours = {"forget_dataset": data.forget, "rule": RULE, "objective": make_objective()}
-    trainer = make_trainer(Recorded, model, data, tmp_path, options, **ours)
+    trainer: Any = make_trainer(Recorded, model, data, tmp_path, options, **ours)
     trainer.train()
-    objective = make_objective()
-    batches = {kind: [batch for is_forget, batch in seen if is_forget == kind] for kind in (True, False)}
-    if objective is not None:  # its reference asks the model itself, not through the Trainer
-        assert len(batches[True]) == len(batches[False]) == 3 * accumulated
     optimizer = HAMUOptimizer(torch.optim.SGD(twin.parameters(), lr=1e-2), RULE)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=3)
     for step in range(3):
         window = slice(step * accumulated, (step + 1) * accumulated)
-        gradients = {}
-        for is_forget, chosen in ((True, batches[True][window]), (False, batches[False][window])):
-            raised = objective if is_forget else None
-            tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in chosen)
-            twin.zero_grad()
-            for batch in chosen:
-                if raised is None:
-                    own = (batch["labels"][:, 1:] != -100).sum()
-                    (twin(**batch).loss * own / tokens).backward()
-                else:
-                    (raised(BatchPass(twin, batch)) / accumulated).backward()
-            nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
-            gradients[is_forget] = [weight.grad for weight in twin.parameters()]
-        twin.zero_grad()
-        for is_forget, where in ((True, optimizer.forget()), (False, optimizer.retain())):
+        forget = accumulate(twin, trainer.batches[True][window], objective)
+        retain = accumulate(twin, trainer.batches[False][window], None)
+        optimizer.zero_grad()
+        for where, gradients in ((optimizer.forget(), forget), (optimizer.retain(), retain)):
             with where:
-                for weight, gradient in zip(twin.parameters(), gradients[is_forget], strict=True):
+                for weight, gradient in zip(twin.parameters(), gradients, strict=True):
                     weight.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
