@@ -144,7 +144,9 @@ class Groups:
             group.read(_compat_loaders.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
             every, kept = settings.passes.every_n_steps, state.get("approach")
-            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, kept)
+            confirm = settings.confirm_of(name)
+            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, every, confirm, kept)
+        group.heed(() if name in settings.protect else settings.stop_on)
 
     def wrap_step(self, step: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         """For each group what runs a batch, if the strategy's `training_step` is to return what it differentiates."""
