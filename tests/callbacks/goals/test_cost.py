@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from hamu_lightning import HAMUCallback, Holdout
+from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks.goals._forget_level import ForgetLevel
 from hamu_lightning.optim import Aim
 from hamu_lightning.rules import HAMUQ, RelativeRadius, TargetQuota
@@ -53,25 +53,6 @@ def test_far_from_the_end_four_batches_are_read_every_ten_steps() -> None:
     """Of 40; a forget and a retain batch are those of the step."""
     steps, _ = count(50.0, 22)
     assert steps == [2] * 9 + [6] + [2] * 9 + [6] + [2]
-
-
-@pytest.mark.filterwarnings("ignore:The fit has ended before the target")
-def test_what_was_just_read_is_not_read_again() -> None:
-    """At the end the samples are not read a second time where the ranks were asked at the same weights."""
-    read: list[int] = []
-    held_out = make_data(40, seed=4)
-
-    class Spy(Holdout):
-        @override
-        def measure(self, module: Any, mean_loss: Any, batch: Any) -> Any:
-            read.append(Counting.calls)
-            return super().measure(module, mean_loss, batch)
-
-    _, hamu = count(Spy(held_out, every=None), 100)
-    assert hamu.stop_reason is not None and len(read) == 1
-    last = Counting.calls
-    _, other = count(0.1, 100)
-    assert other.stop_reason is not None and last > 0
 
 
 class Readings:
