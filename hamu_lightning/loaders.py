@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 __all__ = [
+    "batch_size_of",
     "length_of",
     "load_like",
     "loader_options",
@@ -73,6 +74,20 @@ def load_like(dataset: Any, like: Any, **settings: Any) -> DataLoader[Any]:
         del twin.__dict__[name]
     twin.__dict__.update(vars(made))
     return twin
+
+
+def batch_size_of(loader: Any) -> int | None:
+    """Return the size of a loader's batches, also where a batch sampler of its own says it; None where nobody does.
+
+    Example:
+        >>> from torch.utils.data import BatchSampler, SequentialSampler
+        >>> data = range(10)
+        >>> sampler = BatchSampler(SequentialSampler(data), 4, drop_last=False)
+        >>> batch_size_of(DataLoader(data, batch_sampler=sampler)), batch_size_of([1, 2])
+        (4, None)
+    """
+    sizes = (getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None)))
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:

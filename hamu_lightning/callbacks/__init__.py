@@ -6,6 +6,7 @@ from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks._settings import PassOptions, StepOptions
 from hamu_lightning.callbacks.forecast import PreflightReport, compute_saliency_mask, preflight
 from hamu_lightning.callbacks.goals import (
+    ByObjective,
     Chance,
     CollateralDamage,
     ForgetAbove,
@@ -25,6 +26,7 @@ from hamu_lightning.callbacks.goals import (
 from hamu_lightning.callbacks.passes import split_forget
 
 __all__ = [
+    "ByObjective",
     "Chance",
     "CollateralDamage",
     "ForgetAbove",

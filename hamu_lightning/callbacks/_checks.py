@@ -103,10 +103,12 @@ def check_sketch(trainer: Trainer, sketch: int | None, *, verifies: bool) -> Non
 
 def check_target(objective: Objective | None, rule: Rule) -> None:
     """Raise if a loss is to reach a target that the objective cannot reach."""
-    if rule.target_quotas and objective is not None and not objective.is_nonnegative:
+    is_judged = any(getattr(quota.target, "by_objective", False) for quota in rule.target_quotas.values())
+    if is_judged and objective is not None and not objective.is_nonnegative:
         raise HAMUMisconfigurationError(
-            "Expected an objective of at least 0 with a target for the forget loss, but got "
-            f"{type(objective).__name__}, which is at most 0. Use a rule with a quota, or LossCap(CrossEntropy(), ...)."
+            "Expected an objective of at least 0 with a target in its own unit, ByObjective, but got "
+            f"{type(objective).__name__}, which is at most 0. Give a target for the module's own loss, such as "
+            "Holdout(loader), or a quota."
         )
 
 

@@ -13,8 +13,9 @@ from hamu_lightning.callbacks._group import Group
 from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.callbacks._watchdog import Watchdog
 from hamu_lightning.callbacks.forecast import FitPreflight, PreflightReport
-from hamu_lightning.callbacks.goals import StopReason, warn_about_budget
+from hamu_lightning.callbacks.goals import StopReason, look_at_loss, warn_about_budget
 from hamu_lightning.callbacks.passes import FrozenBatchNorm, NoLossError, detached_loss, split_batch, wrap_step
+from hamu_lightning.objectives import ModuleLoss
 from hamu_lightning.optim import Plan, StepReport
 from hamu_lightning.solvers import GroupCoefficients
 
@@ -41,6 +42,10 @@ class Flow:
         # whether the window will be combined, and the retain losses, 0-d each.
         self._window, self._passed, self._gave_loss, self._combines = 0, 0, False, True
         self._retain_losses: list[Tensor] = []
+        # The module's own losses in their place, where a ceiling is for these and an objective is lowered.
+        is_other = not isinstance(parts.settings.retain_objective, ModuleLoss | None)
+        self._heeds_retain_loss = is_other and look_at_loss(parts.settings.stop_on, "retain")
+        self._ceiling_losses: list[Tensor] = []
         self._reported = parts.optimizer.last_step
 
     def start(self) -> None:
@@ -90,6 +95,8 @@ class Flow:
         if self._combines:
             steps = {"retain": retain_step, **parts.groups.wrap_step(step)}
             skipped = self._run_groups(steps, args, kwargs, batches)
+            if self._heeds_retain_loss:
+                self._ceiling_losses += parts.groups.present[0].run.see(step, args, kwargs)
         if parts.verifier is not None and self._combines and parts.verifier.is_due:
             output = parts.verifier.run_retain(retain_step, args, kwargs)
         else:
@@ -107,7 +114,7 @@ class Flow:
         self._combines = parts.trainer.global_step % parts.settings.passes.every_n_steps == 0
         if parts.turns is not None:
             self._combines = parts.turns.open_window()
-        self._retain_losses, self._passed = [], 0
+        self._retain_losses, self._ceiling_losses, self._passed = [], [], 0
 
     def _run_groups(
         self,
@@ -200,7 +207,7 @@ class Flow:
         """Whether a step is to be applied."""
         groups, parts = self._parts.groups, self._parts
         warn_about_budget(parts.trainer, parts.optimizer, report, parts.settings.passes.every_n_steps)
-        losses = self._retain_losses, groups.forget_losses
+        losses = self._ceiling_losses or self._retain_losses, groups.forget_losses
         return self._parts.stopper.approves(report, *losses, groups.target, groups.level)
 
     def end_batch(self) -> bool:

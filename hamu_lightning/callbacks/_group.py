@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat_loaders
-from hamu_lightning.callbacks.goals import Approach
-from hamu_lightning.callbacks.passes import ForgetPass, ForgetStream
+from hamu_lightning.callbacks.goals import Approach, StopCondition, look_at_loss
+from hamu_lightning.callbacks.passes import ForgetPass, ForgetStream, unwrap_step
+from hamu_lightning.objectives import ModuleLoss
 from hamu_lightning.randomness import RandomStream
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Group:
         stays: Whether it leaves no more before all do: it has come back once, since the others undid it.
         passes: How many of its batches have gone through the module.
         before: How many of them in the run that this fit continues.
-        losses: Of the present window, 0-d each.
+        losses: Of the present window, 0-d each: what conditions to stop on look at.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Group:
         self.run = ForgetPass(trainer, optimizer, self._random, partial(optimizer.group, name), guard)
         self.approach: Approach | None = None
         self.is_done, self.passes, self.before = False, 0, 0
-        self.stays = False
+        self.stays = self._heeds_loss = False
         self.losses: list[Tensor] = []
 
     def read(self, loader: Iterable[Any], state: Mapping[str, Any]) -> None:
@@ -69,11 +70,18 @@ class Group:
         if "stream" in state:
             self.run.stream.load_state_dict(state["stream"])
 
+    def heed(self, conditions: Iterable[StopCondition]) -> None:
+        """Take the module's own loss of each batch for `losses` where a ceiling is for that, and another is raised."""
+        if look_at_loss(conditions, "forget") and not isinstance(self.objective, ModuleLoss | None):
+            self._heeds_loss = True
+            if not self.run.sees_levels:
+                self.run.sees_levels, self.run.level_of = True, lambda step: unwrap_step(step)[0]
+
     def run_batch(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> Tensor:
         """Run one batch, and return its loss."""
         loss = self.run.run(step, args, kwargs, batch)
         self.passes += 1
-        self.losses.append(loss)
+        self.losses.append(self.run.level if self._heeds_loss and self.run.level is not None else loss)
         if self.approach is not None:
             self.approach.observe(loss)
         return loss

@@ -143,9 +143,10 @@ class Groups:
         if loader is not None:
             group.read(_compat_loaders.prepare_loader(self._trainer, loader), state)
         if name in self._optimizer.rule.target_quotas:
-            every, kept = settings.passes.every_n_steps, state.get("approach")
             protected = [data for other, data in self._find_given().items() if other in settings.protect]
-            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, protected, every, kept)
+            how = settings.passes.every_n_steps, settings.confirm_of(name), state.get("approach")
+            group.approach = Approach(self._trainer, self._optimizer, name, group.run, loader, protected, *how)
+        group.heed(() if name in settings.protect else settings.stop_on)
 
     def wrap_step(self, step: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         """For each group what runs a batch, if the strategy's `training_step` is to return what it differentiates."""

@@ -27,6 +27,7 @@ from hamu_lightning.callbacks._settings import (
 )
 from hamu_lightning.callbacks.forecast import PreflightReport
 from hamu_lightning.callbacks.goals import (
+    Confirm,
     RetainGuard,
     StopCondition,
     StopOn,
@@ -99,8 +100,8 @@ class HAMUCallback(Record, Callback):
             One process only.
         objective: What is raised on the forget data instead of the module's own loss, such as `NPO(beta=0.1)`; see
             `hamu_lightning.objectives`. The module's `training_step` then does not run on this stream, and logs nothing
-            there, unless the objective asks for its loss. `forget/loss`, quotas and ceilings are in the objective's
-            units; a target needs one that is at least 0.
+            there, unless the objective asks for its loss. `forget/loss` and quotas are in the objective's units;
+            targets and ceilings are for the module's own loss all the same, see `ByObjective`.
         retain_objective: What is lowered on the retain data instead, such as
             `WeightedSum((1.0, ReferenceKL()), (0.1, CrossEntropy()))`; likewise.
         schedule: Instead of a rule: rules that take turns, such as `Alternate(max_epochs=3, max_steps=10)`, the
@@ -109,6 +110,9 @@ class HAMUCallback(Record, Callback):
             the steps. Epochs count from where unlearning began.
         verify: `VerifySteps()`, or True, measures both losses again after each step, and takes back a step that breaks
             its promise. Default: with `target`, and not else.
+        confirm: A check before the target counts as reached: called with the module, in evaluation mode, it says in
+            words what speaks against it, or nothing; for language models `hamu_lightning.text.SpansGone(part)`. While
+            it fails the fit goes on, to a higher loss. For several requests a mapping from their names.
         guard: `RetainGuard()`, or True, measures the retain data as a whole every so many steps, and goes back where
             they have lost too much. Default: with `target`, and not else.
         passes: Batch size, BatchNorm, and how often forget passes run.
@@ -138,6 +142,7 @@ class HAMUCallback(Record, Callback):
         preflight: bool = False,
         verify: VerifySteps | bool | None = None,
         guard: RetainGuard | bool | None = None,
+        confirm: Confirm | Mapping[str, Confirm] | None = None,
         objective: Objective | None = None,
         retain_objective: Objective | None = None,
         schedule: Schedule | None = None,
@@ -165,6 +170,7 @@ class HAMUCallback(Record, Callback):
             progress_bar=progress_bar,
             seed=seed,
             has_target=target is not None,
+            confirm=confirm,
         )
         self._requests: list[str] = []
         self._preflight_report: PreflightReport | None = None

@@ -16,12 +16,13 @@ from hamu_lightning.callbacks._checks import (
     choose_exact,
     wrap_optimizer,
 )
+from hamu_lightning.callbacks._consistency import check_brought
 from hamu_lightning.callbacks._groups import Groups
 from hamu_lightning.callbacks._guarding import Guarding
 from hamu_lightning.callbacks._identity import is_same_request, is_same_run
 from hamu_lightning.callbacks._journal import Journal
 from hamu_lightning.callbacks._prices import Prices
-from hamu_lightning.callbacks._settings import FitSettings, check_brought
+from hamu_lightning.callbacks._settings import FitSettings
 from hamu_lightning.callbacks.goals import RetainWatch, Stopper, StopReason, Turns, Verifier
 from hamu_lightning.errors import HAMUError
 from hamu_lightning.objectives import ModuleLoss

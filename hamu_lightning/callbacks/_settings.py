@@ -9,10 +9,17 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 from torch import Tensor, nn
 
-from hamu_lightning.callbacks import _compat_loaders
+from hamu_lightning.callbacks._consistency import (
+    check_alone,
+    check_brought,
+    check_confirm,
+    check_group_names,
+    check_objectives,
+    check_sources,
+)
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
-from hamu_lightning.callbacks.goals import RetainGuard, StopCondition, VerifySteps, as_target
-from hamu_lightning.callbacks.passes import HoldsData, check_can_be_read, name_sources
+from hamu_lightning.callbacks.goals import Confirm, RetainGuard, StopCondition, VerifySteps, as_target
+from hamu_lightning.callbacks.passes import HoldsData, name_sources
 from hamu_lightning.checks import (
     check_choice,
     check_count,
@@ -33,7 +40,6 @@ from hamu_lightning.rules import (
     Rule,
     Schedule,
     TargetQuota,
-    check_schedule,
     find_adapters,
 )
 from hamu_lightning.solvers import FeasibleDirection
@@ -195,7 +201,8 @@ class FitSettings(HoldsData):
     progress_bar: bool
     seed: int
     has_target: bool = False
-    _data: ClassVar[tuple[str, ...]] = ("forget", "protect")
+    confirm: Any = field(default=None, repr=False)
+    _data: ClassVar[tuple[str, ...]] = ("forget", "protect", "confirm")
 
     def __post_init__(self) -> None:
         """Check them, and what depends on several of them."""
@@ -214,6 +221,12 @@ class FitSettings(HoldsData):
         check_objectives(self.objective, self.retain_objective)
         if self.rule is not None:
             check_brought(self.objective, self.rule)
+        check_confirm(self.confirm, () if self.rule is None else self.rule.target_quotas)
+
+    def confirm_of(self, group: str) -> Confirm | None:
+        """The check before the target of a group counts as reached; None for none."""
+        found: Confirm | None = self.confirm.get(group) if isinstance(self.confirm, Mapping) else self.confirm
+        return found
 
     def objective_of(self, group: str, rule: Rule) -> Objective | None:
         """What is raised on a group: what its target brings, or what the user chose; None for the module's own loss."""
@@ -277,18 +290,6 @@ def lead_to(target: Any, protect: Iterable[str]) -> Rule:
     return FeasibleDirection(quotas, dict.fromkeys(protect, 0.0), radius=radius)
 
 
-def check_alone(schedule: Any, **others: Any) -> None:
-    """Raise unless a schedule can be used, and nothing is given that it decides."""
-    check_type("schedule", schedule, Schedule, "a schedule such as Alternate(max_epochs=3)")
-    check_schedule(schedule)
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise HAMUValueError(
-            f"Expected `schedule` without `{given[0]}`, but got both: the schedule says which rule makes each step. "
-            "Give rules to it, Alternate(max_epochs=3, forget=..., retain=...)."
-        )
-
-
 def choose_verification(verify: Any, *, has_target: bool) -> VerifySteps | None:
     """Return how steps are verified: as the user says, and by default where there is a target."""
     if verify is None:
@@ -297,51 +298,3 @@ def choose_verification(verify: Any, *, has_target: bool) -> VerifySteps | None:
         return verify
     check_type("verify", verify, bool, "VerifySteps(...), True or False")
     return VerifySteps() if verify else None
-
-
-def check_sources(name: str, sources: object) -> None:
-    """Raise unless something, or all that it maps names to, can be data."""
-    for source in sources.values() if isinstance(sources, Mapping) else [sources]:
-        if source is not None:
-            check_can_be_read(name, _compat_loaders.without_indices(source))
-
-
-# What modules log begins with these, and what we log of a group with its name.
-_RESERVED = ("train", "training", "val", "valid", "validation", "test", "predict", "hamu")
-
-
-def check_group_names(names: Iterable[str]) -> None:
-    """Raise where a group has a name under which modules log their own values."""
-    found = [name for name in names if name in _RESERVED]
-    if found:
-        raise HAMUValueError(
-            f"Expected a name for each group that nobody logs by, but got {found[0]!r}: '{found[0]}/loss' is what many "
-            f"modules log. Choose another one, such as 'request-1'; reserved are {', '.join(_RESERVED)}."
-        )
-
-
-def check_brought(objective: Objective | None, rule: Rule) -> None:
-    """Raise where a target brings what is raised, and something else is to be raised, or another group has it too."""
-    targets = [quota.target for quota in rule.target_quotas.values()]
-    brought = [target for target in targets if getattr(target, "objective", None) is not None]
-    if brought and objective is not None:
-        raise HAMUValueError(
-            f"Expected {brought[0]} without `objective`, but got {type(objective).__name__}: this target says itself "
-            "what is raised. Leave `objective` out, or give another target, such as Holdout(loader)."
-        )
-    if len({id(target) for target in brought}) < len(brought):
-        raise HAMUValueError(
-            f"Expected a target of its own for each group, but got one {brought[0]} for several: each learns from its "
-            "own samples. Write Unseen(...) once for each group."
-        )
-
-
-def check_objectives(objective: object, retain_objective: object) -> None:
-    """Raise unless both are objectives, or None, that make sense on their streams."""
-    for name, value in (("objective", objective), ("retain_objective", retain_objective)):
-        check_type(name, value, Objective | None, "one of hamu_lightning.objectives, such as NPO(beta=0.1)")
-    if isinstance(retain_objective, Objective) and retain_objective.is_forget_only:
-        raise HAMUValueError(
-            "Expected `retain_objective` to be something to lower on the retain data, but got "
-            f"{type(retain_objective).__name__}, which is to be raised on the forget data. Give it to `objective`."
-        )

@@ -1,6 +1,6 @@
 """The optimizer wrapper: works in a plain PyTorch loop, with Fabric, and under Lightning."""
 
-from hamu_lightning.optim._aim import Aim
+from hamu_lightning.optim._aim import Aim, Exchange
 from hamu_lightning.optim._checks import is_plain_sgd
 from hamu_lightning.optim._engine import Plan
 from hamu_lightning.optim._hamu_optimizer import HAMUOptimizer
@@ -12,6 +12,7 @@ from hamu_lightning.optim._trial import Referee, Snapshot, Verdict
 
 __all__ = [
     "Aim",
+    "Exchange",
     "GradientSlot",
     "HAMUOptimizer",
     "NamedMasks",

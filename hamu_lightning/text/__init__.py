@@ -15,6 +15,7 @@ from hamu_lightning.text._module import CausalLMModule
 from hamu_lightning.text._records import Records
 from hamu_lightning.text._scores import TextEvaluation, TextRow, TextScores
 from hamu_lightning.text._spans import find_spans
+from hamu_lightning.text._spans_gone import SpansGone
 
 check_installed("transformers", "hamu_lightning.text")
 
@@ -29,6 +30,7 @@ __all__ = [
     "QAData",
     "QARecord",
     "Records",
+    "SpansGone",
     "TextDataset",
     "TextEvaluation",
     "TextRow",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -29,6 +29,7 @@ from hamu_lightning.text._layouts import QARecord
 from hamu_lightning.text._scores import FORGET, TextEvaluation, TextRow, TextScores
 
 Part: TypeAlias = "TextDataset | Sequence[QARecord]"
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,18 @@ def evaluate_text(
     """
     settings = TextSettings() if settings is None else settings
     check_type("parts", parts, Mapping, "a dict from names to datasets")
-    datasets = {name: _as_dataset(part, tokenizer) for name, part in parts.items()}
+    datasets = {name: as_dataset(part, tokenizer) for name, part in parts.items()}
     if settings.max_new_tokens:
         find_generator(module)
-    rank, world = _place(module)
+    rank, world = place(module)
     stream = RandomStream(settings.seed, rank)
     scorer = _Scorer(module, settings, outputs or ModuleOutputs(), precision)
     found: dict[str, list[tuple[int, TextRow]]] = {}
     with torch.no_grad(), evaluating(module), stream.active():
         for name, dataset in datasets.items():
-            chosen = _spread(len(dataset), settings.most)[rank::world]
+            chosen = spread_over(len(dataset), settings.most)[rank::world]
             found[name] = list(scorer.rows(dataset, chosen, samples=settings.samples if name == FORGET else 0))
-    rows = _gather(found, world)
+    rows = gather(found, world)
     return TextEvaluation({name: TextScores(rows[name]) for name in parts}, settings.k)
 
 
@@ -137,7 +138,7 @@ class _Scorer:
 
     def rows(self, dataset: TextDataset, indices: Sequence[int], samples: int) -> Iterator[tuple[int, TextRow]]:
         """Yield for each index what the model says of its record."""
-        for chunk in _chunks(indices, self.settings.batch_size):
+        for chunk in chunks(indices, self.settings.batch_size):
             records = [dataset.record(i) for i in chunk]
             rows = self._likelihoods(dataset.encoder, records, [dataset.ids[i] for i in chunk])
             if self.settings.max_new_tokens:
@@ -197,7 +198,7 @@ class _Scorer:
 
     def _predict(self, encoder: Encoder, samples: list[Encoded]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each sample the logits `[1, t, V]` and labels `[1, t]` of its answer's tokens."""
-        for chunk in _chunks(samples, self.settings.batch_size):
+        for chunk in chunks(samples, self.settings.batch_size):
             batch = {name: x.to(self.device) for name, x in PadCollator(encoder.pad_id)(chunk).items()}
             with self.precision():
                 logits, labels = self.outputs(self.module, batch)
@@ -214,7 +215,12 @@ def _leak(answer: str, record: QARecord) -> float:
     return float(contains_spans(answer, record.spans)) if record.spans else rouge_l_recall(answer, record.answer)
 
 
-def _as_dataset(part: Part, tokenizer: Any) -> TextDataset:
+def as_dataset(part: Part, tokenizer: Any) -> TextDataset:
+    """A part as a dataset of records with their own answers.
+
+    Raises:
+        HAMUValueError: If it is of another kind.
+    """
     if isinstance(part, TextDataset):
         if part.answers != "answer":
             raise HAMUValueError(
@@ -228,7 +234,7 @@ def _as_dataset(part: Part, tokenizer: Any) -> TextDataset:
     return TextDataset(part, tokenizer)
 
 
-def _place(module: nn.Module) -> tuple[int, int]:
+def place(module: nn.Module) -> tuple[int, int]:
     """Which share of the records this process asks about: the first of one, where weights are sharded."""
     is_alone = not (distributed.is_available() and distributed.is_initialized())
     if is_alone or any(isinstance(weight, DTensor) for weight in module.parameters()):
@@ -236,7 +242,8 @@ def _place(module: nn.Module) -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def _gather(found: dict[str, list[tuple[int, TextRow]]], world: int) -> dict[str, list[TextRow]]:
+def gather(found: dict[str, list[tuple[int, Found]]], world: int) -> dict[str, list[Found]]:
+    """What all processes have found of each part, in the order of the records."""
     shares: list[Any] = [found]
     if world > 1:
         shares = [None] * world
@@ -245,10 +252,12 @@ def _gather(found: dict[str, list[tuple[int, TextRow]]], world: int) -> dict[str
     return {name: [row for _, row in rows] for name, rows in pairs.items()}
 
 
-def _spread(length: int, most: int | None) -> list[int]:
+def spread_over(length: int, most: int | None) -> list[int]:
+    """So many places at most, spread evenly over a length."""
     count = length if most is None else min(length, most)
     return [i * length // count for i in range(count)]
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+def chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    """Items in lists of a size."""
     return (list(items[i : i + size]) for i in range(0, len(items), size))

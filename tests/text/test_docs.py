@@ -12,7 +12,7 @@ import torch
 from tests.text.world import make_model, make_rows, write_lines
 
 PAGE = (Path(__file__).parents[2] / "docs" / "language_models.md").read_text()
-FIT, EVALUATION = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+FIT, EVALUATION, CHECK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
@@ -29,6 +29,7 @@ def test_the_code_runs(
         fit = FIT.replace("max_steps=100", "max_steps=2, accelerator='cpu', devices=1")
         exec(fit.replace("samples=8, k=8", "samples=2, k=2, max_new_tokens=4"), names)
         exec(EVALUATION, names)
+        exec(CHECK, names)
     assert "forget/spans" in capsys.readouterr().out
     every = {name.partition("/")[2] or name for name in names["watch"].numbers}
     assert {name for name in every if f"{name}`" not in PAGE} == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,14 @@ class Probe:
 
     def take_aim(self, aim: Aim) -> None:
         """Ask for the same target, in the same number of steps, as the optimizer of the run."""
-        self.optimizer.aim.target, self.optimizer.aim.steps, self.optimizer.aim.taken = aim.target, aim.steps, aim.taken
+        own = self.optimizer.aim
+        own.target, own.steps, own.taken, own.level, own.exchange = (
+            aim.target,
+            aim.steps,
+            aim.taken,
+            aim.level,
+            copy.deepcopy(aim.exchange),
+        )
 
     def measure(
         self, forget: Callable[[], Tensor], retain: Callable[[], Tensor], pairs: int, target: float | None = None
@@ -78,7 +86,8 @@ class Probe:
             values = torch.stack([number.to(report.lr) for number in numbers.values()]).tolist()
             rows.append(dict(zip(numbers, values, strict=True)))
         bound = "forget" if step.constrained == 1 else "retain"
-        if target is None and self._quota is not None:
+        # Nothing says yet in how many steps it is reached where something else than the loss is raised.
+        if target is None and self._quota is not None and self.optimizer.aim.exchange is None:
             target = float(self._quota.target if self.optimizer.aim.target is None else self.optimizer.aim.target)
         finite = [row for row in rows if row.pop("is_finite")]
         return make_report(finite, left_out=pairs - len(finite), blocks=len(report.labels), target=target, bound=bound)
@@ -89,7 +98,7 @@ class Probe:
         with hidden_gradients(self._parameters.values()):
             try:
                 losses = {"forget_loss": forget(), "retain_loss": retain()}  # as in a fit: the forget pass first
-                if self._quota is not None:
+                if self._quota is not None and self.optimizer.aim.exchange is None:
                     self.optimizer.aim.level = losses["forget_loss"].double()
                 self.optimizer.plan_step("combine", window_shares=(self._share, self._share))
                 self.optimizer.step()

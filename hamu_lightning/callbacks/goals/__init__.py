@@ -12,7 +12,9 @@ from hamu_lightning.callbacks.goals._conditions import (
     StopOn,
     StopReason,
     as_conditions,
+    look_at_loss,
 )
+from hamu_lightning.callbacks.goals._confirmation import Confirm
 from hamu_lightning.callbacks.goals._loss_forms import FORMS, SampleRead, agrees, find_form
 from hamu_lightning.callbacks.goals._planning import warn_about_budget
 from hamu_lightning.callbacks.goals._reading import Reader, one_by_one, read_as_held_out
@@ -20,7 +22,7 @@ from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_gua
 from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
 from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._stopper import Stopper
-from hamu_lightning.callbacks.goals._targets import Chance, Holdout, Target, as_target
+from hamu_lightning.callbacks.goals._targets import ByObjective, Chance, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._transforms import explain_difference
 from hamu_lightning.callbacks.goals._turns import Turns
 from hamu_lightning.callbacks.goals._unseen import SecondChoice, Unseen
@@ -28,9 +30,11 @@ from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
 
 __all__ = [
     "CEILINGS",
+    "ByObjective",
     "Approach",
     "Chance",
     "CollateralDamage",
+    "Confirm",
     "FORMS",
     "ForgetAbove",
     "ForgottenSamples",
@@ -59,6 +63,7 @@ __all__ = [
     "choose_guard",
     "explain_difference",
     "find_form",
+    "look_at_loss",
     "one_by_one",
     "read_as_held_out",
     "warn_about_budget",

@@ -10,15 +10,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat, _compat_loaders
+from hamu_lightning.callbacks.goals._confirmation import Confirm, Confirmation
 from hamu_lightning.callbacks.goals._evidence import gather_evidence
+from hamu_lightning.callbacks.goals._forget_level import MEASURE_EVERY, ForgetLevel
 from hamu_lightning.callbacks.goals._gauge import Gauge
-from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
+from hamu_lightning.callbacks.goals._landing import Landing
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
 from hamu_lightning.callbacks.goals._planning import plan_steps
-from hamu_lightning.callbacks.goals._reading import Excerpt, Reader, read_beside
-from hamu_lightning.callbacks.goals._surroundings import AnswerTarget, Surroundings
-from hamu_lightning.callbacks.goals._targets import REACHED, Holdout, Target, as_target
-from hamu_lightning.callbacks.goals._trail import Trail
+from hamu_lightning.callbacks.goals._reading import Reader, read_beside
+from hamu_lightning.callbacks.goals._targets import REACHED, Target, as_target
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim import HAMUOptimizer
@@ -26,9 +26,8 @@ from hamu_lightning.optim import HAMUOptimizer
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-# From this share of the target on, the forget loss is measured before each step, not only every so many.
+# From this share of the target on, the weights that it was measured at are kept, to go back to.
 _NEAR = 0.7
-_MEASURE_EVERY = 10
 # A step that ends beyond this is tried again, where steps are verified.
 _TOO_FAR = 1.1
 # And from here on, advice is due.
@@ -39,16 +38,16 @@ _MORE = "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=
 class Approach:
     """Measures the target, follows the forget loss, and tells when the one has reached the other.
 
-    Levels are those of the model in evaluation mode: measured on the forget set itself every 10 steps, and before each
-    step from 0.7 of the target on; in between the optimizer's `Aim` adds what the steps promise. Batches run in the
-    mode that the module trains in, where dropout makes their losses higher: their rise only tells when to measure
-    (`Trail`). Of a set of more than 32 batches, 32 are measured that are spread over it; the target counts as reached
-    only where the loss of all of it has come there, and, with held-out data, where the ranks of single samples do not
-    speak against it (`Evidence`). Where they do, the fit goes on with the mean held at its target. A set that cannot be
-    read beside the fit is judged by what was seen of it, batch by batch in evaluation mode, in a whole pass.
-
-    A step that ends more than a tenth beyond the target is taken back (weights and the optimizer's state), and the next
-    one is half as long; where steps are not verified, the nearer of the last two counts.
+    Levels are the module's own loss in evaluation mode, whatever is raised (`Gauge`; what a target that brings an
+    answer, or `ByObjective`, is a level of, is what is raised). They are measured on the forget set itself every 10
+    steps, and where what was measured last and what steps have promised since could have come to the end, on as few of
+    its batches as it takes (`ForgetLevel`); in between the optimizer's `Aim` adds what the steps promise. Batches run
+    in the mode that the module trains in, where dropout makes their losses higher: their rise only tells when to
+    measure (`Trail`). The target counts as reached only where the loss of the whole set has come there, and, with
+    held-out data, where the ranks of single samples do not speak against it (`Evidence`): then the mean is held. A set
+    that cannot be read beside the fit is judged by what was seen of it in a whole pass, in evaluation mode. A step that
+    ends more than a tenth beyond the target is taken back (`Landing`), and the next one is half as long; where steps
+    are not verified, the nearer of the last two counts.
 
     Args:
         trainer: The trainer, with its loaders set up.
@@ -59,6 +58,7 @@ class Approach:
             brings its batches.
         protected: The loaders of the protected groups.
         every_n_steps: Every how many steps of the trainer one is a combined one.
+        confirm: A check of the user's own before the target counts as reached.
         state: What `state_dict` returned in the run that this one continues.
 
     Attributes:
@@ -78,78 +78,93 @@ class Approach:
         forget: Any,
         protected: Sequence[Any],
         every_n_steps: int,
+        confirm: Confirm | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         quota = optimizer.rule.target_quotas[group]
+        state = state or {}
         self._trainer, self._optimizer, self._forget_pass = trainer, optimizer, forget_pass
         self._aim = optimizer.aim_of(group)
         self._target = as_target(quota.target)
+        self._what = self._target.what if isinstance(self._target, Target) else Target.what
         self._reader = Reader(trainer)
-        self._gauge = Gauge(trainer, forget_pass, self._reader, self._target)
+        self._gauge = Gauge(trainer, forget_pass, self._reader, self._target, protected)
         if forget is None:
             forget = _compat_loaders.train_loader_parts(trainer)[group]
-        self._given, self._protected, read = forget, protected, read_beside(forget)
-        self._forget = read if isinstance(read, MeasuringLoader) else None
-        self._seen, self._trail = PassMean(), Trail()
-        forget_pass.sees_levels = self._forget is None
-        # The numbers of a run that this one continues stand: it is to go on as if it had not been interrupted.
-        if self._aim.steps is None or quota.steps is not None:
-            self._aim.steps = plan_steps(trainer, quota, self._aim.taken, every_n_steps)
-        self._kept = KeptWeights(optimizer)
-        self._kept_level: Tensor | None = None
-        self._level: Tensor | None = None  # measured on all there is, after so many steps
-        self._level_at = -1
-        self._not_finite = ""
-        self._last_step: tuple[Any, ...] | None = None
-        self.is_reached = self.is_lost = False
-        self._load(state or {})
-        known = (state or {}).get("evidence", {})
-        self.evidence = gather_evidence(trainer, forget_pass, forget, self._target, self._reader, known)
-        if not isinstance(read, MeasuringLoader):
+        self._given, read = forget, read_beside(forget)
+        self._forget: ForgetLevel | None = None
+        if isinstance(read, MeasuringLoader):
+            self._forget = ForgetLevel(self._gauge, forget_pass, read, state.get("level", {}))
+        else:
             rank_zero_warn(
                 f"The target of {group!r} is judged by the mean loss over a whole pass, as it was seen while the "
                 f"weights moved, and so later than it is reached. {read}"
             )
+        self._seen = PassMean()
+        self._seen.load_state_dict(state.get("seen", {}))
+        forget_pass.sees_levels, forget_pass.level_of = self._forget is None, self._gauge.judge
+        # The numbers of a run that this one continues stand: it is to go on as if it had not been interrupted.
+        if self._aim.steps is None or quota.steps is not None:
+            self._aim.steps = plan_steps(trainer, quota, self._aim.taken, every_n_steps)
+        self._landing = Landing(optimizer)
+        self._landing.load_state_dict(state)
+        self._level: Tensor | None = None  # measured on all there is, after so many steps
+        self._level_at, self._not_finite = -1, ""
+        self._last_step: tuple[Any, ...] | None = None
+        self.is_reached = self.is_lost = False
+        self._confirmation = Confirmation(trainer, forget_pass, confirm, state.get("confirmation", {}))
+        known = state.get("evidence", {})
+        self.evidence = gather_evidence(trainer, forget_pass, forget, self._target, self._reader, known)
 
     def look(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, lands: bool) -> None:
         """Measure what has to be measured before the forget pass of a step; reads the host.
 
         Args:
-            step: The strategy's `training_step`.
+            step: Runs a forget batch: the strategy's `training_step`, or an objective.
             args: The arguments of the retain batch.
             kwargs: Likewise.
             lands: Whether a step that went too far is taken back: not with several groups, whose step it was as well.
         """
         self._last_step = step, (None, *args[1:]), kwargs
+        self._aim.follow(is_raised=self._gauge.judge(step) is step)
         aim, target = self._aim, self._look_at_target(step, args, kwargs)
-        is_due = aim.level is None or aim.taken % _MEASURE_EVERY == 0 or self._is_near(target)
-        if self._forget is not None and is_due:
-            aim.level = self._look_at_forget_set(self._forget, target, step, args, kwargs)
-            self._trail.mark(aim.level)
-        elif self._forget is None:
+        # While the user's own check fails, the steps aim further than the target, where it is asked again.
+        goal = self._end if self._confirmation.is_due(aim.taken) else target
+        is_due = self._forget is not None and (goal is not target or self._forget.is_due(aim, goal))
+        if self._forget is None:
             self._know(self._seen.mean)
+            if aim.level is not None and aim.taken % MEASURE_EVERY == 0:
+                aim.mark(aim.level)
+        elif is_due:
+            self._look_at_forget_set(self._forget, goal, step, args, kwargs)
         self.evidence.begin(step, args, kwargs)
         is_there = not self.is_lost and self.is_at_target
-        self.is_reached = is_there and self.evidence.confirms(aim.taken, step, args, kwargs)
+        is_believed = is_there and self.evidence.confirms(aim.taken, step, args, kwargs)
+        self.is_reached = is_believed and self._is_confirmed(args[0])
         if is_there and aim.taken == 0:
             self._warn_at_the_start(target)
         if not lands:
             return
+        target = self._end * self._confirmation.further
         if self.is_reached or (is_there and self._is_too_far(target)):
             self._land(self._known, target)
-        elif self._forget is not None and aim.level is not None and self._is_near(target):
-            self._kept.keep()
-            self._kept_level = aim.level
-        else:
-            self._kept.release()
+        elif is_due and aim.level is not None:
+            is_near = aim.exchange is not None or bool(aim.level >= _NEAR * target)
+            is_known = self._level_at == aim.taken
+            self._landing.keep(aim.level if is_near else None, is_known=is_known)
+
+    def _is_confirmed(self, batch: Any) -> bool:
+        """Whether the user's own check passes; the level that the steps aim at follows it."""
+        end = self._end
+        passes = self._confirmation.passes(self._aim.taken, batch)
+        self._aim.target = end * self._confirmation.further
+        return passes
 
     @property
-    def _what(self) -> str:
-        return self._target.what if isinstance(self._target, Target) else Target.what
-
-    def _is_near(self, target: Tensor) -> bool:
-        levels = (self._aim.level, self._trail.estimate)
-        return any(level is not None and bool(level >= _NEAR * target) for level in levels)
+    def _end(self) -> Tensor:
+        """The target; the steps may aim further."""
+        assert self._aim.target is not None
+        return self._aim.target / self._confirmation.further
 
     def _warn_at_the_start(self, target: Tensor) -> None:
         found = f"The {self._what} is {float(self._known):.4g} before the first step, and the target only "
@@ -157,9 +172,8 @@ class Approach:
         if self.is_reached:
             rank_zero_warn(f"{found}there is nothing to forget. Check the forget set, or choose a higher target.")
         else:
-            rank_zero_warn(
-                f"{found}the mean has nothing to rise, but single samples are remembered: {self.evidence.advice}."
-            )
+            why = self._confirmation.describe() or f"single samples are remembered: {self.evidence.advice}"
+            rank_zero_warn(f"{found}the mean has nothing to rise, but {why}.")
 
     def _is_too_far(self, target: Tensor) -> bool:
         return self._optimizer.referee is not None and bool(self._known > _TOO_FAR * target)
@@ -167,7 +181,7 @@ class Approach:
     def observe(self, loss: Tensor) -> None:
         """Take the loss of a forget batch in: that of this process, weighted by its share of the samples."""
         if self._forget is not None:
-            self._trail.add(self._trainer.strategy.reduce(loss, reduce_op="mean"))
+            self._forget.trail.add(self._trainer.strategy.reduce(loss, reduce_op="mean"))
             return
         assert self._forget_pass.level is not None
         level = self._trainer.strategy.reduce(self._forget_pass.level, reduce_op="mean")
@@ -180,12 +194,15 @@ class Approach:
         if self._forget is None:
             self._know(self._seen.mean)
         elif self._last_step is not None and self._level_at != self._aim.taken:
-            self._know(self._gauge.mean_loss(self._forget, *self._last_step))
+            self._know(self._forget.measure_all(*self._last_step))
 
     def conclude_evidence(self) -> None:
-        """Read all samples at the end of the fit, however it ended."""
-        if self._last_step is not None:
-            self.evidence.conclude(*self._last_step)
+        """Read all samples at the end of the fit, however it ended, and ask the user's own check."""
+        if self._last_step is None:
+            return
+        self.evidence.conclude(self._aim.taken, *self._last_step, is_still=self.is_reached)
+        if not self.is_reached:
+            self._confirmation.ask(self._aim.taken, None)
 
     def look_after(self, *step: Any) -> None:
         """Measure a loss again that had reached its target: steps for other groups have moved the weights since.
@@ -195,18 +212,21 @@ class Approach:
         """
         step = step or self._last_step or ()
         if self._forget is not None and step:
-            level = self._gauge.mean_loss(self._forget, *step)
+            level = self._forget.measure_all(*step)
             self._know(level)
-            self._aim.level = level
+            self._aim.mark(level)
             self._check(level, f"the {self._what}", self._given, step)
-        self.is_reached = not self.is_lost and self.is_at_target
+        self.is_reached = not self.is_lost and self.is_at_target and self._is_confirmed(None)
 
     def start_over(self) -> None:
         """The weights went back to an earlier step: what was measured since says nothing of them."""
-        self._kept.release()
+        self._landing.release()
         self.evidence.clear()
-        self._seen, self._trail, self._aim.level = PassMean(), Trail(), None
-        self._level, self._level_at, self._kept_level = None, -1, None
+        self._confirmation.forget()
+        self._seen, self._aim.level = PassMean(), None
+        if self._forget is not None:
+            self._forget.start_over()
+        self._level, self._level_at = None, -1
         self._not_finite, self.is_reached, self.is_lost = "", False, False
 
     def close(self) -> None:
@@ -219,20 +239,21 @@ class Approach:
     @property
     def is_at_target(self) -> bool:
         """Whether the forget loss on all of the set, where it was measured last, has reached the target."""
-        level, target = self._level, self._aim.target
-        if level is None or target is None or self._level_at != self._aim.taken:
+        if self._level is None or self._aim.target is None or self._level_at != self._aim.taken:
             return False
-        return bool(level >= REACHED * target)
+        return bool(self._level >= REACHED * self._end)
 
     @property
     def is_short(self) -> bool:
         """Whether the target cannot be believed to be reached."""
-        return not self.is_at_target or self.evidence.contradicts
+        return not self.is_at_target or self.evidence.contradicts or bool(self._confirmation.objection)
 
     def describe_short(self) -> str:
         """How far the loss came where it is short of its target, in words with the cure; reads the host."""
         if self.is_at_target:
-            return f"{self.describe()}. {self.evidence.judge()}."
+            objection = self._confirmation.describe("The mean has reached its target, but {}")
+            against = (self.evidence.judge(), objection)
+            return f"{self.describe()}. {' '.join(f'{fault}.' for fault in against if fault)}"
         return f"{self.describe()}. {_MORE}"
 
     def levels(self) -> dict[str, Tensor]:
@@ -244,11 +265,10 @@ class Approach:
         """How far the forget loss came, in words: where it was measured last on the whole set; reads the host."""
         if self._level is None or self._aim.target is None:
             return "no step towards the target" if self._forget is not None else "no whole pass towards the target"
-        level, target = float(self._level), float(self._aim.target)
+        level, target = float(self._level), float(self._end)
         how = "" if self._forget is not None else " (the mean that was seen in the last whole pass)"
-        advice = (
-            "" if level <= _FAR_BEYOND * target else ", far beyond it: verified steps or a smaller radius prevent that"
-        )
+        beyond = ", far beyond it: verified steps or a smaller radius prevent that"
+        advice = "" if level <= _FAR_BEYOND * float(self._aim.target) else beyond
         return (
             f"{self._what} {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
             f"{self.evidence.intervals()}"
@@ -256,24 +276,14 @@ class Approach:
 
     def describe_evidence(self) -> str:
         """What single samples show at the end, in words."""
-        return self.evidence.describe(is_reached=self.is_at_target)
+        return self.evidence.describe(is_reached=self.is_at_target) + self._confirmation.describe(" Not gone: {}.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the way back needs, and what was seen of a set that cannot be measured."""
-        kept = self._kept.state_dict()
+        """Return what the way back needs, and what was measured and seen of the set."""
         evidence = {} if _compat.has_ended(self._trainer) else self.evidence.state_dict()
-        numbers = {"seen": self._seen.state_dict(), "trail": self._trail.state_dict(), "evidence": evidence}
-        return {**numbers, **({"kept": kept, "kept_level": self._kept_level} if kept else {})}
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        self._seen.load_state_dict(state.get("seen", {}))
-        self._trail.load_state_dict(state.get("trail", {}))
-        self._kept.load_state_dict(state.get("kept", {}))
-        self._kept_level = state.get("kept_level")
-
-    @property
-    def _is_small(self) -> bool:
-        return self._forget is not None and Excerpt(self._forget).is_all
+        level = {} if self._forget is None else {"level": self._forget.state_dict()}
+        parts = {"seen": self._seen.state_dict(), "confirmation": self._confirmation.state_dict(), **level}
+        return {**parts, "evidence": evidence, **self._landing.state_dict()}
 
     @property
     def _known(self) -> Tensor:
@@ -286,35 +296,27 @@ class Approach:
     def _look_at_target(self, *step: Any) -> Tensor:
         aim, target = self._aim, self._target
         if isinstance(target, float):
-            aim.target = torch.tensor(target)
+            aim.target = torch.tensor(target) * self._confirmation.further
         elif aim.target is None or (target.every and aim.taken % target.every == 0):
-            aim.target = level = self._measure_target(target, *step)
-            self._check(level, f"the target {target}", target.data if isinstance(target, Holdout) else (), step)
+            level, held_out = self._gauge.measure_target(self._given, *step)
+            if held_out is not None:
+                self.evidence.take_held_out(held_out)
+            aim.target = level * self._confirmation.further
+            self._check(level, f"the target {target}", target.data if target.has_held_out else (), step)
             if target.every:
                 self.evidence.watch(level, *step)
         assert aim.target is not None
         return aim.target
 
-    def _measure_target(self, target: Target, *step: Any) -> Tensor:
-        if not isinstance(target, AnswerTarget):
-            return self._gauge.measure(target.measure, *step)
-        around = Surroundings(self._trainer, self._reader, self._given, self._protected, self._gauge.measure, step)
-        end = target.prepare(around)
-        if around.held_out is not None:
-            self.evidence.take_held_out(around.held_out)
-        return end
-
-    def _look_at_forget_set(self, forget: MeasuringLoader, target: Tensor, *step: Any) -> Tensor:
-        """The loss of the set, or of a part of a large one: then it is not known on all of it."""
-        excerpt = Excerpt(forget)
-        level = self._gauge.mean_loss(excerpt, *step)
-        if not excerpt.is_all and not bool(level < REACHED * target):
-            level = self._gauge.mean_loss(forget, *step)
+    def _look_at_forget_set(self, forget: ForgetLevel, target: Tensor, *step: Any) -> None:
+        # Where samples or a check spoke against the mean lately, it is only asked whether it has gone too far.
+        waits = self.evidence.waits(self._aim.taken) or self._confirmation.waits(self._aim.taken)
+        level = forget.measure((_TOO_FAR if waits else REACHED) * target, *step)
+        if forget.value is not None:
             self._know(level)
-        elif excerpt.is_all:
-            self._know(level)
+        self._aim.mark(level)
+        forget.mark(level, target, self._aim.taken)
         self._check(level, f"the {self._what}", self._given, step)
-        return level
 
     def _check(self, level: Tensor, what: str, data: Any, step: tuple[Any, ...]) -> None:
         """Notice a level that is not finite, and find out where."""
@@ -328,20 +330,21 @@ class Approach:
         self.is_lost = True
 
     def _land(self, level: Tensor, target: Tensor) -> None:
-        """Take the last step back if it went too far: to try a shorter one, or because the target was nearer before."""
-        before, referee = self._kept_level, self._optimizer.referee
-        if before is None or not self._kept.are_there:
-            return
-        goes_on = referee is not None and bool(level > _TOO_FAR * target)
-        if goes_on or bool(level - target > target - before):
-            self._kept.restore()
+        """Take steps back that went too far: to try shorter ones, or because the target was nearer before."""
+        referee = self._optimizer.referee
+        goes_on = referee is not None and self._landing.level is not None and bool(level > _TOO_FAR * target)
+        # What was checked is what is kept.
+        may_go = goes_on or not self._confirmation.is_there
+        before = self._landing.go_back(level, target, in_any_case=goes_on) if may_go else None
+        if before is not None:
             self.evidence.clear()
-            self._aim.level = before
-            # Of a large set it may have been measured on a part.
-            self._level, self._level_at = before, self._aim.taken if self._is_small else -1
+            self._aim.mark(before, learns=False)
+            if self._forget is not None:
+                self._forget.start_over(before)
+            self._level, self._level_at = before, self._aim.taken if self._landing.is_known else -1
         if goes_on and referee is not None:
             referee.region /= 2
             self.is_reached = False
-        else:
-            self._kept.release()
+        elif self._landing.level is not None:
+            self._landing.release()
             self.conclude()

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from hamu_lightning.callbacks.goals._signals import Signals
-from hamu_lightning.checks import check_count, check_number, describe, is_iterable, store
+from hamu_lightning.checks import check_count, check_flag, check_number, describe, is_iterable, store
 from hamu_lightning.errors import HAMUValueError
 
 StopOn: TypeAlias = Literal["collateral_damage", "infeasible", "not_finite"]
@@ -135,10 +135,12 @@ class _Ceiling(StopCondition):
 
     loss: float
     patience: int = 5
+    by_objective: bool = False
     objective: ClassVar[str]
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        store(self, by_objective=check_flag("by_objective", self.by_objective))
         self._check(loss=self.loss)
 
     def explain(self, steps: list[Signals]) -> str | None:
@@ -156,6 +158,8 @@ class RetainAbove(_Ceiling):
     Args:
         loss: The ceiling, in the unit of the loss.
         patience: Over how many steps the loss of the batches is averaged.
+        by_objective: Where an objective takes the place of the loss: whether the ceiling is for that, in its unit. Else
+            the module's own loss of the same batches is measured beside it, in evaluation mode.
 
     Raises:
         HAMUValueError: If an argument is out of its range.
@@ -172,6 +176,8 @@ class ForgetAbove(_Ceiling):
     Args:
         loss: The ceiling, in the unit of the loss.
         patience: Over how many steps the loss of the batches is averaged.
+        by_objective: Where an objective takes the place of the loss: whether the ceiling is for that, in its unit. Else
+            the module's own loss of the same batches is measured beside it, in evaluation mode.
 
     Raises:
         HAMUValueError: If an argument is out of its range.
@@ -224,7 +230,24 @@ def as_conditions(stop_on: Iterable[StopOn | StopCondition]) -> tuple[StopCondit
             f"Expected `stop_on` to hold some of {get_args(StopOn)} or conditions such as RetainAbove(0.4), "
             f"but got {', '.join(map(describe, unknown))}."
         )
-    return tuple(c for c in conditions if isinstance(c, StopCondition))
+    found = tuple(c for c in conditions if isinstance(c, StopCondition))
+    for kind in (RetainAbove, ForgetAbove):
+        if len({c.by_objective for c in found if isinstance(c, kind)}) > 1:
+            raise HAMUValueError(
+                f"Expected ceilings of one unit, but got {kind.__name__} both with and without by_objective=True. "
+                "Leave out one of them."
+            )
+    return found
+
+
+def look_at_loss(conditions: Iterable[StopCondition], objective: str) -> bool:
+    """Whether one of these is a ceiling for the module's own loss on "retain" or "forget" batches, whatever is raised.
+
+    Example:
+        >>> look_at_loss([RetainAbove(1.0)], "retain"), look_at_loss([ForgetAbove(1.0, by_objective=True)], "forget")
+        (True, False)
+    """
+    return any(isinstance(c, _Ceiling) and c.objective == objective and not c.by_objective for c in conditions)
 
 
 def _mean(numbers: Iterable[float]) -> float:

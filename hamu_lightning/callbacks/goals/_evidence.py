@@ -67,7 +67,8 @@ class Evidence:
         state: Mapping[str, Any],
     ) -> None:
         self._trainer = trainer
-        self._reader = SampleReader(trainer, forget_pass, state.get("form"))
+        by_objective = isinstance(target, Target) and target.by_objective
+        self._reader = SampleReader(trainer, forget_pass, state.get("form"), by_objective=by_objective)
         self._target = target
         self._sources: dict[str, Callable[[], Any]] = {FORGET: lambda: forget}
         if held_out is not None:
@@ -113,10 +114,17 @@ class Evidence:
         """Whether ranks do not speak against a mean that has reached its target: looks again every 10 steps."""
         if HELD_OUT not in self._before:
             return True
-        if not 0 <= taken - self._read_at < _LOOK_EVERY or self._read_at < 0:
+        if not self._is_fresh(taken):
             self.look(taken, *step)
         # Processes may have computed in different orders; they have to decide alike.
         return bool(self._trainer.strategy.broadcast(not self.contradicts))
+
+    def waits(self, taken: int) -> bool:
+        """Whether they spoke against the mean, and will not be read again yet."""
+        return self.contradicts and self._is_fresh(taken)
+
+    def _is_fresh(self, taken: int) -> bool:
+        return self._read_at >= 0 and 0 <= taken - self._read_at < _LOOK_EVERY
 
     def clear(self) -> None:
         """Forget what was read last: the weights have gone back since."""
@@ -127,9 +135,16 @@ class Evidence:
         """Whether forgotten samples still have lower losses than held-out ones, as they were read last."""
         return self._auc is not None and looks_remembered(self._auc)
 
-    def conclude(self, *step: Any) -> None:
-        """Read all samples at the end of the fit, and make the table."""
-        self.look(self._read_at, *step)
+    def conclude(self, taken: int, *step: Any, is_still: bool) -> None:
+        """Read all samples at the end of the fit, and make the table.
+
+        Args:
+            taken: After so many steps.
+            step: What runs a batch, and the arguments of the retain batch.
+            is_still: Whether no weight has moved since these steps: what was read then is not read again.
+        """
+        if not (is_still and self._now and self._read_at == taken):
+            self.look(taken, *step)
         before, now, data = self._before.get(FORGET), self._now.get(FORGET), self._data.get(FORGET)
         if before is None or now is None or data is None or data.positions is None:
             return

@@ -68,8 +68,8 @@ def warn_about_budget(trainer: Trainer, optimizer: HAMUOptimizer, report: StepRe
         return
     for name in optimizer.rule.target_quotas:
         aim = optimizer.aim_of(name)
-        if name not in step.groups or aim.level is None or aim.target is None or aim.taken:
-            continue
+        if name not in step.groups or aim.level is None or aim.target is None or aim.taken or aim.exchange is not None:
+            continue  # what a step gains is not known yet where something else than the loss is raised
         place = step.groups.index(name)
         # No allocation, and no order of steps, gives more than the longest step along the gradient.
         squares = step.gramian[:, place, place].sum() * step.radius.square().sum()

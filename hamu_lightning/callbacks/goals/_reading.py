@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,11 @@ from hamu_lightning.callbacks.goals._targets import Target
 from hamu_lightning.callbacks.goals._transforms import explain_difference, with_transforms_of
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader, count_shared_samples, is_data, read_positions
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import load_like, loader_options
+from hamu_lightning.loaders import batch_size_of, load_like, loader_options
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-# While a target is under way, so many batches of a larger set are measured, at equal distances in a pass.
-_MOST_BATCHES = 32
 # So many samples are read one for one, or batches of a list whose samples cannot be counted beforehand; and so many in
 # batches of one.
 _MOST_SAMPLES, _MOST_LIST, _MOST_SINGLES = 50_000, 1000, 1000
@@ -134,7 +132,7 @@ class Reader:
 
     def _load_as_in_training(self, data: Any) -> DataLoader[Any]:
         like = self.find_retain()
-        size = getattr(like, "batch_size", None)
+        size = batch_size_of(like)
         if size is None:
             raise HAMUMisconfigurationError(
                 "Expected to load held-out data in batches of the training loader's size, on which a loss may depend, "
@@ -145,18 +143,15 @@ class Reader:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Some batches of a loader that are spread over a pass, anew at each `iter()`.
+    """Some batches of a loader, anew at each `iter()`.
 
     Args:
         loader: The loader.
+        numbers: Of the batches, ascending; None for all.
     """
 
     loader: MeasuringLoader
-
-    @property
-    def is_all(self) -> bool:
-        """Whether those are all there are, or nothing is known of how many there are."""
-        return self.loader.length is None or self.loader.length <= _MOST_BATCHES
+    numbers: Sequence[int] | None
 
     @property
     def samples(self) -> float:
@@ -164,7 +159,7 @@ class Excerpt:
         return self.loader.samples
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader) if self.is_all else self.loader.batches(_MOST_BATCHES)
+        return self.loader.batches(numbers=self.numbers)
 
 
 @dataclass(frozen=True)

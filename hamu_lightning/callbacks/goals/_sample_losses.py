@@ -49,21 +49,24 @@ class SampleReader:
     """Reads the loss of each sample beside the fit.
 
     The module's output is read as `ModuleOutputs` does (or as the objective's `outputs`), and the usual losses are made
-    of it: the one that gives the module's own loss of a batch is taken. Else the values are those of the objective (of
-    one that raises an answer, which says nothing of held-out samples, the cross-entropy of its labels), or, of few
-    samples, the module's own losses of batches of one.
+    of it: the one that gives the module's own loss of a batch is taken. Else, where an objective is what is judged, the
+    values are its own (of one that raises an answer, which says nothing of held-out samples, the cross-entropy of its
+    labels), or, of few samples, the module's own losses of batches of one.
 
     Args:
         trainer: The trainer.
         forget_pass: What runs batches without a trace.
         form: The form that was found in the run that this one continues.
+        by_objective: Whether what is raised is what is judged.
 
     Attributes:
         form: Which loss it is; None where none was found.
     """
 
-    def __init__(self, trainer: Trainer, forget_pass: ForgetPass, form: str | None = None) -> None:
-        self._trainer, self._forget_pass = trainer, forget_pass
+    def __init__(
+        self, trainer: Trainer, forget_pass: ForgetPass, form: str | None = None, *, by_objective: bool = True
+    ) -> None:
+        self._trainer, self._forget_pass, self._by_objective = trainer, forget_pass, by_objective
         self.form = form
 
     def read(self, data: InOrder, *step: Any) -> SampleLosses | None:
@@ -82,7 +85,7 @@ class SampleReader:
         self, batches: Iterable[Any], run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> SampleLosses | None:
         own, objective = unwrap_step(run)
-        asking = _Asking(objective, self.form)
+        asking = _Asking(objective, self.form, by_objective=self._by_objective)
         asking_step = wrap_step(own, asking, self._trainer)
 
         def measure() -> list[SampleRead] | None:
@@ -125,8 +128,8 @@ class SampleReader:
 class _Asking(Objective):
     """In the place of the module's step: keeps what is read of each batch in `read`, None where nothing can be."""
 
-    def __init__(self, objective: Objective | None, form: str | None) -> None:
-        self._objective, self.form = objective, form
+    def __init__(self, objective: Objective | None, form: str | None, *, by_objective: bool = True) -> None:
+        self._objective, self.form, self._by_objective = objective, form, by_objective
         self._outputs = getattr(objective, "outputs", None) or ModuleOutputs()
         self.read: SampleRead | None = None
 
@@ -156,7 +159,7 @@ class _Asking(Objective):
 
     def _read_as(self, form: str, batch: BatchPass) -> SampleRead | None:
         if form == OBJECTIVE:
-            if self._objective is None or isinstance(self._objective, ModuleLoss):
+            if not self._by_objective or self._objective is None or isinstance(self._objective, ModuleLoss):
                 return None
             if isinstance(self._objective, AnswerObjective):
                 return _of_labels(batch, self._objective.outputs)

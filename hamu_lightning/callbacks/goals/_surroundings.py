@@ -122,6 +122,7 @@ class AnswerTarget(Target):
     """A target that brings what is raised: from 0 towards an answer, of which 95 % are to come true."""
 
     what: ClassVar[str] = "progress to the answer (nats)"
+    by_objective: ClassVar[bool] = True
     objective: AnswerObjective
 
     @override

@@ -31,9 +31,11 @@ class Target(ABC):
         data: Held-out data, where `has_held_out`.
         transform_like: "holdout": the forget set goes through the transforms of these; "forget": these through its.
         what: What is to come to it, in words.
+        by_objective: Whether it is a level of what is raised, and not of the module's own loss.
     """
 
     what: ClassVar[str] = "forget loss"
+    by_objective: ClassVar[bool] = False
     every: int | None = None
     objective: Objective | None = None
     data: Any = None
@@ -157,6 +159,46 @@ class Measured(Target):
     def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
         """Return what the function returns."""
         return self.function(module)
+
+
+@dataclass(frozen=True)
+class ByObjective(Target):
+    """A level of what is raised, in its own unit: not of the module's loss, by which other targets are judged.
+
+    For an objective of at least 0, such as `ReferenceKL()`, whose end is known in its own unit.
+
+    Args:
+        target: A number, `Holdout(loader)` (the objective on held-out data), or a function of the module.
+
+    Raises:
+        HAMUValueError: If it is none of these.
+
+    Example:
+        >>> ByObjective(0.7)
+        ByObjective(target=0.7)
+    """
+
+    target: Any
+    by_objective: ClassVar[bool] = True
+    what: ClassVar[str] = "objective"
+
+    def __post_init__(self) -> None:
+        """Check the target, and take over how it is measured."""
+        target = as_target(self.target)
+        if isinstance(target, Target):
+            if target.by_objective:
+                raise HAMUValueError(f"Expected a target in another unit than the objective's, but got {target}.")
+            store(self, every=target.every, data=target.data, transform_like=target.transform_like)
+        store(self, target=target)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the target has held-out data."""
+        return isinstance(self.target, Target) and self.target.has_held_out
+
+    def measure(self, module: nn.Module, mean_loss: Callable[[Iterable[Any]], Tensor], batch: Any) -> Tensor | float:
+        """Return the number, or measure it: `mean_loss` gives the objective."""
+        return self.target.measure(module, mean_loss, batch) if isinstance(self.target, Target) else self.target
 
 
 def check_held_out(data: object, transform_like: object) -> None:

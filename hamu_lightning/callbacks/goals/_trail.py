@@ -39,6 +39,11 @@ class Trail:
         self._level, self._mean_then = level, self._mean
 
     @property
+    def level(self) -> Tensor | None:
+        """What was measured last."""
+        return self._level
+
+    @property
     def estimate(self) -> Tensor | None:
         """The level and what batch losses have risen by since; None before a measurement."""
         if self._level is None or self._mean is None or self._mean_then is None:

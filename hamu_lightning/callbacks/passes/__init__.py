@@ -13,9 +13,9 @@ from hamu_lightning.callbacks.passes._forget_pass import (
 )
 from hamu_lightning.callbacks.passes._guard import ModuleGuard
 from hamu_lightning.callbacks.passes._isolated_pass import IsolatedPass, detached_loss
-from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, twin_loader
+from hamu_lightning.callbacks.passes._loaders import MeasuringLoader, copied, spread, twin_loader
 from hamu_lightning.callbacks.passes._look import Look
-from hamu_lightning.callbacks.passes._objective import unwrap_step, with_objective, wrap_step
+from hamu_lightning.callbacks.passes._objective import is_wrapped, unwrap_step, with_objective, wrap_step
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples, read_positions
 from hamu_lightning.callbacks.passes._samples import split_forget
 from hamu_lightning.callbacks.passes._sources import (
@@ -51,11 +51,13 @@ __all__ = [
     "detached_loss",
     "find_loader",
     "is_data",
+    "is_wrapped",
     "name_sources",
     "read_labels",
     "read_positions",
     "split_batch",
     "split_forget",
+    "spread",
     "twin_loader",
     "unwrap_step",
     "with_objective",

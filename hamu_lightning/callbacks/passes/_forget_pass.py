@@ -61,6 +61,7 @@ class ForgetPass(IsolatedPass):
         stream: Where batches come from; None if each training batch brings its own.
         records: Called with each batch and its loss, where somebody wants to run it again.
         sees_levels: Whether each batch is run a second time, in evaluation mode and without a trace, for its `level`.
+        level_of: Gives what runs a batch for its level: another step where something else than the loss is raised.
         level: The loss of the last batch, in evaluation mode where `sees_levels`; weighted as the loss is.
         logged: What the module logged in the last pass: by name the value or a metric, and the arguments of `log`.
     """
@@ -82,6 +83,7 @@ class ForgetPass(IsolatedPass):
         self._group = _compat_loaders.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
         self.sees_levels = False
+        self.level_of: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda step: step
         self.level: Tensor | None = None
 
     def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = None) -> Tensor:
@@ -152,8 +154,10 @@ class ForgetPass(IsolatedPass):
                 samples = count_samples(batch)
             share = self._share(samples)
             kept = None if self.records is None else (copied(batch), capture_random(self.generators))
+            level_step = self.level_of(step) if self.sees_levels else step
             # The loss is the level where nothing is in training mode anyway.
-            differs = self.sees_levels and any(part.training for part in self._trainer.lightning_module.modules())
+            is_training = any(part.training for part in self._trainer.lightning_module.modules())
+            differs = level_step is not step or (self.sees_levels and is_training)
             again = copied(batch) if differs else None
             with explaining, explaining_single_samples(), self._metrics.noting(self._trainer.lightning_module):
                 output = step(batch, *args[1:], **kwargs)
@@ -170,7 +174,7 @@ class ForgetPass(IsolatedPass):
                 self.records(Recording(*kept, args[1:], kwargs, share, value))
         self.level = value
         if again is not None:
-            seen = self.measuring(lambda: detached_loss(step(again, *args[1:], **kwargs)), args[0])
+            seen = self.measuring(lambda: detached_loss(level_step(again, *args[1:], **kwargs)), args[0])
             self.level = value if seen is None else _weigh(seen, share)
         return value
 

@@ -38,12 +38,14 @@ class IsolatedPass:
 
     Attributes:
         not_finite: The numbers of the batches whose loss was not finite in the last measurement.
+        batch_losses: The losses of its batches, and what each counts for; None before.
         evaluates: Whether losses are measured in evaluation mode: not where the module's step does not run so.
     """
 
     def __init__(self, trainer: Trainer, optimizer: HAMUOptimizer, random: RandomStream, guard: ModuleGuard) -> None:
         self._trainer, self._optimizer, self._random, self._guard = trainer, optimizer, random, guard
         self.not_finite: list[int] = []
+        self.batch_losses: tuple[Tensor, Tensor] | None = None
         self.evaluates = True
         # The arguments beside the batch when there last was a loss: some modules give none at some numbers of batches.
         self._gave_loss: tuple[Any, ...] | None = None
@@ -78,6 +80,7 @@ class IsolatedPass:
             # Where one of them is not known, all count the same.
             weights = torch.tensor(sizes if all(map(math.isfinite, sizes)) else [1.0] * len(sizes)).to(losses)
             self.not_finite = (~losses.isfinite()).nonzero().flatten().tolist()
+            self.batch_losses = losses, weights
             return losses @ weights / weights.sum()
 
         def measure() -> Tensor:
@@ -121,6 +124,11 @@ class IsolatedPass:
                 return measure()
         finally:
             self._random.draw = draw
+
+    def see(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The loss of a batch that is there already, in evaluation mode, 0-d; none where the module gives none."""
+        loss = self.measuring(lambda: detached_loss(step(copied(args[0]), *args[1:], **kwargs)), args[0])
+        return [] if loss is None else [loss]
 
     def losses(
         self, loader: Iterable[Any], step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

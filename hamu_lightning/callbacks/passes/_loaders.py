@@ -90,16 +90,16 @@ class MeasuringLoader:
         if self._may_be_endless:
             self._most = _MOST_OF_A_STREAM + 1
 
-    def batches(self, most: int | None = None) -> Iterator[Any]:
+    def batches(self, most: int | None = None, numbers: Sequence[int] | None = None) -> Iterator[Any]:
         """Read a pass.
 
         Args:
             most: In the place of the `most` of the loader.
+            numbers: Of the batches that are read, ascending, in the place of `most`.
         """
-        most, numbers = most or self._most, None
-        if most is not None:
-            n = most if self.length is None else self.length
-            numbers = range(n) if n <= most else [(2 * i + 1) * n // (2 * most) for i in range(most)]
+        most = most or self._most
+        if numbers is None and most is not None:
+            numbers = spread(most if self.length is None else self.length, most)
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
         try:
@@ -143,6 +143,16 @@ class MeasuringLoader:
         """Let the workers go; a later `batches()` starts them again."""
         for part in self._parts:
             stop_workers(part)
+
+
+def spread(length: int, most: int) -> Sequence[int]:
+    """So many numbers of those below a length, at equal distances; all where there are no more.
+
+    Example:
+        >>> spread(9, 3), spread(2, 3)
+        ([1, 4, 7], range(0, 2))
+    """
+    return range(length) if length <= most else [(2 * i + 1) * length // (2 * most) for i in range(most)]
 
 
 class _ChosenBatches:

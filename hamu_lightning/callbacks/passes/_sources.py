@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
-from hamu_lightning.loaders import length_of, load_like
+from hamu_lightning.loaders import batch_size_of, length_of, load_like
 from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _build_loader(dataset: Any, train: Any, batch_size: int | None) -> DataLoade
     is_stream = isinstance(dataset, IterableDataset)
     if batch_size is None and like is not None and like.batch_size is None and like.batch_sampler is None:
         return load_like(dataset, like, batch_size=None, shuffle=not is_stream)  # its samples are ready batches
-    batch_size = batch_size or getattr(like, "batch_size", None)
+    batch_size = batch_size or batch_size_of(like)
     if batch_size is None:
         raise HAMUMisconfigurationError(
             "Expected a batch size for the Dataset to forget, but the training loader has none to follow. "

@@ -260,7 +260,7 @@ def test_landing(
 
     module = build(Base)
     monkeypatch.setattr(ForgetPass, "measure", measure)
-    monkeypatch.setattr("hamu_lightning.callbacks.goals._approach._MEASURE_EVERY", 1)
+    monkeypatch.setattr("hamu_lightning.callbacks.goals._forget_level.MEASURE_EVERY", 1)
     rule = HAMUQ(TargetQuota(1.0), radius=FixedRadius(1e-3))
     settings = VerifySteps(tolerance=0.0, grow=1.0) if verify else False
     hamu = HAMUCallback(DataLoader(FORGET, batch_size=40), rule, verify=settings)

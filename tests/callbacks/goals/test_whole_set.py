@@ -42,7 +42,7 @@ def sorted_by_loss(module: Base) -> Subset[Any]:
 
 @pytest.mark.parametrize("most", [2, 32])
 def test_sorted_data_end_the_fit_where_all_of_them_are_forgotten(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hamu_lightning.callbacks.goals._reading._MOST_BATCHES", most)
+    monkeypatch.setattr("hamu_lightning.callbacks.goals._forget_level._MOST_BATCHES", most)
     module = trained()
     hamu = reach(module, 0.6, DataLoader(sorted_by_loss(module), batch_size=10), radius=0.05, verify=True)
     assert hamu.stop_reason is StopReason.TARGET_REACHED

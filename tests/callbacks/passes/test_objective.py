@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from hamu_lightning import HAMUQ, HAMUCallback, HAMUOptimizer
-from hamu_lightning.callbacks import PassOptions, StopReason
+from hamu_lightning.callbacks import ByObjective, PassOptions, StopReason
 from hamu_lightning.callbacks.passes import wrap_step
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.objectives import (
@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) ->
 
 def test_a_target_that_cannot_be_reached_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="Expected an objective of at least 0 with a target .* NPO"):
-        fit(build(Base), HAMUCallback(forget_loader(), target=1.0, objective=NPO()))
+        fit(build(Base), HAMUCallback(forget_loader(), target=ByObjective(1.0), objective=NPO()))
 
 
 OBJECTIVES = {"objective": NPO(0.7), "retain_objective": scrub()}
