@@ -6,10 +6,12 @@ import copy
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
+    "BATCH_SIZE",
     "batch_size_of",
+    "in_order",
     "length_of",
     "load_like",
     "loader_options",
@@ -18,6 +20,11 @@ __all__ = [
     "stop_workers",
     "transfer_by_hooks",
 ]
+
+# In batches of so many samples where nothing says how many.
+BATCH_SIZE = 128
+# A DataLoader without workers refuses these.
+_OF_WORKERS = ["prefetch_factor", "persistent_workers", "multiprocessing_context"]
 
 
 def loader_options(like: Any) -> dict[str, Any]:
@@ -36,11 +43,11 @@ def loader_options(like: Any) -> dict[str, Any]:
     """
     names = ["num_workers", "collate_fn", "pin_memory", "worker_init_fn", "timeout"]
     if getattr(like, "num_workers", 0):
-        names += ["prefetch_factor", "persistent_workers", "multiprocessing_context"]
+        names += _OF_WORKERS
     if not isinstance(like, DataLoader):
         return {}
     options = {name: getattr(like, name) for name in names}
-    if like.batch_size is None and like.batch_sampler is None:  # its `collate_fn` is for single samples
+    if _is_ready(like):  # its `collate_fn` is for single samples
         del options["collate_fn"]
     return options
 
@@ -61,6 +68,8 @@ def load_like(dataset: Any, like: Any, **settings: Any) -> DataLoader[Any]:
         [tensor([10, 12])]
     """
     options = {**loader_options(like), **settings}
+    if not options.get("num_workers"):
+        options = {name: value for name, value in options.items() if name not in _OF_WORKERS}
     if options.get("batch_size") is None:
         options["collate_fn"] = getattr(like, "collate_fn", None)
     made: DataLoader[Any] = DataLoader(dataset, **options)
@@ -76,18 +85,49 @@ def load_like(dataset: Any, like: Any, **settings: Any) -> DataLoader[Any]:
     return twin
 
 
-def batch_size_of(loader: Any) -> int | None:
-    """Return the size of a loader's batches, also where a batch sampler of its own says it; None where nobody does.
+def in_order(source: Any, like: Any = None, **settings: Any) -> Any:
+    """Return a loader of each sample of a Dataset once, in its order.
+
+    Args:
+        source: A Dataset, a DataLoader (its order and its `drop_last` are left out), or another iterable of batches,
+            which is taken as it is.
+        like: Where `source` is a Dataset: the loader whose batch size and collation are used; else batches of 128.
+        **settings: Arguments of `DataLoader` that come first.
+
+    Example:
+        >>> [batch.tolist() for batch in in_order(DataLoader([1, 2, 3], batch_size=2, shuffle=True, drop_last=True))]
+        [[1, 2], [3]]
+    """
+    if isinstance(source, DataLoader):
+        source, like = source.dataset, source
+    elif not isinstance(source, Dataset):
+        return source
+    return load_like(source, like, **{"batch_size": batch_size_of(like, BATCH_SIZE), **settings})
+
+
+def batch_size_of(loader: Any, default: int | None = None) -> int | None:
+    """Return how many samples a loader, or a batch sampler of its own, puts into a batch; None where its data are batches.
+
+    Args:
+        loader: A loader, or None.
+        default: What is returned where nobody says it.
 
     Example:
         >>> from torch.utils.data import BatchSampler, SequentialSampler
-        >>> data = range(10)
-        >>> sampler = BatchSampler(SequentialSampler(data), 4, drop_last=False)
-        >>> batch_size_of(DataLoader(data, batch_sampler=sampler)), batch_size_of([1, 2])
+        >>> sampler = BatchSampler(SequentialSampler(range(10)), 4, drop_last=False)
+        >>> batch_size_of(DataLoader(range(10), batch_sampler=sampler)), batch_size_of(DataLoader([1], None), default=8)
         (4, None)
+        >>> batch_size_of([1, 2]), batch_size_of(None, default=8)
+        (None, 8)
     """
+    if _is_ready(loader):
+        return None
     sizes = (getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None)))
-    return next((size for size in sizes if isinstance(size, int)), None)
+    return next((size for size in sizes if isinstance(size, int)), default)
+
+
+def _is_ready(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:

@@ -229,9 +229,12 @@ class _Samples:
                     "module and the batch that returns logits and labels."
                 ) from fault
             self._form = by_labels
-            warnings.warn(_UNKNOWN, stacklevel=2)
+            if self._look.has_step:
+                warnings.warn(_UNKNOWN, stacklevel=2)
 
     def _own_loss(self, batch: Any) -> tuple[float, Exception | None]:
+        if not self._look.has_step:
+            return math.nan, None
         try:
             return self._look.loss(batch), None
         except Exception as error:

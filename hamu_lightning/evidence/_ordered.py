@@ -13,10 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from hamu_lightning.callbacks.goals import one_by_one
 from hamu_lightning.callbacks.passes import MeasuringLoader, is_data, read_positions
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import load_like
-
-# In batches of so many samples where nothing says how many.
-_BATCH_SIZE = 128
+from hamu_lightning.loaders import BATCH_SIZE, batch_size_of, load_like
 
 
 class Ordered:
@@ -35,13 +32,14 @@ class Ordered:
     """
 
     def __init__(self, source: Any, like: Any, most: int | None) -> None:
-        loader = source if isinstance(source, DataLoader) or not is_data(source) else _load(source, like)
+        is_loaded = isinstance(source, DataLoader) or not is_data(source)
+        loader = source if is_loaded else load_like(source, like, batch_size=batch_size_of(like, BATCH_SIZE))
         positions = _find_positions(loader)
         self._loader, self._most, self._read = loader, most, 0
         self.ids: Tensor | None = None
         self._is_spread = positions is not None
         if positions is not None:
-            size = _batch_size(loader)
+            size = batch_size_of(loader, BATCH_SIZE) or 1
             chosen = _spread(positions, size, most)
             self.ids, self._most = torch.tensor(chosen), None
             self._is_part = len(chosen) < len(positions)
@@ -68,16 +66,6 @@ class Ordered:
             return not self._is_part
         length = self._batches.length
         return self._read < (self._most or 1024) if length is None else self._read == length
-
-
-def _load(data: Any, like: Any) -> DataLoader[Any]:
-    has_ready = isinstance(like, DataLoader) and like.batch_size is None and like.batch_sampler is None
-    return load_like(data, like, batch_size=None if has_ready else _batch_size(like))
-
-
-def _batch_size(loader: Any) -> int:
-    sampler = getattr(loader, "batch_sampler", None)
-    return getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or _BATCH_SIZE
 
 
 def _find_positions(loader: Any) -> list[int] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,12 +82,9 @@ def log_pictures(
     history: Sequence[tuple[int, Mapping[str, float]]],
     references: Sequence[Evaluation] = (),
 ) -> None:
-    """Hand the pictures to the loggers that take any: TensorBoard, and those with `log_image`, such as W&B's."""
-    writers = [*_tensorboards(trainer)]
-    others: list[Any] = [
-        x for x in trainer.loggers if trainer.is_global_zero and callable(getattr(x, "log_image", None))
-    ]
-    if not writers and not others:
+    """Hand the pictures to the loggers that take any: TensorBoard's, W&B's, MLflow's, Comet's."""
+    takers = [*_find_takers(trainer)]
+    if not takers:
         return
     try:
         images = {name: render(figure) for name, figure in _draw(before, after, history, references)}
@@ -94,10 +92,42 @@ def log_pictures(
         rank_zero_info(f"No pictures of the evaluation: {error}")
         return
     for name, image in images.items():
-        for writer in writers:
-            writer.add_image(f"eval/{name}", image, trainer.global_step, dataformats="HWC")
-        for logger in others:
-            logger.log_image(f"eval/{name}", images=[image])
+        for take in takers:
+            take(f"eval/{name}", image)
+
+
+def _find_takers(trainer: Trainer) -> Iterator[Callable[[str, Any], None]]:
+    """For each logger of this process that takes pictures a function of a name and an image `[H, W, 3]`."""
+    step = trainer.global_step
+    for writer in _tensorboards(trainer):
+        yield partial(_add_image, writer, step)
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        kinds = {kind.__name__ for kind in type(logger).__mro__}  # of either name of Lightning
+        if callable(getattr(logger, "log_image", None)):
+            yield partial(_log_images, logger)
+        elif "MLFlowLogger" in kinds:
+            yield partial(_log_artifact, logger)
+        elif "CometLogger" in kinds:
+            yield partial(_log_step, logger, step)
+
+
+def _add_image(writer: Any, step: int, name: str, image: Any) -> None:
+    writer.add_image(name, image, step, dataformats="HWC")
+
+
+def _log_images(logger: Any, name: str, image: Any) -> None:
+    """As `WandbLogger.log_image` takes it."""
+    logger.log_image(name, images=[image])
+
+
+def _log_artifact(logger: Any, name: str, image: Any) -> None:
+    """As `mlflow.MlflowClient.log_image` takes it."""
+    logger.experiment.log_image(logger.run_id, image, f"{name}.png")
+
+
+def _log_step(logger: Any, step: int, name: str, image: Any) -> None:
+    """As `comet_ml.Experiment.log_image` takes it."""
+    logger.experiment.log_image(image, name=name, step=step)
 
 
 def _draw(

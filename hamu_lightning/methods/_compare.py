@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from hamu_lightning.checks import check_choice, check_count, check_seed, check_type
 from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.loaders import in_order
 from hamu_lightning.methods._bench import Bench
 from hamu_lightning.methods._comparison import REFERENCES, Comparison
-from hamu_lightning.methods._data import hooked, in_order
+from hamu_lightning.methods._data import hooked
 from hamu_lightning.methods._evaluation import Parts
 from hamu_lightning.methods._fingerprint import fingerprint, hash_batches
 from hamu_lightning.methods._floor import Pool

@@ -13,13 +13,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hamu_lightning.methods._evaluation import GAPS, average_gap
+from hamu_lightning.methods._evaluation import GAPS
 from hamu_lightning.methods._floor import ANOTHER
 from hamu_lightning.methods._pool import DISTANCES
 from hamu_lightning.methods._problem import Run
 from hamu_lightning.methods._storage import save_json
 from hamu_lightning.methods._table import PERCENT, Column, confidence, format_block, is_clearly_below
-from hamu_lightning.metrics.functional import klom, u_lira
+from hamu_lightning.metrics.functional import average_gap, klom, u_lira
 from hamu_lightning.report import plot_comparison
 
 REFERENCES = ("retrained", ANOTHER, "original")
@@ -65,9 +65,9 @@ class Comparison:
         """
         if name == ANOTHER:
             pool = [run.numbers for run in self.best(ANOTHER)]
-            return [mean(average_gap(ours, theirs) for theirs in pool if theirs is not ours) for ours in pool]
+            return [mean(float(average_gap(ours, theirs)) for theirs in pool if theirs is not ours) for ours in pool]
         retrained = {run.seed: run.numbers for run in self.best("retrained")}
-        return [average_gap(run.numbers, retrained[run.seed]) for run in self.best(name)]
+        return [float(average_gap(run.numbers, retrained[run.seed])) for run in self.best(name)]
 
     @property
     def ordered_by(self) -> Order:

@@ -1,4 +1,4 @@
-"""Loaders: each sample once and in order to look at it, both sets together to train on them."""
+"""Loaders: both sets together to train on them, and batches as the hooks of a datamodule hand them on."""
 
 from __future__ import annotations
 
@@ -11,25 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import loader_options, transfer_by_hooks
+from hamu_lightning.loaders import BATCH_SIZE, batch_size_of, load_like, transfer_by_hooks
 from hamu_lightning.methods._protocol import DataSource, Forget
 
 _Source = TypeVar("_Source", bound=DataSource)
-
-
-def in_order(source: Forget, like: Any = None) -> Iterable[Any]:
-    """Return a loader of each sample once, in order.
-
-    Args:
-        source: A Dataset, a DataLoader (its order and its `drop_last` are left out), or another iterable of batches,
-            which is taken as it is.
-        like: Where `source` is a Dataset: the loader whose batch size and collation are used.
-    """
-    if isinstance(source, DataLoader):
-        source, like = source.dataset, source
-    if not isinstance(source, Dataset):
-        return source
-    return DataLoader(source, **_options(like), shuffle=False)
 
 
 def hooked(source: DataSource, batches: Iterable[Any]) -> Iterable[Any]:
@@ -61,8 +46,9 @@ def joined(retain: Any, forget: Forget) -> DataLoader[Any]:
                 f"Expected {name} to come from a Dataset with a length, but got {type(part).__name__}. The original is "
                 "trained on both sets together: give a DataLoader over a map-style Dataset."
             )
-    return DataLoader(
-        ConcatDataset(parts), **_options(retain), shuffle=True, drop_last=getattr(retain, "drop_last", False)
+    drop_last = getattr(retain, "drop_last", False)
+    return load_like(
+        ConcatDataset(parts), retain, batch_size=batch_size_of(retain, BATCH_SIZE), shuffle=True, drop_last=drop_last
     )
 
 
@@ -71,9 +57,3 @@ def with_train_loader(source: _Source, loader: Any) -> _Source:
     copied = copy.copy(source)
     copied.train_dataloader = lambda: loader  # type: ignore[method-assign]
     return copied
-
-
-def _options(like: Any) -> dict[str, Any]:
-    # A loader with a batch sampler of its own has no batch size.
-    batch_size = like.batch_size if isinstance(like, DataLoader) else None
-    return {"batch_size": batch_size or 128, **loader_options(like)}

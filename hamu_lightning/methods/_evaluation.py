@@ -108,8 +108,3 @@ def measure(seen: Seen, retrained: Seen) -> dict[str, float]:
         "retain_loss": seen.retain.loss,
         "forget_loss": seen.forget.loss,
     }
-
-
-def average_gap(numbers: dict[str, float], retrained: dict[str, float]) -> float:
-    """Return the mean of `|metric(w) - metric(w_R)|` over UA, RA, TA and MIA (SalUn, arXiv 2310.12508)."""
-    return sum(abs(numbers[name] - retrained[name]) for name in GAPS) / len(GAPS)

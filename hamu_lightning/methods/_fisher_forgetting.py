@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hamu_lightning.checks import check_number, check_positive, check_seed, store
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.methods._data import hooked, in_order
+from hamu_lightning.loaders import in_order
+from hamu_lightning.methods._data import hooked
 from hamu_lightning.methods._fisher import expected_fisher
 from hamu_lightning.methods._protocol import DataSource, Forget
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ from hamu_lightning.checks import (
     describe,
 )
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import load_like
-from hamu_lightning.methods._data import in_order
+from hamu_lightning.loaders import in_order, load_like
 from hamu_lightning.methods._evaluation import evaluate
 from hamu_lightning.methods._fisher import on_device
 from hamu_lightning.methods._protocol import Forget
@@ -113,23 +113,18 @@ def relearn(
         >>> relearn(Line(), samples, steps=50, lr=1.0).accuracies[-1]
         1.0
     """
-    check_type("module", module, LightningModule, "a LightningModule")
-    steps, batch_size, seed = check_count("steps", steps), check_count("batch_size", batch_size), check_seed(seed)
-    lr, until = check_positive("lr", lr), check_optional(check_number, "until", until, least=0, most=1)
+    until = check_optional(check_number, "until", until, least=0, most=1)
     share = check_number("share", share, above=0, most=1, wanted="above 0 and at most 1", cure="1 teaches all.")
-    dataset = _as_dataset(forget)
-    student = _make_student(module)
+    course = _Course.plan(module, forget, steps, lr, batch_size, seed)
     watched = in_order(forget if watch is None else watch, like=forget)
     accuracies, losses = [], []
-    with RandomStream(seed).active():
-        lessons = _give_lessons(student, _draw(dataset, share), forget, lr, batch_size)
-        for step in range(steps + 1):
-            samples = evaluate(student, watched)
+    with RandomStream(course.seed).active():
+        for _ in course.run(share):
+            samples = evaluate(course.student, watched)
             accuracies.append(samples.accuracy)
             losses.append(samples.loss)
-            if step == steps or (until is not None and accuracies[-1] >= until):
+            if until is not None and accuracies[-1] >= until:
                 break
-            next(lessons)
     return Relearning(tuple(accuracies), tuple(losses))
 
 
@@ -164,21 +159,54 @@ def teach(
         >>> teach(Line(), samples, steps=50, lr=1.0)(torch.tensor([[-2.0], [3.0]])).argmax(1)
         tensor([0, 1])
     """
-    check_type("module", module, LightningModule, "a LightningModule")
-    steps, batch_size, seed = check_count("steps", steps), check_count("batch_size", batch_size), check_seed(seed)
-    lr, dataset, student = check_positive("lr", lr), _as_dataset(data), _make_student(module)
-    with RandomStream(seed).active():
-        lessons = _give_lessons(student, dataset, data, lr, batch_size)
-        for _ in range(steps):
-            next(lessons)
-    return student.eval()
+    course = _Course.plan(module, data, steps, lr, batch_size, seed)
+    with RandomStream(course.seed).active():
+        for _ in course.run():
+            pass
+    return course.student.eval()
 
 
-def _make_student(module: LightningModule) -> LightningModule:
-    student = copy.deepcopy(module).train()
-    if not any(weight.requires_grad for weight in student.parameters()):
-        raise HAMUValueError("Expected `module` to have weights that require a gradient, but got none. Unfreeze some.")
-    return student
+@dataclass(frozen=True)
+class _Course:
+    """What is taught to whom, checked."""
+
+    student: LightningModule
+    dataset: Dataset[Any]
+    like: Forget
+    steps: int
+    lr: float
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def plan(cls, module: LightningModule, data: Forget, steps: int, lr: float, batch_size: int, seed: int) -> _Course:
+        """Check the arguments, and make the student: a copy in training mode.
+
+        Raises:
+            HAMUValueError: If a setting is out of range, there is nothing to learn, or no weight that may be changed.
+        """
+        check_type("module", module, LightningModule, "a LightningModule")
+        steps, batch_size = check_count("steps", steps), check_count("batch_size", batch_size)
+        settings = (steps, check_positive("lr", lr), batch_size, check_seed(seed))
+        dataset, student = _as_dataset(data), copy.deepcopy(module).train()
+        if not any(weight.requires_grad for weight in student.parameters()):
+            raise HAMUValueError(
+                "Expected `module` to have weights that require a gradient, but got none. Unfreeze some."
+            )
+        return cls(student, dataset, data, *settings)
+
+    def run(self, share: float = 1.0) -> Iterator[None]:
+        """Take all steps; stop before the first one and after each."""
+        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
+        optimizer = torch.optim.SGD(weights, self.lr, momentum=_MOMENTUM)
+        batches = _endless(_draw(self.dataset, share), self.like, self.batch_size)
+        yield
+        for x, y in on_device(self.student, islice(batches, self.steps)):
+            with torch.enable_grad():
+                optimizer.zero_grad()
+                F.cross_entropy(self.student(x), y).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            yield
 
 
 def _as_dataset(forget: Forget) -> Dataset[Any]:
@@ -201,17 +229,3 @@ def _endless(dataset: Dataset[Any], like: Forget, batch_size: int) -> Iterator[A
     loader: Iterable[Any] = load_like(dataset, like, batch_size=batch_size, shuffle=True)
     while True:
         yield from loader
-
-
-def _give_lessons(
-    student: LightningModule, dataset: Dataset[Any], like: Forget, lr: float, batch_size: int
-) -> Iterator[None]:
-    """Take one step each time that it is asked."""
-    weights = [weight for weight in student.parameters() if weight.requires_grad]
-    optimizer = torch.optim.SGD(weights, lr, momentum=_MOMENTUM)
-    for x, y in on_device(student, _endless(dataset, like, batch_size)):
-        with torch.enable_grad():
-            optimizer.zero_grad()
-            F.cross_entropy(student(x), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        yield

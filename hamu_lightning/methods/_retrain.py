@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from hamu_lightning.checks import check_seed, check_type, store
-from hamu_lightning.methods._data import in_order
+from hamu_lightning.loaders import in_order
 from hamu_lightning.methods._fingerprint import fingerprint, hash_batches, hash_tensors
 from hamu_lightning.methods._fitting import fit
 from hamu_lightning.methods._protocol import DataSource, Forget

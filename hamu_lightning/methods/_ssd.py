@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from hamu_lightning.checks import check_number, check_type, store
-from hamu_lightning.methods._data import hooked, in_order
+from hamu_lightning.loaders import in_order
+from hamu_lightning.methods._data import hooked
 from hamu_lightning.methods._fisher import SampleLosses, classifier_losses, empirical_fisher
 from hamu_lightning.methods._protocol import DataSource, Forget
 

@@ -30,7 +30,52 @@ class Interval(NamedTuple):
     upper: Tensor
 
 
-class MembershipAUC(CollectingMetric):
+class LossAttack(CollectingMetric):
+    """The AUC of an attack that says "was trained on" where a number of each sample is low."""
+
+    ideal = 0.5
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
+    losses: list[Tensor] | Tensor
+    members: list[Tensor] | Tensor
+    ids: list[Tensor] | Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("losses", [], dist_reduce_fx="cat")
+        self.add_state("members", [], dist_reduce_fx="cat")
+        self.add_state("ids", [], dist_reduce_fx="cat")
+
+    def _add_losses(self, losses: Tensor, is_member: Any, ids: Any) -> None:
+        """Keep `[N]` numbers."""
+        assert isinstance(self.losses, list) and isinstance(self.members, list) and isinstance(self.ids, list)
+        dtype = widest_float(losses.device)
+        members = as_flags(is_member, losses)
+        self.ids.append(as_ids(ids, losses))
+        self.losses.append(losses.to(dtype))
+        self.members.append(members.to(dtype))
+
+    @override
+    def _summarise(self) -> Estimate:
+        forget, holdout = self._split()
+        if self.reason is not None:
+            return undefined(self.reason, (forget.numel(), holdout.numel()), self.ideal)
+        return membership_auc(forget, holdout)
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """Return the losses of forget and held-out samples, and set `reason` if no AUC can be made of them."""
+        if isinstance(self.losses, list) and not self.losses:
+            losses = members = torch.zeros(0, device=self.device, dtype=self.dtype)
+        else:
+            losses, members = dim_zero_cat(self.losses), dim_zero_cat(self.members)
+            kept = find_first(dim_zero_cat(self.ids), members)
+            losses, members = losses[kept], members[kept]
+        forget, holdout = losses[members > 0], losses[members == 0]
+        self.reason = _find_reason(forget, holdout)
+        return forget, holdout
+
+
+class MembershipAUC(LossAttack):
     """Area under the ROC curve of a membership attack by loss, forget samples against held-out samples.
 
     The attack says "was trained on" where the loss is low (Yeom et al. 2018, https://arxiv.org/abs/1709.01604):
@@ -62,19 +107,6 @@ class MembershipAUC(CollectingMetric):
         tensor(0.6250, dtype=torch.float64)
     """
 
-    ideal = 0.5
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-    losses: list[Tensor] | Tensor
-    members: list[Tensor] | Tensor
-    ids: list[Tensor] | Tensor
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_state("losses", [], dist_reduce_fx="cat")
-        self.add_state("members", [], dist_reduce_fx="cat")
-        self.add_state("ids", [], dist_reduce_fx="cat")
-
     @override
     def update(self, losses: Tensor, is_member: Tensor | bool, ids: Tensor | None = None) -> None:
         """Add the losses of some samples.
@@ -95,17 +127,7 @@ class MembershipAUC(CollectingMetric):
                 f"Expected `losses` to be of shape [N], but got {list(losses.shape)}. "
                 "Give one loss per sample: compute it with `reduction='none'`, and average it over the tokens."
             )
-        members = _as_flags(is_member, losses.device)
-        if members.dtype != torch.bool or members.shape not in ((), losses.shape):
-            raise HAMUValueError(
-                f"Expected `is_member` to be boolean, of shape [] or {list(losses.shape)}, but got {members.dtype} "
-                f"of shape {list(members.shape)}. Give True for samples of the forget set and False for held-out ones."
-            )
-        assert isinstance(self.losses, list) and isinstance(self.members, list) and isinstance(self.ids, list)
-        dtype = widest_float(losses.device)
-        self.ids.append(as_ids(ids, losses))
-        self.losses.append(losses.to(dtype))
-        self.members.append(members.expand_as(losses).to(dtype))
+        self._add_losses(losses, is_member, ids)
 
     def interval(
         self, confidence: float = 0.95, samples: int = 1000, seed: int = 0, *, method: IntervalMethod = "bootstrap"
@@ -158,33 +180,25 @@ class MembershipAUC(CollectingMetric):
         lower, upper = torch.tensor(limits, device=forget.device, dtype=forget.dtype)
         return Interval(lower, upper)
 
-    @override
-    def _summarise(self) -> Estimate:
-        forget, holdout = self._split()
-        if self.reason is not None:
-            return undefined(self.reason, (forget.numel(), holdout.numel()), self.ideal)
-        return membership_auc(forget, holdout)
 
-    def _split(self) -> tuple[Tensor, Tensor]:
-        """Return the losses of forget and held-out samples, and set `reason` if no AUC can be made of them."""
-        if isinstance(self.losses, list) and not self.losses:
-            losses = members = torch.zeros(0, device=self.device, dtype=self.dtype)
-        else:
-            losses, members = dim_zero_cat(self.losses), dim_zero_cat(self.members)
-            kept = find_first(dim_zero_cat(self.ids), members)
-            losses, members = losses[kept], members[kept]
-        forget, holdout = losses[members > 0], losses[members == 0]
-        self.reason = _find_reason(forget, holdout)
-        return forget, holdout
+def as_flags(is_member: Any, like: Tensor) -> Tensor:
+    """Which of some samples are members, boolean `[N]`.
 
-
-def _as_flags(is_member: Any, device: torch.device) -> Tensor:
+    Raises:
+        HAMUValueError: If these are no booleans, or of another shape.
+    """
     try:
-        return torch.as_tensor(is_member, device=device)
+        members = torch.as_tensor(is_member, device=like.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise HAMUValueError(
             f"Expected `is_member` to be True, False, or boolean of shape [N], but got {describe(is_member)}."
         ) from error
+    if members.dtype != torch.bool or members.shape not in ((), like.shape):
+        raise HAMUValueError(
+            f"Expected `is_member` to be boolean, of shape [] or {list(like.shape)}, but got {members.dtype} "
+            f"of shape {list(members.shape)}. Give True for samples of the forget set and False for held-out ones."
+        )
+    return members.expand_as(like)
 
 
 def _find_reason(forget: Tensor, holdout: Tensor) -> str | None:

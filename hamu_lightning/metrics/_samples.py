@@ -94,12 +94,13 @@ class SampleMetric(CollectingMetric):
         self.ids.append(as_ids(ids, rows[:, 0]).to(dtype))
         self.values.append(rows.detach().to(dtype).reshape(-1))
 
-    def _rows(self, width: int) -> Tensor:
-        """All rows, `[N, width]`, each sample once."""
+    def _rows(self, width: int, by: int | None = None) -> Tensor:
+        """All rows, `[N, width]`, each sample once; where a column says the data set, once in each."""
         if isinstance(self.ids, list) and not self.ids:
             return torch.zeros(0, width, dtype=self.dtype, device=self.device)
         ids, values = dim_zero_cat(self.ids), dim_zero_cat(self.values)
-        return values.view(len(ids), -1)[find_first(ids)]
+        rows = values.view(len(ids), -1)
+        return rows[find_first(ids, None if by is None else rows[:, by])]
 
 
 def as_ids(ids: Any, like: Tensor) -> Tensor:

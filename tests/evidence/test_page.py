@@ -56,6 +56,11 @@ def test_names_of_users_are_text(page: str) -> None:
     assert parsed.text.count(EVIL) > 10
 
 
+def test_print_shows_what_is_folded_on_the_screen(page: str) -> None:
+    rules = page[page.index("@media print") :]
+    assert "details::details-content { display: block; height: auto; content-visibility: visible; }" in rules
+
+
 def test_nothing_is_loaded(page: str) -> None:
     for tag, attributes in Page(page).tags:
         for name in ("src", "href", "action", "data", "poster"):

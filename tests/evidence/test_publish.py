@@ -6,13 +6,14 @@ import copy
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -72,8 +73,50 @@ class WithImages(CSVLogger):
         (self.images[key],) = images
 
 
-def test_other_loggers_get_pictures(tmp_path: Path) -> None:
-    logger = WithImages(tmp_path)
+class WithExperiment(Logger):
+    """Takes images by its experiment."""
+
+    name = version = "fake"
+
+    def __init__(self, folder: Path) -> None:
+        self.images: dict[str, Any] = {}
+
+    @override
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    @override
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class MLFlowLogger(WithExperiment):
+    """Its experiment is as MLflow's client."""
+
+    run_id = "run"
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(log_image=self._take)
+
+    def _take(self, run_id: str, image: Any, artifact_file: str) -> None:
+        assert run_id == "run"
+        self.images[artifact_file.removesuffix(".png")] = image
+
+
+class CometLogger(WithExperiment):
+    """Its experiment is as Comet's."""
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(log_image=self._take)
+
+    def _take(self, image_data: Any, name: str, *, step: int) -> None:
+        assert step > 0
+        self.images[name] = image_data
+
+
+@pytest.mark.parametrize("make", [WithImages, MLFlowLogger, CometLogger])
+def test_other_loggers_get_pictures(make: Any, tmp_path: Path) -> None:
+    logger = make(tmp_path)
     fit(trained_on(TRAIN, 60), EvaluateUnlearning(**PARTS), loader=make_loader(), logger=logger)
     assert {*logger.images} == {"eval/losses", "eval/ranks", "eval/tradeoff"}
     image = logger.images["eval/losses"]

@@ -22,7 +22,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 def test_a_class(benchmark: dict[str, object]) -> None:
     judge_all = benchmark["judge_all"]
     assert callable(judge_all)
-    assert {name: verdict.kind for name, verdict in judge_all("class", 0)} == {
+    assert {name: verdict.kind for name, verdict in judge_all("digits", "class", 0)} == {
         "original": "not_forgotten",
         "HAMU": "suppressed",
         "retrained": "forgotten",

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from hamu_lightning.callbacks.goals import one_by_one
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import own_generators
-from hamu_lightning.methods._data import in_order, joined
+from hamu_lightning.loaders import in_order, own_generators
+from hamu_lightning.methods._data import joined
 
 
 def numbers(start: int, stop: int) -> TensorDataset:
@@ -29,6 +30,18 @@ def test_each_sample_once_and_in_order() -> None:
     assert read(in_order(numbers(3, 6), like=loader)) == [3, 4, 5]
     batches = [[torch.tensor([7, 1])]]
     assert in_order(batches) is batches
+
+
+def test_a_loader_with_workers_can_be_read_without() -> None:
+    loader = DataLoader(numbers(0, 5), batch_size=2, num_workers=1, persistent_workers=True)
+    found = in_order(loader, num_workers=0)
+    assert read(found) == [0, 1, 2, 3, 4] and not found.num_workers
+    assert read(one_by_one(loader, [3, 1])) == [3, 1]
+
+
+def test_batches_that_are_ready_stay_so() -> None:
+    loader = DataLoader(numbers(0, 6).tensors[0].view(3, 2), batch_size=None)
+    assert [batch.tolist() for batch in in_order(loader)] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_both_sets_are_shuffled_together() -> None:

@@ -13,8 +13,9 @@ import torch
 from hamu_lightning import compare
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.methods import SSD, Comparison, Retrain, Run, Search
-from hamu_lightning.methods._evaluation import Samples, Seen, average_gap, evaluate_parts, measure
+from hamu_lightning.methods._evaluation import Samples, Seen, evaluate_parts, measure
 from hamu_lightning.methods._pool import DISTANCES, measure_distances, measure_floor
+from hamu_lightning.metrics.functional import average_gap
 from tests.methods.setups import OPTIONS, Classifier, make_split
 from tests.methods.test_evaluation import make_parts
 
@@ -127,7 +128,7 @@ def test_all_are_measured_against_the_same_pool(result: Comparison) -> None:
     expected = measure_distances(retrained, pool, retrained)["JS"]
     assert result.best("retrained")[1].numbers["JS"] == pytest.approx(expected)
     numbers = [run.numbers for run in result.best("another retrained")]
-    gaps = [average_gap(numbers[0], other) for other in numbers[1:]]
+    gaps = [float(average_gap(numbers[0], other)) for other in numbers[1:]]
     assert result.gaps("another retrained")[0] == pytest.approx(mean(gaps))
 
 

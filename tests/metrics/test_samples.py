@@ -21,11 +21,17 @@ from hamu_lightning.metrics import (
     ActivationDistance,
     Agreement,
     Estimate,
+    ExactMemorization,
+    ExtractionStrength,
     JSToReference,
     KLToReference,
     KSOfLosses,
+    LiRA,
     LogOddsDistance,
     MembershipAUC,
+    MinK,
+    PrivLeak,
+    TruthRatio,
     ULiRA,
 )
 from hamu_lightning.metrics import functional as F
@@ -40,7 +46,23 @@ def draw(*shape: int, seed: int, shift: float = 0.0) -> Tensor:
 
 SCORES, POOL = 2 * draw(N, 5, seed=0), [2 * draw(N, 5, seed=seed) for seed in (1, 2)]
 LABELS, LOSSES = torch.arange(N) % 5, draw(N, seed=3).exp()
+MEMBERS = torch.arange(N) % 3 == 0
+TEXTS, TOKENS = 2 * draw(N, 6, 4, seed=6), torch.randint(0, 4, (N, 6), generator=torch.Generator().manual_seed(7))
+TOKENS[::2, 4:] = -100  # texts of other lengths
+TOKENS[1::4, 0] = -100
+TEXTS.scatter_(2, TOKENS.clamp(min=0)[:, :, None], 3.0)  # mostly right
+TEXTS[:, 1] = TEXTS[:, 1].flip(0)
+RIGHT, WRONG = -draw(N, seed=8).exp(), -draw(N, 3, seed=9).exp()
 UNLEARNED, RETRAINED = draw(5, N, seed=4, shift=1.0), draw(7, N, seed=5)
+
+
+def min_k(k: float) -> Tensor:
+    return F.min_k_scores(TEXTS, TOKENS, k)
+
+
+def split_by_member(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return scores[MEMBERS], scores[~MEMBERS]
+
 
 # The metric, its arguments for some of the samples, and the function of all of them.
 CASES: dict[str, tuple[Callable[..., Any], Callable[[Tensor], tuple[Any, ...]], Callable[[], Estimate]]] = {
@@ -88,8 +110,48 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[Tensor], tuple[Any, ...]], 
     ),
     "membership": (
         MembershipAUC,
-        lambda i: (LOSSES[i], i % 3 == 0),
-        lambda: F.membership_auc(LOSSES[torch.arange(N) % 3 == 0], LOSSES[torch.arange(N) % 3 != 0]),
+        lambda i: (LOSSES[i], MEMBERS[i]),
+        lambda: F.membership_auc(LOSSES[MEMBERS], LOSSES[~MEMBERS]),
+    ),
+    "exact memorisation": (
+        ExactMemorization,
+        lambda i: (TEXTS[i], TOKENS[i]),
+        lambda: F.exact_memorization(TEXTS, TOKENS),
+    ),
+    "extraction strength": (
+        ExtractionStrength,
+        lambda i: (TEXTS[i], TOKENS[i]),
+        lambda: F.extraction_strength(TEXTS, TOKENS),
+    ),
+    "min-k": (
+        lambda **o: MinK(0.5, **o),
+        lambda i: (TEXTS[i], TOKENS[i], MEMBERS[i]),
+        lambda: F.auc(min_k(0.5)[MEMBERS], min_k(0.5)[~MEMBERS]),
+    ),
+    "privleak": (
+        lambda **o: PrivLeak(0.45, **o),
+        lambda i: (TEXTS[i], TOKENS[i], MEMBERS[i]),
+        lambda: F.priv_leak(F.auc(min_k(0.4)[MEMBERS], min_k(0.4)[~MEMBERS]), 0.45),
+    ),
+    "truth ratio": (
+        TruthRatio,
+        lambda i: (RIGHT[i], WRONG[i]),
+        lambda: F.truth_ratio_of_forgotten(F.truth_ratio(RIGHT, WRONG)),
+    ),
+    "truth ratio kept": (
+        lambda **o: TruthRatio("kept", mean="geometric", **o),
+        lambda i: (RIGHT[i], WRONG[i]),
+        lambda: F.truth_ratio_of_kept(F.truth_ratio(RIGHT, WRONG, "geometric")),
+    ),
+    "lira": (
+        LiRA,
+        lambda i: (UNLEARNED[0, i], RETRAINED[:, i], MEMBERS[i], UNLEARNED[1:, i]),
+        lambda: F.auc(*split_by_member(F.lira_scores(UNLEARNED[0], RETRAINED, UNLEARNED[1:]))),
+    ),
+    "lira offline": (
+        lambda **o: LiRA("tpr_at_1_percent", spread="all", **o),
+        lambda i: (UNLEARNED[0, i], RETRAINED[:, i], MEMBERS[i]),
+        lambda: F.tpr_at_fpr(*split_by_member(F.lira_scores(UNLEARNED[0], RETRAINED, spread="all")), 0.01),
     ),
 }
 
@@ -240,6 +302,14 @@ def test_nan_has_a_reason() -> None:
         (lambda: KLOM().update(UNLEARNED, RETRAINED[0]), r"of shape \[M, n\] and \[M', n\]"),
         (lambda: KLOM().update(UNLEARNED, RETRAINED[:0]), r"of shape \[M, n\] and \[M', n\]"),
         (lambda: ULiRA("mean"), "Expected `of` to be one of"),  # type: ignore[arg-type]
+        (lambda: MinK(0.0), "Expected `k` to be above 0 and at most 1"),
+        (lambda: PrivLeak(50), "Expected `retrained` to be"),
+        (lambda: MinK().update(TEXTS, TOKENS[:, 1:], True), r"Expected `logits` to be of shape \[N, T, V\]"),
+        (lambda: ExactMemorization().update(TEXTS, TOKENS.double()), "to be integers"),
+        (lambda: TruthRatio("all"), "Expected `of` to be one of"),  # type: ignore[arg-type]
+        (lambda: LiRA("accuracy"), "Expected `of` to be one of"),  # type: ignore[arg-type]
+        (lambda: LiRA().update(UNLEARNED[0], RETRAINED[:1], MEMBERS), "with at least 2 models"),
+        (lambda: LiRA().update(UNLEARNED[0], RETRAINED, MEMBERS[1:]), "Expected `is_member` to be boolean"),
         (lambda: MembershipAUC().interval(method="exact"), "Expected `method` to be one of"),  # type: ignore[arg-type]
     ],
 )
@@ -259,7 +329,7 @@ def test_the_models_stay_as_many() -> None:
 
 def test_the_auc_has_both_intervals() -> None:
     metric = updated("membership", torch.arange(N))
-    interval = F.membership_auc(LOSSES[torch.arange(N) % 3 == 0], LOSSES[torch.arange(N) % 3 != 0]).interval
+    interval = F.membership_auc(LOSSES[MEMBERS], LOSSES[~MEMBERS]).interval
     assert tuple(map(float, metric.interval(method="delong"))) == interval
     lower, upper = metric.interval()
     assert (float(lower), float(upper)) != interval and lower < metric.compute() < upper

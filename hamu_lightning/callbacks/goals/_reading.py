@@ -16,7 +16,7 @@ from hamu_lightning.callbacks.goals._targets import Target
 from hamu_lightning.callbacks.goals._transforms import explain_difference, with_transforms_of
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader, count_shared_samples, is_data, read_positions
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import batch_size_of, load_like, loader_options
+from hamu_lightning.loaders import batch_size_of, in_order, load_like
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -236,15 +236,6 @@ def read_beside(loader: Any) -> MeasuringLoader | HAMUValueError:
         return error
 
 
-def in_order(loader: Any) -> tuple[Iterable[Any], int] | None:
-    """The samples behind a loader in the order of their Dataset, and how many are in a batch; None where unknown."""
-    is_loader = isinstance(loader, DataLoader)
-    if not is_loader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
-        return None
-    options = {**loader_options(loader), "num_workers": 0}
-    return DataLoader(loader.dataset, batch_size=loader.batch_size, **options), loader.batch_size
-
-
 def find_not_finite(forget_pass: ForgetPass, loader: Any, step: tuple[Any, ...]) -> str:
     """Which samples of a Dataset, or which batches, give no finite loss, in words; empty where it is not known.
 
@@ -258,13 +249,13 @@ def find_not_finite(forget_pass: ForgetPass, loader: Any, step: tuple[Any, ...])
         forget_pass.measure(lambda module, mean_loss, batch: mean_loss(batches), *step)
         return forget_pass.not_finite
 
-    ordered = in_order(loader)
-    if ordered is None:
+    is_loader = isinstance(loader, DataLoader)
+    if not is_loader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         is_list = isinstance(loader, list | tuple) and loader
         return f"; not finite in the batches at {shorten(find(MeasuringLoader(loader)))}" if is_list else ""
-    batches, size = ordered
-    n = len(loader.dataset)
-    found = [i for b in find(batches) for i in range(b * size, min((b + 1) * size, n))]
+    n, size = len(loader.dataset), loader.batch_size
+    batches = find(in_order(loader, num_workers=0))
+    found = [i for b in batches for i in range(b * size, min((b + 1) * size, n))]
     if len(found) == n:
         return "; in no batch it is finite"
     try:
@@ -276,8 +267,7 @@ def find_not_finite(forget_pass: ForgetPass, loader: Any, step: tuple[Any, ...])
 
 def one_by_one(loader: DataLoader[Any], positions: Iterable[int]) -> Iterable[Any]:
     """These samples of the Dataset behind a loader, each in a batch of its own."""
-    options = {**loader_options(loader), "num_workers": 0}
-    return DataLoader(Subset(loader.dataset, [*positions]), batch_size=1, **options)
+    return load_like(Subset(loader.dataset, [*positions]), loader, batch_size=1, num_workers=0)
 
 
 def shorten(positions: list[int]) -> str:

@@ -69,6 +69,11 @@ class Look:
             batch = self._hook("transfer_batch_to_device")(batch, self._device, 0)
             return self._hook("on_after_batch_transfer")(batch, 0)
 
+    @property
+    def has_step(self) -> bool:
+        """Whether the module has a `training_step` of its own."""
+        return not _is_lightnings(self._module.training_step)
+
     def loss(self, batch: Any, index: int = 0) -> float:
         """The module's own loss of a batch that was transferred; NaN where its step gives none, or moves weights."""
         if not getattr(self._module, "automatic_optimization", True):
@@ -80,5 +85,9 @@ class Look:
     def _hook(self, name: str) -> Any:
         """As lightning/pytorch/trainer/connectors/data_connector.py `_DataHookSelector` chooses it."""
         own = getattr(self._datamodule, name, None)
-        is_plain = own is None or own.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
-        return getattr(self._module, name) if is_plain else own
+        return getattr(self._module, name) if own is None or _is_lightnings(own) else own
+
+
+def _is_lightnings(method: Any) -> bool:
+    """Whether a method is the default of Lightning."""
+    return str(getattr(method, "__module__", "")).partition(".")[0] in ("lightning", "pytorch_lightning")

@@ -11,8 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
-from hamu_lightning.evidence import PartScores
-from hamu_lightning.evidence.attacks._subject import Subject, Unfit, batches_of, run
+from hamu_lightning.evidence.attacks._subject import Subject, Unfit, run
 from hamu_lightning.metrics.functional import Estimate, match_classes, membership_auc, rate_estimate, undefined
 
 Measured = dict[str, tuple[Estimate, str]]
@@ -34,11 +33,11 @@ def probe(subject: Subject) -> Measured:
 
     Three held-out samples are taken of each class that the retain data have not: nothing else says what it looks like.
     """
-    forget, retain = subject.scores("forget"), subject.scores("retain")
+    if subject.scores("forget").labels is None:
+        raise Unfit("a probe is for a classifier")
     samples = _read_features(subject)
-    known, others = _split(subject, samples, retain)
-    missing = sorted(set(_labels(forget).tolist()) - set(known.labels.tolist()))
-    if missing:
+    known, others = _split(subject, samples)
+    if not bool(torch.isin(samples["forget"].labels, known.labels).all()):
         raise Unfit("no held-out sample is of the forgotten classes, so that a probe cannot learn them")
     head = make_head(known.features, known.labels.numpy())
     found = samples["forget"]
@@ -71,19 +70,17 @@ def make_head(features: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> A
 
 
 def _read_features(subject: Subject) -> dict[str, _Samples]:
-    module, parts = subject.module, subject.plan.parts
-    layer = _find_layer(module, batches_of(parts, "forget"), subject.plan.layer)
+    module = subject.module
+    layer = _find_layer(module, subject.plan.batches("forget"), subject.plan.layer)
     names = [name for name in ("retain", "forget", subject.plan.held_out) if name is not None]
-    features = {name: _capture(module, layer, batches_of(parts, name)) for name in names}
-    if not all(x.isfinite().all() for x in features.values()):
-        raise Unfit("features are not finite")
-    return {name: _Samples(x.numpy(), _labels(subject.scores(name))) for name, x in features.items()}
+    return {name: _capture(module, layer, subject.plan.batches(name)) for name in names}
 
 
-def _split(subject: Subject, samples: dict[str, _Samples], retain: PartScores) -> tuple[_Samples, _Samples | None]:
+def _split(subject: Subject, samples: dict[str, _Samples]) -> tuple[_Samples, _Samples | None]:
     """What the probe learns from, and held-out samples that it does not see."""
-    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(subject.plan.seed % 2**63))
-    known = samples["retain"].select(order[: subject.plan.samples])
+    retain = samples["retain"]
+    order = torch.randperm(len(retain.labels), generator=torch.Generator().manual_seed(subject.plan.seed % 2**63))
+    known = retain.select(order[: subject.plan.samples])
     name = subject.plan.held_out
     if name is None:
         return known, None
@@ -112,12 +109,6 @@ def _losses(head: Any, samples: _Samples) -> Tensor:
     return -torch.as_tensor(head.predict_log_proba(samples.features)).gather(1, places[:, None])[:, 0]
 
 
-def _labels(scores: PartScores) -> Tensor:
-    if scores.labels is None:
-        raise Unfit("a probe is for a classifier")
-    return scores.labels
-
-
 def _find_layer(module: LightningModule, batches: Iterable[Any], name: str | None) -> nn.Module:
     if name is not None:
         layers: dict[str, nn.Module] = dict(module.named_modules())
@@ -142,18 +133,22 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _capture(module: LightningModule, layer: nn.Module, batches: Iterable[Any]) -> Tensor:
+def _capture(module: LightningModule, layer: nn.Module, batches: Iterable[Any]) -> _Samples:
     """What goes into a layer, `[N, D]`, in float64."""
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    found = []
+    found, labels = [], []
     try:
-        for count in run(module, batches):
+        for y in run(module, batches):
             inputs = seen[-1] if seen else None
             seen.clear()
-            if inputs is None or len(inputs) != count:
+            if inputs is None or len(inputs) != len(y):
                 raise Unfit("the layer does not see one row for each sample; name another one, `layer`")
             found.append(inputs.flatten(1).double().cpu())
+            labels.append(y.cpu())
     finally:
         hook.remove()
-    return torch.cat(found)
+    features = torch.cat(found)
+    if not features.isfinite().all():
+        raise Unfit("features are not finite")
+    return _Samples(features.numpy(), torch.cat(labels))

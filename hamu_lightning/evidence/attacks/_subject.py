@@ -14,8 +14,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hamu_lightning.evidence import Evaluation, PartScores
-from hamu_lightning.loaders import load_like, transfer_by_hooks
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.evidence import Evaluation, PartScores, evaluate
+from hamu_lightning.loaders import in_order, load_like, transfer_by_hooks
 from hamu_lightning.methods import SampleLosses
 from hamu_lightning.metrics.functional import Estimate, membership_auc, undefined
 from hamu_lightning.objectives import evaluating
@@ -23,8 +24,6 @@ from hamu_lightning.randomness import RandomStream
 
 Part: TypeAlias = Dataset[Any] | DataLoader[Any] | Iterable[Any]
 """The samples `(x, y)` of one part of the data: a Dataset, a DataLoader over one, or other batches."""
-
-_BATCH = 128
 
 
 class Unfit(Exception):
@@ -51,13 +50,23 @@ class Plan:
         """The part of samples that were never trained on; None where there is none."""
         return next((name for name in ("holdout", "test") if name in self.parts), None)
 
+    def part(self, name: str) -> Part:
+        """A part as it was given."""
+        if name not in self.parts:
+            raise Unfit(f"no {name} data was given")
+        return self.parts[name]
+
+    def batches(self, name: str) -> Iterable[Any]:
+        """Each sample of a part once, in order."""
+        batches: Iterable[Any] = in_order(self.part(name))
+        return batches
+
     def dataset(self, name: str) -> Dataset[Any]:
         """The samples of a part, which can be drawn from."""
-        part = self.parts.get(name)
+        part = self.part(name)
         data = part.dataset if isinstance(part, DataLoader) else part
         if not isinstance(data, Dataset) or isinstance(data, IterableDataset):
-            why = f"no {name} data was given" if part is None else f"the {name} data are no Dataset with positions"
-            raise Unfit(why)
+            raise Unfit(f"the {name} data are no Dataset with positions")
         return data
 
     def loader(self, dataset: Any, like: str) -> DataLoader[Any]:
@@ -106,7 +115,7 @@ class Subject:
 
     def read(self, module: LightningModule, name: str) -> PartScores:
         """What another module says of a part."""
-        return read(module, batches_of(self.plan.parts, name), self.plan.losses)
+        return read(module, self.plan.part(name), self.plan.losses)
 
     def read_samples(self, module: LightningModule, samples: Dataset[Any], like: str) -> PartScores:
         """What another module says of some samples of a part."""
@@ -123,40 +132,30 @@ class Subject:
         return membership_auc(forget.losses, others.losses)
 
 
-def batches_of(parts: Mapping[str, Part], name: str) -> Iterable[Any]:
-    """Each sample of a part once, in order."""
-    if name not in parts:
-        raise Unfit(f"no {name} data was given")
-    part = parts[name]
-    dataset = part.dataset if isinstance(part, DataLoader) else part
-    if not isinstance(dataset, Dataset):
-        return dataset
-    size = part.batch_size if isinstance(part, DataLoader) else None
-    return load_like(dataset, part, batch_size=size or _BATCH)
-
-
-def read(module: LightningModule, batches: Iterable[Any], losses: SampleLosses | None = None) -> PartScores:
-    """Run a module over batches in evaluation mode, with random numbers of its own.
+def read(module: LightningModule, part: Part, losses: SampleLosses | None = None) -> PartScores:
+    """What a module says of some samples, in evaluation mode, with random numbers of its own.
 
     Raises:
         Unfit: If it is no classifier, and no other losses were given.
     """
-    with _at_rest(module):
-        found = [_read_batch(module, batch, losses) for batch in _on_device(module, batches)]
-    if not found:
-        raise Unfit("a part of the data has no sample")
-    columns = [None if column[0] is None else torch.cat(column).cpu() for column in zip(*found, strict=True)]
-    values, recognised, log_probs, labels = columns
-    assert values is not None and recognised is not None
-    return PartScores(values.double(), recognised.double(), torch.arange(len(values)), log_probs, labels)
+    if losses is not None:
+        return _read_losses(module, in_order(part), losses)
+    reason = "it is no classifier of `x` into logits [N, K] with a label each"
+    try:
+        scores = evaluate(module, {"forget": part}).parts["forget"]
+    except HAMUValueError as error:
+        raise Unfit(reason) from error
+    if scores.log_probs is None:
+        raise Unfit(reason)
+    return scores
 
 
-def run(module: LightningModule, batches: Iterable[Any]) -> Iterator[int]:
-    """Run a module over batches `(x, y)` in evaluation mode; yield the number of samples after each."""
+def run(module: LightningModule, batches: Iterable[Any]) -> Iterator[Tensor]:
+    """Run a module over batches `(x, y)` in evaluation mode; yield the labels after each."""
     for x, y in _on_device(module, batches):
         with _at_rest(module):
             module(x)
-        yield len(y)
+        yield y
 
 
 def _on_device(module: LightningModule, batches: Iterable[Any]) -> Iterator[Any]:
@@ -169,19 +168,10 @@ def _at_rest(module: LightningModule) -> Iterator[None]:
         yield
 
 
-def _read_batch(
-    module: LightningModule, batch: Any, losses: SampleLosses | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    if losses is not None:
-        values = losses(module, batch)
-        return values, torch.full_like(values, torch.nan), None, None
-    x, y = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (None, None)
-    logits = None if x is None else module(x)
-    if not isinstance(logits, Tensor) or not isinstance(y, Tensor) or not _are_classes(logits, y):
-        raise Unfit("it is no classifier of `x` into logits [N, K] with a label each")
-    log_probs = logits.double().log_softmax(dim=1)
-    return -log_probs.gather(1, y[:, None])[:, 0], log_probs.argmax(dim=1) == y, log_probs, y
-
-
-def _are_classes(logits: Tensor, labels: Tensor) -> bool:
-    return logits.ndim == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point()
+def _read_losses(module: LightningModule, batches: Iterable[Any], losses: SampleLosses) -> PartScores:
+    with _at_rest(module):
+        found = [losses(module, batch).double().cpu() for batch in _on_device(module, batches)]
+    if not found:
+        raise Unfit("a part of the data has no sample")
+    values = torch.cat(found)
+    return PartScores(values, torch.full_like(values, torch.nan), torch.arange(len(values)))

@@ -28,7 +28,7 @@ from hamu_lightning.metrics.functional._distances import (
 from hamu_lightning.metrics.functional._estimate import Estimate, mean_estimate, rate_estimate, undefined
 from hamu_lightning.metrics.functional._forgetting import ForgettingScore, forgetting_score
 from hamu_lightning.metrics.functional._gaps import anamnesis_index, average_gap, relearn_steps, tow, tow_mia
-from hamu_lightning.metrics.functional._inputs import as_numbers
+from hamu_lightning.metrics.functional._inputs import as_numbers, as_texts
 from hamu_lightning.metrics.functional._levels import (
     accuracy,
     change,
@@ -76,6 +76,7 @@ __all__ = [
     "agreement",
     "anamnesis_index",
     "as_numbers",
+    "as_texts",
     "auc",
     "average_gap",
     "balanced_accuracy",

@@ -83,6 +83,29 @@ def as_labels(labels: Any, scores: Tensor) -> Tensor:
     return numbers.to(scores.device).long()
 
 
+def as_texts(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Return logits `[N, T, V]` and labels `[N, T]` as tensors on one device.
+
+    Raises:
+        HAMUValueError: If the shapes are others, or the labels no integers.
+
+    Example:
+        >>> [tuple(x.shape) for x in as_texts(torch.zeros(1, 2, 3), [[0, -100]])]
+        [(1, 2, 3), (1, 2)]
+    """
+    scores = as_numbers("logits", logits, torch.device("cpu"))
+    classes = as_numbers("labels", labels, scores.device)
+    if not isinstance(labels, Tensor) and bool((classes == classes.long()).all()):
+        classes = classes.long()
+    if scores.ndim != 3 or classes.shape != scores.shape[:2] or classes.is_floating_point():
+        raise HAMUValueError(
+            f"Expected `logits` to be of shape [N, T, V] and `labels` to be integers of shape [N, T], but got "
+            f"{list(scores.shape)} and {classes.dtype} of shape {list(classes.shape)}. Move the labels by one "
+            "position, so that labels[n, t] is what logits[n, t] should predict."
+        )
+    return scores, classes.to(scores.device).long()
+
+
 def check_classes(labels: Tensor, scores: Tensor) -> None:
     """Raise unless all labels are classes. It reads them on the host."""
     if not bool(((labels >= 0) & (labels < scores.shape[1])).all()):

@@ -20,7 +20,7 @@ from hamu_lightning.checks import check_number, check_positive, check_type
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.gramian import widest_float
 from hamu_lightning.metrics.functional._estimate import Estimate, mean_estimate, undefined, why_not
-from hamu_lightning.metrics.functional._inputs import as_numbers, as_vector
+from hamu_lightning.metrics.functional._inputs import as_texts, as_vector
 
 _IGNORED = -100
 
@@ -269,20 +269,11 @@ def extraction_strength(logits: Any, labels: Any) -> Estimate:
 
 def _texts(logits: Any, labels: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each text the log-probabilities `[t, V]` and labels `[t]` where there are labels. One is widened at a time."""
-    scores = as_numbers("logits", logits, torch.device("cpu"))
-    classes = as_numbers("labels", labels, scores.device)
-    if not isinstance(labels, Tensor) and bool((classes == classes.long()).all()):
-        classes = classes.long()
-    if scores.ndim != 3 or classes.shape != scores.shape[:2] or classes.is_floating_point():
-        raise HAMUValueError(
-            f"Expected `logits` to be of shape [N, T, V] and `labels` to be integers of shape [N, T], but got "
-            f"{list(scores.shape)} and {classes.dtype} of shape {list(classes.shape)}. Move the labels by one "
-            "position, so that labels[n, t] is what logits[n, t] should predict."
-        )
+    scores, classes = as_texts(logits, labels)
     there = classes != _IGNORED
     if bool((there & ((classes < 0) | (classes >= scores.shape[2]))).any()):
         raise HAMUValueError(f"Expected `labels` to be -100 or below {scores.shape[2]}, but got others.")
-    for text, label, mask in zip(scores, classes.to(scores.device).long(), there.to(scores.device), strict=True):
+    for text, label, mask in zip(scores, classes, there, strict=True):
         yield text[mask].to(widest_float(scores.device)).log_softmax(dim=-1), label[mask]
 
 
