@@ -134,5 +134,4 @@ def solve_blocks(problem: BlockProblem, quota: Tensor, best_effort: bool) -> tup
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Divide, with 0 where the denominator is 0."""
-    is_zero = denominator == 0
-    return torch.where(is_zero, 0, numerator / torch.where(is_zero, 1, denominator))
+    return torch.where(denominator == 0, 0, numerator / denominator)
