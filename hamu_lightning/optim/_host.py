@@ -27,11 +27,11 @@ from hamu_lightning.optim._layout import Layout
 
 # Tensors of fewer elements are put one after the other and multiplied in float64.
 _SMALL = 2_048
-# From here on a tensor is read in pieces that stay in the cache; those between are multiplied side by side.
-_LARGE = 2**18
-_PIECE = 2**15
-# So many products are summed in float32; what comes out is summed in float64.
-_DEPTH = 64
+# From here on a tensor is read in pieces that stay in the cache, of rows that are summed in float32; those between are
+# multiplied side by side.
+_LARGE = 2**16
+_PIECE = 2**16
+_ROW = 2_048
 # Where float32 sums would not do, they are taken again in float64: gradients with a smaller sin^2 between them, and
 # squares near the ends of float32, on average.
 _NARROW = 1e-3
@@ -149,7 +149,7 @@ class HostPlan:
             products[:, indices] = torch.stack([(a * b).sum(1) for a, b in _pairs(*flat)]).numpy()
         for i in self._large:
             if retain[i].is_contiguous() and forget[i].is_contiguous():
-                products[:, i] = _multiply_pieces(retain[i].view(-1), forget[i].view(-1))
+                products[:, i] = _multiply_pieces(retain[i].view(-1).numpy(), forget[i].view(-1).numpy())
             else:
                 products[:, i] = np.nan  # which is no sum that would do
         again = self._others[_is_inexact(products[:, self._others], self._sizes[self._others])]
@@ -226,17 +226,26 @@ def _pairs(retain: Any, forget: Any) -> tuple[tuple[Any, Any], ...]:
     return (retain, retain), (retain, forget), (forget, forget)
 
 
-def _multiply_pieces(retain: Tensor, forget: Tensor) -> _Array:
-    """`rr`, `rf`, `ff` of two vectors: sums at the same place in each piece, a few pieces deep."""
-    total, sums = np.zeros(3), torch.empty(3, _PIECE)
-    for start in range(0, retain.numel(), _DEPTH * _PIECE):
-        deep = slice(start, start + _DEPTH * _PIECE)
-        sums.zero_()
-        for a, b in zip(torch.split(retain[deep], _PIECE), torch.split(forget[deep], _PIECE), strict=True):
-            for row, (x, y) in zip(sums[:, : a.numel()], _pairs(a, b), strict=True):
-                row.addcmul_(x, y)
-        total += sums.sum(1, dtype=torch.float64).numpy()
+def _multiply_pieces(retain: NDArray[np.float32], forget: NDArray[np.float32]) -> _Array:
+    """`rr`, `rf`, `ff` of two vectors: rows are summed in float32, and what comes out in float64."""
+    total, whole = np.zeros(3), retain.size - retain.size % _ROW
+    with np.errstate(all="ignore"):  # what is not finite is found in the sums
+        for start in range(0, whole, _PIECE):
+            piece = slice(start, min(start + _PIECE, whole))
+            a, b = retain[piece].reshape(-1, _ROW), forget[piece].reshape(-1, _ROW)
+            total += [_dot(x, y).sum(dtype=np.float64) for x, y in _pairs(a, b)]
+        a, b = retain[whole:].astype(np.float64), forget[whole:].astype(np.float64)
+        total += [x @ y for x, y in _pairs(a, b)]
     return total
+
+
+def _multiply_rows(retain: NDArray[np.float32], forget: NDArray[np.float32]) -> NDArray[np.float32]:
+    products: NDArray[np.float32] = (retain * forget).sum(-1)
+    return products
+
+
+# numpy has it since version 2.
+_dot: Callable[..., NDArray[np.float32]] = getattr(np, "vecdot", _multiply_rows)
 
 
 def _is_inexact(products: _Array, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -17,7 +17,7 @@ NUMBERS = ("quota", "feasible", "given", "retain_loss", "forget_loss", "is_finit
 class Signals:
     """The numbers of a step that is about to be applied: loss units, and losses at the weights before it.
 
-    `feasible` is NaN where no condition asks for it (`StopCondition.needs_bound`).
+    `feasible` is infinite where no condition asks for it (`StopCondition.needs_bound`).
     """
 
     quota: float
@@ -40,6 +40,6 @@ def pack_signals(report: StepReport, retain_loss: Tensor, forget_loss: Tensor, *
     step = report.coefficients
     given = step.forget_improvement if step.constrained == 1 else step.retain_improvement
     losses = retain_loss, forget_loss
-    bound = step.feasible_improvement if needs_bound else torch.full_like(given, math.nan)
+    bound = step.feasible_improvement if needs_bound else torch.full_like(given, math.inf)
     numbers = (step.total_quota, bound, given, *losses, step.is_finite, step.is_served)
     return torch.stack([number.to(step.total_quota) for number in numbers])
