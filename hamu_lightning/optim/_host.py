@@ -74,10 +74,13 @@ class HostGradients(StepGradients):
             lr: `[B]`, learning rates: where one is 0, nothing moves.
 
         Returns:
-            Whether it was done: not where float32 does not hold the coefficients.
+            Whether it was done: not where float32 does not hold what the base would multiply the gradients by.
         """
-        factors = np.where(lr.numpy()[:, None] == 0, 0, self._as_means(values).numpy())
-        if not (np.abs(factors) < np.finfo(np.float32).max).all():
+        rate = lr.numpy()[:, None]
+        factors = np.where(rate == 0, 0, self._as_means(values).numpy())
+        with np.errstate(over="ignore"):
+            largest = np.abs(factors / np.where(rate == 0, 1, rate)).max()
+        if not max(largest, np.abs(factors).max()) < np.finfo(np.float32).max:
             return False
         if factors.any():  # not where a number is not finite: 0 x NaN
             self.plan.add_(*self._both, self._flat[0], factors)
