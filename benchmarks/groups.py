@@ -14,7 +14,7 @@ import statistics
 import time
 
 import torch
-from step import Batch, make_resnet
+from shapes import SHAPES, Batch, make_batches
 from torch import nn
 
 from hamu_lightning import HAMUOptimizer
@@ -32,7 +32,7 @@ def make_optimizer(model: nn.Module, groups: int, sketch: int | None) -> HAMUOpt
 
 def measure(groups: int, sketch: int | None, repetitions: int) -> tuple[list[float], list[float]]:
     """Return the seconds of the passes, and of the step after them, in each repetition."""
-    model, (images, labels), _ = make_resnet()
+    model, ((images, labels), _) = SHAPES["digits"].make(), make_batches(SHAPES["digits"])
     optimizer = make_optimizer(model, groups, sketch)
     batches: dict[str, Batch] = {
         name: (torch.randn_like(images), torch.randint_like(labels, 10)) for name in optimizer.rule.groups
@@ -65,7 +65,7 @@ def measure_sketch(size: int, seeds: int) -> tuple[float, float]:
     squares, worst = [], 0.0
     for seed in range(seeds):
         torch.manual_seed(seed)
-        model, (images, labels), _ = make_resnet()
+        model, ((images, labels), _) = SHAPES["digits"].make(), make_batches(SHAPES["digits"])
         optimizer = make_optimizer(model, 8, size)
         before, grads = [p.detach().clone() for p in model.parameters()], {}
         batches = {n: (torch.randn_like(images), torch.randint_like(labels, 10)) for n in optimizer.rule.groups}

@@ -106,7 +106,7 @@ def in_order(source: Any, like: Any = None, **settings: Any) -> Any:
 
 
 def batch_size_of(loader: Any, default: int | None = None) -> int | None:
-    """Return how many samples a loader, or a batch sampler of its own, puts into a batch; None where its data are batches.
+    """Return how many samples a loader, or its batch sampler, puts into a batch; None where its data are batches.
 
     Args:
         loader: A loader, or None.

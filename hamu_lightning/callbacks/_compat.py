@@ -44,19 +44,35 @@ class StepPatch:
 
 
 @contextmanager
-def throwaway_results(trainer: Trainer, batch: Any) -> Iterator[Any]:
+def throwaway_results(trainer: Trainer, batch: Any, earlier: Any = None) -> Iterator[Any]:
     """Collect what the module logs in a collection of its own, so that the trainer's keeps the retain stream alone.
 
-    Yields the collection, of the trainer's own class (lightning/pytorch/trainer/connectors/logger_connector/result.py).
+    Yields the collection, of the trainer's own class (lightning/pytorch/trainer/connectors/logger_connector/result.py);
+    `earlier`, that of an earlier pass, where it can be used again: making one takes longer than a small step.
     """
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
     kept, kept_fx = loop._results, connector._current_fx
-    loop._results = type(kept)(training=True)
-    loop._results.batch = batch
+    loop._results = results = earlier if _is_emptied(earlier, kept) else type(kept)(training=True)
+    results.batch, results.batch_size = batch, None
     try:
-        yield loop._results
+        yield results
     finally:
         loop._results, connector._current_fx = kept, kept_fx
+        results.batch = None  # it may be used again, and should hold no data until then
+
+
+def _is_emptied(results: Any, like: Any) -> bool:
+    """Whether nothing of an earlier pass is left in a collection. Means over steps, and metrics, are made anew."""
+    if type(results) is not type(like) or any(not it.is_tensor or it.meta.on_epoch for it in results.values()):
+        return False
+    for item in results.values():
+        item._forward_cache, item.has_reset = None, True
+        item.to = _stay  # nothing is added up here that would have to be on a device
+    return True
+
+
+def _stay(*_: Any) -> None:
+    """In the place of a walk over all attributes, which Lightning takes at each call of `log`."""
 
 
 def read_results(results: Any, twin: Callable[[Metric], Metric | None]) -> dict[str, tuple[Tensor | Metric, Any]]:
@@ -67,6 +83,8 @@ def read_results(results: Any, twin: Callable[[Metric], Metric | None]) -> dict[
     """
     logged: dict[str, tuple[Tensor | Metric, Any]] = {}
     for item in results.values():
+        if item.has_reset:
+            continue  # of an earlier pass
         value = item._forward_cache if item.meta.on_step or not item.is_tensor else item.compute()
         metric = None if item.is_tensor else twin(item.value)
         if metric is not None or (isinstance(value, Tensor) and value.numel() == 1):

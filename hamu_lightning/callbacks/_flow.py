@@ -64,6 +64,7 @@ class Flow:
             optimizer.release_forget()
             groups.take_all_next()
         groups.guard.look_again()
+        self.batchnorm.look_again()
 
     def around_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the passes of the other groups, then the retain pass as it is.

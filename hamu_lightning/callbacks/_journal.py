@@ -92,9 +92,14 @@ class Journal:
                 )
 
     def log_module(self, group: str, logged: dict[str, tuple[Tensor | Metric, dict[str, Any]]]) -> None:
-        """Log again, as `forget/<name>`, what the module logged in the pass of a group (here: forget)."""
+        """Log again, as `forget/<name>`, what the module logged in the pass of a group (here: forget).
+
+        What is logged at steps alone, at the trainer's logging steps: nobody writes it in between.
+        """
+        is_written = _compat.is_logging_step(self._trainer)
         for name, (value, arguments) in logged.items():
-            if name != "loss":  # `forget/loss` is ours, and the same number
+            # `forget/loss` is ours, and the same number.
+            if name != "loss" and (is_written or arguments["on_epoch"]):
                 self._trainer.lightning_module.log(self._own_name(f"{group}/{name}"), value, **arguments)
 
     def log_step(self, report: StepReport | None, more: dict[str, Tensor], always: dict[str, Tensor]) -> None:

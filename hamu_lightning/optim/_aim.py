@@ -124,7 +124,9 @@ class Aim:
                 f"Expected a number as target and a number of steps, but got {describe(target)} and {steps}. Outside "
                 "HAMUCallback give both: TargetQuota(2.3, steps=100)."
             )
-        gain = quota.resolve(self.level, torch.as_tensor(target).to(self.level), step=self.taken, steps=steps)
+        # A number becomes a tensor by a fill on the device: a copy from the host would wait for it.
+        place = target.to(self.level) if isinstance(target, Tensor) else self.level.new_full((), target)
+        gain = quota.resolve(self.level, place, step=self.taken, steps=steps)
         return gain if self.exchange is None else self.exchange.ask(gain)
 
     def advance(self, promised: Tensor) -> None:

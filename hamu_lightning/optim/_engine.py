@@ -16,6 +16,7 @@ from hamu_lightning.optim._applier import Applier
 from hamu_lightning.optim._checks import check_all_present, is_at_rest, is_plain_sgd
 from hamu_lightning.optim._counters import Counters
 from hamu_lightning.optim._gradients import StepGradients
+from hamu_lightning.optim._host import HostGradients, HostPlan, can_move_directly, make_host_plan
 from hamu_lightning.optim._layout import Layout, collect_names, make_layout
 from hamu_lightning.optim._mask import Mask
 from hamu_lightning.optim._report import StepReport
@@ -52,6 +53,7 @@ class Engine:
     spent: SpentGradients = field(default_factory=SpentGradients)
     aims: dict[str, Aim] = field(default_factory=dict)
     layout: Layout | None = None
+    host_plan: tuple[Layout, HostPlan | None] | None = None
     last_step: StepReport | None = None
     plan: Plan = "combine"
     groups: tuple[str, ...] = ()
@@ -67,7 +69,8 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is asked by nobody: who decides about the steps belongs to a fit, with its trainer and its loaders."""
-        return {**self.__dict__, "approve": None, "referee": None, "recompute": None, "find_names": None}
+        theirs = ("approve", "referee", "recompute", "find_names")
+        return {**self.__dict__, **dict.fromkeys(theirs), "host_plan": None}
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -122,6 +125,8 @@ class Engine:
         if self.layout is None or [*map(id, self.layout.parameters)] != [*map(id, trainable)]:
             self._learn_names(trainable)
             self.layout = make_layout(self.base.param_groups, self.names, self.rule.blocks, self.mask, self.adapters)
+        if self.host_plan is None or self.host_plan[0] is not self.layout:
+            self.host_plan = self.layout, make_host_plan(self.layout)
         return self.layout
 
     def _learn_names(self, trainable: Sequence[Tensor]) -> None:
@@ -211,7 +216,7 @@ class Engine:
 
     def _gather(self, groups: tuple[str, ...], layout: Layout) -> StepGradients:
         """The gradients of each group."""
-        retain = [None if self.spent.is_spent(p) else p.grad for p in layout.parameters]
+        retain = self.spent.find_new(layout.parameters)
         slots = [self.find_slot(name) for name in groups[1:]]
         is_there = [any(g is not None for g in retain), *(slot.is_filled for slot in slots)]
         # Gradients of earlier steps alone say nothing new.
@@ -224,10 +229,17 @@ class Engine:
         own, new = self.window_shares
         shares = (own, *(new if slot.is_fresh else slot.share for slot in slots))
         if self.sketch is None:
-            return StepGradients(groups, [retain, *others], layout, shares)
+            return self._keep_apart(StepGradients(groups, [retain, *others], layout, shares))
         kept = [slot.projection for slot in slots if isinstance(slot, SketchSlot) and slot.projection is not None]
         known = self.sketch, kept, self.recompute, self.parameters
         return SketchedGradients(groups, [retain, *others], layout, shares, *known)
+
+    def _keep_apart(self, gradients: StepGradients) -> StepGradients:
+        """The gradients, in the form that their step is fastest in."""
+        plan = None if self.host_plan is None else self.host_plan[1]
+        if plan is None or len(gradients.lists) != 2 or not all(map(plan.takes, gradients.lists)):
+            return gradients
+        return HostGradients(gradients.groups, gradients.lists, gradients.layout, gradients.shares, plan)
 
     def _ask_rule(self, gradients: StepGradients) -> StepReport:
         """Ask the rule for the coefficients."""
@@ -276,15 +288,32 @@ class Engine:
         weights = None if before is None else before.weights
         if weights is None and (self.track_actual or is_shortened):
             weights = [p.detach().clone() for p in parameters]
-        # The combination is written over the last gradients: they may be needed again to measure, or in later steps.
-        combined = self._combine(gradients, keeps_last or self.track_actual or self.reuse_groups)
-        with pointed_gradients(parameters, combined):
-            self._step_base()
+        if not self._has_moved_directly(gradients):
+            self._move_by_base(gradients, keeps_last=keeps_last or self.track_actual or self.reuse_groups)
         if weights is not None and is_shortened:
             shorten_step_(parameters, weights, self.region)
         if weights is not None and self.track_actual:
             assert self.last_step is not None
             self.last_step = replace(self.last_step, actual_changes=gradients.measure(weights))
+
+    def _has_moved_directly(self, gradients: StepGradients) -> bool:
+        """Add the step to the weights, where that is all that the base would do; return whether it was."""
+        assert self.last_step is not None
+        if self.rule.is_plain or not isinstance(gradients, HostGradients):
+            return False
+        if not can_move_directly(self.applier.choose(takes_d=True)):
+            return False
+        if not gradients.move_(self.last_step.coefficients.values, self.last_step.lr):
+            return False
+        self._count_finite(self.last_step.coefficients.is_finite)
+        return True
+
+    def _move_by_base(self, gradients: StepGradients, *, keeps_last: bool) -> None:
+        """Let the base apply the combined gradient."""
+        # It is written over the last gradients: they may be needed again to measure, or in later steps.
+        combined = self._combine(gradients, keeps_last)
+        with pointed_gradients(gradients.layout.parameters, combined):
+            self._step_base()
 
     def _combine(self, gradients: StepGradients, keeps_last: bool) -> list[Tensor | None]:
         """The gradients that make the base apply the coefficients; the report says whether float16 holds them."""
@@ -304,8 +333,11 @@ class Engine:
         is_finite = self.last_step.coefficients.is_finite
         optimizer = self.applier.choose(takes_d=not self.rule.is_plain)
         if not self.rule.is_plain:
-            self.counters.not_finite_steps = self.counters.not_finite_steps + (~is_finite).long()
+            self._count_finite(is_finite)
             # Momentum, weight decay and Adam move the weights even with a zero gradient: one flag is read.
             if not is_plain_sgd(optimizer) and not bool(is_finite):
                 return
         self.applier.move_(optimizer, self.mask, self.parameters)
+
+    def _count_finite(self, is_finite: Tensor) -> None:
+        self.counters.not_finite_steps = self.counters.not_finite_steps + (~is_finite).long()

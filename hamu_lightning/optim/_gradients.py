@@ -70,6 +70,6 @@ class StepGradients:
 
     def _as_means(self, numbers: Tensor) -> Tensor:
         """Turn numbers `[..., n]` about the gradients as they are into those of the means over the window."""
-        if all(share == 1 for share in self.shares):  # a new tensor would be one more copy from the host in each step
+        if all(share == 1 for share in self.shares):
             return numbers
-        return numbers / numbers.new_tensor(self.shares)
+        return numbers / self.layout.vector(self.shares).to(numbers)

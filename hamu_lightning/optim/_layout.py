@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,8 +40,11 @@ class Layout:
     counts: tuple[int, ...]
     mask: Mask | None = None
     adapters: tuple[Adapter, ...] = ()
+    # A number that goes to an accelerator waits for all that it has been asked before: what stays the same goes once.
+    _on_device: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _rates: dict[tuple[float, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """For each block its number of weights that may move."""
         sizes = [0] * len(self.labels)
@@ -54,11 +58,23 @@ class Layout:
         return self.parameters[0].device
 
     def vector(self, values: Sequence[float | Tensor]) -> Tensor:
-        """One number per block as a tensor `[B]` on the device, whether the numbers are floats or tensors."""
+        """One number per block as a tensor `[B]` on the device, whether the numbers are floats or tensors.
+
+        A tuple of floats gives the same tensor each time; nobody writes to it.
+        """
         dtype = widest_float(self.device)
         if any(isinstance(value, Tensor) for value in values):
             return torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device).reshape(()) for v in values])
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        if not isinstance(values, tuple):
+            return torch.tensor(values, dtype=dtype, device=self.device)
+        if values not in self._on_device:
+            self._on_device[values] = torch.tensor(values, dtype=dtype, device=self.device)
+        return self._on_device[values]
+
+    @cached_property
+    def block_index(self) -> Tensor:
+        """For each tensor the index of its block, on the device."""
+        return torch.tensor(self.blocks, device=self.device)
 
     @property
     def weights(self) -> Sequence[Tensor]:
@@ -83,12 +99,19 @@ class Layout:
     def weight_norms(self) -> Tensor:
         """The L2 norm of each block's weights that may move, `[B]`."""
         norms = self.tensor_norms()
-        index = torch.tensor(self.blocks, device=norms.device)
-        return norms.new_zeros(len(self.labels)).index_add_(0, index, norms.square()).sqrt()
+        if len(self.labels) == len(self.parameters):
+            return norms
+        return norms.new_zeros(len(self.labels)).index_add_(0, self.block_index, norms.square()).sqrt()
 
     def learning_rates(self, param_groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """The learning rate of each block, `[B]`."""
-        return self.vector([param_groups[group]["lr"] for group in self.groups])
+        by_group = tuple(group["lr"] for group in param_groups)
+        if any(isinstance(lr, Tensor) for lr in by_group):
+            return self.vector([by_group[group] for group in self.groups])
+        if by_group not in self._rates:  # a schedule has many: the last ones alone are kept
+            self._rates.clear()
+            self._rates[by_group] = self.vector([by_group[group] for group in self.groups])
+        return self._rates[by_group]
 
 
 def _tensor_norms(weights: Sequence[Tensor]) -> list[Tensor]:

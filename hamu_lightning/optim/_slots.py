@@ -115,18 +115,30 @@ class SpentGradients:
     """
 
     def __init__(self) -> None:
-        self._spent: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
+        # By the identity of the gradient: two containers, however many tensors there are.
+        self._references: dict[int, weakref.ref[Tensor]] = {}
+        self._versions: dict[int, int] = {}
 
     def remember(self, parameters: Iterable[Tensor]) -> None:
         """Mark the present gradients as used."""
-        self._spent = {p: (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None}
+        grads = [grad for p in parameters if (grad := p.grad) is not None]
+        self._references = {id(grad): weakref.ref(grad) for grad in grads}
+        self._versions = {id(grad): grad._version for grad in grads}
 
     def is_spent(self, parameter: Tensor) -> bool:
         """Whether the parameter's present gradient was used by the last step."""
-        reference, version = self._spent.get(parameter, (None, -1))
-        grad = parameter.grad
-        return reference is not None and grad is not None and reference() is grad and grad._version == version
+        return (grad := parameter.grad) is not None and self._is_used(grad)
+
+    def find_new(self, parameters: Iterable[Tensor]) -> list[Tensor | None]:
+        """The gradients of the parameters, None for those that the last step has used."""
+        if not self._references:
+            return [p.grad for p in parameters]
+        return [None if (grad := p.grad) is None or self._is_used(grad) else grad for p in parameters]
+
+    def _is_used(self, grad: Tensor) -> bool:
+        reference = self._references.get(id(grad))
+        return reference is not None and reference() is grad and grad._version == self._versions[id(grad)]
 
     def __getstate__(self) -> dict[str, object]:
         """Weak references do not survive a copy: a copy starts with no memory."""
-        return {"_spent": {}}
+        return {"_references": {}, "_versions": {}}

@@ -68,14 +68,17 @@ def solve_jointly(problem: BlockProblem, quota: Tensor, best_effort: bool) -> tu
     retain, forget, cosine, radius = problem.retain_norm, problem.forget_norm, problem.cosine, problem.radius
     unit_retain = safe_divide(retain, retain.square().sum().sqrt())  # |g_r,b| / s_r
     unit_forget = safe_divide(forget, forget.square().sum().sqrt())
+    # |v|^2 with the rounding added, as in `safe_sine`: the radius holds next to a sign change as well.
+    bend = 2 * (1 - cosine) + problem.rounding
+
+    def directions(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [P] -> [P, B] each: v = a r/|r| - b f/|f|, and |v|
+        a, b = (1 - t).unsqueeze(1) * unit_retain, t.unsqueeze(1) * unit_forget
+        length = ((a - b).square() + a * b * bend).sqrt()
+        return a, b, torch.where(length == 0, 1, length)
 
     def step(t: Tensor) -> Tensor:  # [P] -> [P, B, 2]
-        a, b = (1 - t).unsqueeze(1) * unit_retain, t.unsqueeze(1) * unit_forget  # v = a r/|r| - b f/|f|
-        # |v|^2 with the rounding added, as in `safe_sine`: the radius holds next to a sign change as well.
-        length = ((a - b).square() + 2 * a * b * (1 - cosine) + problem.rounding * a * b).sqrt()
-        turning = torch.stack(
-            (-problem.along_retain * safe_divide(a, length), problem.along_forget * safe_divide(b, length)), -1
-        )
+        a, b, length = directions(t)
+        turning = torch.stack((-problem.along_retain * a / length, problem.along_forget * b / length), -1)
         # On a line there are only two directions: written with one gradient, nothing cancels.
         forward = problem.along_forget * torch.sign(b - a * cosine.sign())
         flipping = torch.stack((torch.zeros_like(forward), forward), -1)
@@ -84,7 +87,12 @@ def solve_jointly(problem: BlockProblem, quota: Tensor, best_effort: bool) -> tu
     def gains(values: Tensor) -> Tensor:  # g_f·d: [..., B, 2] -> [..., B]
         return values[..., 0] * retain * forget * cosine + values[..., 1] * forget.square()
 
-    values = step(torch.stack(bracket_root(lambda t: gains(step(t)).sum(dim=1), quota, like=radius)))  # [2, B, 2]
+    def total_gain(t: Tensor) -> Tensor:  # the same, summed: [P] -> [P]
+        a, b, length = directions(t)
+        towards = torch.where(problem.is_collinear, torch.sign(b - a * cosine.sign()), (b - a * cosine) / length)
+        return towards @ problem.capacity
+
+    values = step(bracket_root(total_gain, quota, like=radius))  # [2, B, 2]
     below, above = gains(values).sum(dim=1)
     meeting = torch.lerp(values[0], values[1], safe_divide(quota - below, above - below).clamp(0, 1))
     plain = torch.stack((-problem.along_retain, torch.zeros_like(radius)), dim=1)

@@ -41,5 +41,13 @@ def compute_feasible_improvement(gramian: Tensor, radius: Tensor) -> Tensor:
         square = gramian[:, 1, 1] - 2 * mu * gramian[:, 0, 1] + mu.square() * gramian[:, 0, 0]  # [P, B]
         return (radius * square.clamp(min=0).sqrt()).sum(dim=1)
 
-    value = minimise_convex(lambda t: bound(t * mu_max), like=gramian)
+    def slope(mu: Tensor) -> Tensor:  # [P] -> [P]: that of the bound
+        mu = mu.unsqueeze(1)
+        along = mu * gramian[:, 0, 0] - gramian[:, 0, 1]  # g_r·(mu g_r - g_f)
+        square = gramian[:, 1, 1] - 2 * mu * gramian[:, 0, 1] + mu.square() * gramian[:, 0, 0]
+        # No vector is shorter than its part along g_r: rounding would make the quotient anything where it is all of it.
+        length = torch.maximum(square.clamp(min=0).sqrt(), along.abs() / torch.where(retain_norm == 0, 1, retain_norm))
+        return (along / torch.where(length == 0, 1, length)) @ radius
+
+    value = minimise_convex(lambda t: bound(t * mu_max), lambda t: slope(t * mu_max), like=gramian)
     return torch.where(has_retain, value, capacity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,27 +32,27 @@ class BlockProblem:
     radius: Tensor
     rounding: float
 
-    @property
+    @cached_property
     def capacity(self) -> Tensor:
         """`R sqrt(ff)`: the most that each block can give, loss units per step."""
         return self.radius * self.forget_norm
 
-    @property
+    @cached_property
     def along_retain(self) -> Tensor:
         """`R / |g_r|`, 0 without a retain gradient: the coefficient of a step of length R along `g_r`."""
         return safe_divide(self.radius, self.retain_norm)
 
-    @property
+    @cached_property
     def along_forget(self) -> Tensor:
         """`R / |g_f|`, 0 without a forget gradient."""
         return safe_divide(self.radius, self.forget_norm)
 
-    @property
+    @cached_property
     def is_collinear(self) -> Tensor:
         """Whether the gradients are parallel to within the rounding: a relative test."""
         return (1 - self.cosine) * (1 + self.cosine) <= max(self.rounding, SMALLEST_SINE**2)
 
-    @property
+    @cached_property
     def safe_sine(self) -> Tensor:
         """`|p|/|g_r|`, never underestimated.
 
@@ -96,7 +97,7 @@ def label_branches(problem: BlockProblem, quota: Tensor) -> Tensor:
     return branch
 
 
-def solve_blocks(problem: BlockProblem, quota: Tensor, best_effort: bool) -> Tensor:
+def solve_blocks(problem: BlockProblem, quota: Tensor, best_effort: bool) -> tuple[Tensor, Tensor]:
     """Solve `min g_r·d` subject to `g_f·d >= Q`, `|d| <= R` for each block.
 
     All cases are listed in docs/method.md#closed-form; the rectified step is eq. 3.5, here in the form of
@@ -108,7 +109,7 @@ def solve_blocks(problem: BlockProblem, quota: Tensor, best_effort: bool) -> Ten
         best_effort: Where the quota exceeds the capacity, whether to go as far as the radius allows, or to rest.
 
     Returns:
-        Coefficients `[B, 2]`: `d = c_r g_r + c_f g_f`.
+        Coefficients `[B, 2]`: `d = c_r g_r + c_f g_f`; and the codes of the cases, `[B]`.
     """
     cosine, sine, share = problem.cosine, problem.safe_sine, problem.quota_share(quota)
     # The lengths of the gradients are divided out: a step along g/|g| of length R has the coefficient R/|g|.
@@ -124,13 +125,13 @@ def solve_blocks(problem: BlockProblem, quota: Tensor, best_effort: bool) -> Ten
         Branch.INFEASIBLE: (zero, along_forget if best_effort else zero),
     }
     branch = label_branches(problem, quota)
-    values = torch.stack((zero, zero), dim=1)
-    for code, step in steps.items():
-        values = torch.where((branch == int(code)).unsqueeze(1), torch.stack(step, dim=1), values)
-    return values
+    along, across = zero, zero
+    for code, (own, other) in steps.items():
+        is_case = branch == int(code)
+        along, across = torch.where(is_case, own, along), torch.where(is_case, other, across)
+    return torch.stack((along, across), dim=1), branch
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Divide, with 0 where the denominator is 0."""
-    is_zero = denominator == 0
-    return torch.where(is_zero, 0, numerator / torch.where(is_zero, 1, denominator))
+    return torch.where(denominator == 0, 0, numerator / denominator)

@@ -17,7 +17,6 @@ from hamu_lightning.rules._base import Rule, as_wide, check_gramian
 from hamu_lightning.rules._closed_form import (
     BlockProblem,
     is_within_capacity,
-    label_branches,
     make_block_problem,
     solve_blocks,
 )
@@ -128,8 +127,7 @@ class HAMUQ(Rule):
         if self.allocation == "optimal":
             return solve_jointly(problem, total, best_effort)
         shares = allocate_quota(problem, total, self.allocation)
-        values = solve_blocks(problem, shares, best_effort)
-        return values, label_branches(problem, shares), shares
+        return *solve_blocks(problem, shares, best_effort), shares
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,12 @@ class StopCondition(ABC):
     Attributes:
         patience: Over how many steps.
         reason: What it is called.
+        needs_bound: Whether it reads `Signals.feasible`, which takes a search at each step.
     """
 
     patience: int
     reason: StopReason
+    needs_bound: ClassVar[bool] = True
 
     @abstractmethod
     def explain(self, steps: list[Signals]) -> str | None:
@@ -113,6 +115,7 @@ class Infeasible(StopCondition):
 
     patience: int = 1
     reason = StopReason.INFEASIBLE
+    needs_bound = False
 
     def __post_init__(self) -> None:
         """Check the number."""
@@ -200,6 +203,7 @@ class NotFinite(StopCondition):
 
     patience: int = 10
     reason = StopReason.NOT_FINITE
+    needs_bound = False
 
     def __post_init__(self) -> None:
         """Check the number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,10 @@ NUMBERS = ("quota", "feasible", "given", "retain_loss", "forget_loss", "is_finit
 
 @dataclass(frozen=True)
 class Signals:
-    """The numbers of a step that is about to be applied: loss units, and losses at the weights before it."""
+    """The numbers of a step that is about to be applied: loss units, and losses at the weights before it.
+
+    `feasible` is infinite where no condition asks for it (`StopCondition.needs_bound`).
+    """
 
     quota: float
     feasible: float
@@ -31,10 +35,11 @@ class Signals:
         return "retain" if self.bound == "forget" else "forget"
 
 
-def pack_signals(report: StepReport, retain_loss: Tensor, forget_loss: Tensor) -> Tensor:
-    """The `NUMBERS` of `Signals` in one tensor, on the device."""
+def pack_signals(report: StepReport, retain_loss: Tensor, forget_loss: Tensor, *, needs_bound: bool) -> Tensor:
+    """The `NUMBERS` of `Signals` in one tensor, on the device; without the bound, unless it is needed."""
     step = report.coefficients
     given = step.forget_improvement if step.constrained == 1 else step.retain_improvement
     losses = retain_loss, forget_loss
-    numbers = (step.total_quota, step.feasible_improvement, given, *losses, step.is_finite, step.is_served)
+    bound = step.feasible_improvement if needs_bound else torch.full_like(given, math.inf)
+    numbers = (step.total_quota, bound, given, *losses, step.is_finite, step.is_served)
     return torch.stack([number.to(step.total_quota) for number in numbers])

@@ -40,6 +40,7 @@ class Stopper:
         self._trainer, self._conditions = trainer, conditions
         self._kept = KeptWeights(optimizer)
         self._has_ceiling = any(condition.reason in CEILINGS for condition in conditions)
+        self._needs_bound = any(condition.needs_bound for condition in conditions)
         self._monitor = StopMonitor(conditions)
         self._score: float | None = None
         self.reason: StopReason | None = None
@@ -70,7 +71,8 @@ class Stopper:
         """
         if self.reason is not None:
             return False
-        numbers = pack_signals(report, torch.stack(retain_losses).mean(), torch.stack(forget_losses).mean())
+        losses = torch.stack(retain_losses).mean(), torch.stack(forget_losses).mean()
+        numbers = pack_signals(report, *losses, needs_bound=self._needs_bound)
         numbers = self._trainer.strategy.reduce(numbers, reduce_op="mean")
         bound = "forget" if report.coefficients.constrained == 1 else "retain"
         signals = Signals(**dict(zip(NUMBERS, numbers.tolist(), strict=True)), bound=bound)

@@ -16,13 +16,20 @@ class FrozenBatchNorm:
 
     def __init__(self) -> None:
         self._modes: dict[_BatchNorm, bool] = {}
+        self._layers: list[_BatchNorm] | None = None
 
     def freeze(self, module: nn.Module) -> None:
-        """Put all BatchNorm layers of a module into evaluation mode."""
-        for layer in module.modules():
-            if isinstance(layer, _BatchNorm):
+        """Put all BatchNorm layers of a module into evaluation mode; they are looked for once."""
+        if self._layers is None:
+            self._layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+        for layer in self._layers:
+            if layer.training or layer not in self._modes:
                 self._modes.setdefault(layer, layer.training)
                 layer.training = False
+
+    def look_again(self) -> None:
+        """Look for the layers again at the next call: there may be others."""
+        self._layers = None
 
     def thaw(self) -> None:
         """Put them back into the modes in which they were found."""

@@ -82,6 +82,7 @@ class ForgetPass(IsolatedPass):
         self._metrics = StreamMetrics()
         self._group = _compat_loaders.data_parallel_group(trainer)
         self._has_samples, self._is_compared = True, False
+        self._logged_in: Any = None
         self.sees_levels = False
         self.level_of: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda step: step
         self.level: Tensor | None = None
@@ -144,7 +145,7 @@ class ForgetPass(IsolatedPass):
     ) -> Tensor | None:
         self._random.draw += 1
         explaining: AbstractContextManager[None] = nullcontext()
-        with self._isolated(batch), self._mode_of(step):
+        with self._isolated(batch, self._logged_in), self._mode_of(step):
             if batch is None:
                 batch = self._next_batch(args[0])
                 self._results.batch = batch
@@ -165,7 +166,7 @@ class ForgetPass(IsolatedPass):
             if loss is None:
                 return None
             self._gave_loss = args[1:]
-            self.logged = self._read_logged()
+            self.logged, self._logged_in = self._read_logged(), self._results
             check_loss(loss)
             loss = _weigh(loss, share)
             self._backward(loss, self._slot)

@@ -21,13 +21,14 @@ from hamu_lightning.callbacks.passes._saved import (
     HUGE,
     Mark,
     SavedArray,
+    SavedContainer,
     SavedTensor,
-    save_container,
     save_data,
     save_names,
     save_slots,
     save_state,
 )
+from hamu_lightning.callbacks.passes._together import Part, Together
 
 # Longer containers are saved, but their elements are not looked at one by one.
 _LONG = 1_000
@@ -64,6 +65,9 @@ class ModuleGuard:
 
     Args:
         module: The module.
+
+    Attributes:
+        walks: How often it had to find out what hangs on the module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -73,6 +77,8 @@ class ModuleGuard:
         self._changing: set[_Place] = set()
         self._marks: dict[_Place, Mark] = {}
         self._looks = 3
+        self._last: _Snapshot | None = None
+        self.walks = 0
 
     def look_again(self) -> None:
         """Compare again in the next window: the module may have started to change something else."""
@@ -85,30 +91,46 @@ class ModuleGuard:
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """Undo, at the end, every change to the module; after an exception too."""
-        snapshot = _Snapshot(self._packages, self._changing, self._marks, self._looks > 0)
-        snapshot.take(self._module)
+        # Not while it is in use: a pass inside of a pass takes its own.
+        snapshot, self._last = self._last, None
+        if self._looks > 0 or snapshot is None or not snapshot.renew():
+            snapshot = _Snapshot(self._packages, self._changing, self._marks, self._looks > 0)
+            snapshot.take(self._module)
+            self.walks += 1
         try:
             yield
         finally:
             snapshot.restore()
+            self._last = snapshot if snapshot.lasts else None
 
 
 class _Snapshot:
     """The state of a module, as far as it is worth saving.
+
+    Walking over a module takes longer than saving it. So a snapshot can be taken again, of the same objects, as long as
+    every container on the way still holds them.
 
     Args:
         packages: From which the classes of objects are taken for the module's own.
         changing: Places that were seen to change; takes more in.
         marks: Of the places at the last look; takes the present ones.
         is_look: Whether to find out what changes.
+
+    Attributes:
+        lasts: Whether it can be taken again.
     """
 
     def __init__(self, packages: set[str], changing: set[_Place], marks: dict[_Place, Mark], is_look: bool) -> None:
         self._packages, self._changing, self._marks = packages, changing, marks
         self._is_look = is_look
         self._seen: set[int] = set()
-        self._data: list[tuple[_Place, SavedTensor | SavedArray, bool, Mark]] = []
+        self._data: list[Part] = []
         self._undo: list[Callable[[], object]] = []
+        self._containers: list[SavedContainer] = []
+        self._states: list[Any] = []
+        self._names: dict[str, Any] = {}
+        self.lasts = not is_look
+        self._together: Together | None = None
 
     def take(self, root: nn.Module) -> None:
         """Walk over everything that hangs on the module and its datamodule."""
@@ -116,7 +138,8 @@ class _Snapshot:
         self._trained, self._shapes = {id(p) for p in trained}, {p.shape for p in trained}
         trainer = getattr(root, "_trainer", None)
         if trainer is not None:
-            self._undo.append(save_names(vars(trainer)))
+            self._names = vars(trainer)
+            self._undo.append(save_names(self._names))
         datamodule = getattr(trainer, "datamodule", None)
         todo: list[tuple[_Place, Any]] = [((0, None), root)]
         if datamodule is not None:
@@ -143,20 +166,20 @@ class _Snapshot:
             return [((id(value), i), v) for i, v in enumerate(value)] if len(value) <= _LONG else []
         elif (undo := save_state(value)) is not None:
             self._undo.append(undo)
+            self._states.append(value)
         elif type(value).__module__.partition(".")[0] in self._packages or _is_own(type(value).__module__):
             return self._save_object(value)
         return []
 
     def _save_object(self, value: Any) -> list[tuple[_Place, Any]]:
         slots = save_slots(value)
+        self.lasts &= not slots
         self._undo += [partial(object.__setattr__, value, name, held) for name, held in slots.items()]
         held = [((id(value), name), part) for name, part in slots.items()]
         return held + (self._save_container(value.__dict__) if hasattr(value, "__dict__") else [])
 
     def _save_container(self, container: Any, skipped: frozenset[str] = frozenset()) -> list[tuple[_Place, Any]]:
-        undo = save_container(container)
-        assert undo is not None
-        self._undo.append(undo)
+        self._containers.append(SavedContainer(container))
         if len(container) > _LONG:
             return []
         items = dict.items(container) if isinstance(container, dict) else enumerate(container)
@@ -173,7 +196,7 @@ class _Snapshot:
             self._marks[place] = mark
         if not is_kept and mark is None:
             mark = data.mark(is_thorough=False)
-        self._data.append((place, data, is_kept, mark))
+        self._data.append(Part(place, data, is_kept, mark))
 
     def _may_change(self, data: SavedTensor | SavedArray) -> bool:
         """Whether something is worth a copy, to see whether the pass changes it."""
@@ -182,12 +205,24 @@ class _Snapshot:
             return True
         return data.tensor.shape in self._shapes  # type: ignore[union-attr]
 
+    def renew(self) -> bool:
+        """Take it again, of the same objects; return whether they are all that there is now."""
+        with suppress(Exception):
+            if not self.lasts or not all(container.renew(_CONSTANTS) for container in self._containers):
+                return False
+            undos = [save_state(value) for value in self._states]
+            self._undo = [*([save_names(self._names)] if self._names else []), *(u for u in undos if u is not None)]
+            if self._together is None:
+                self._together = Together(self._data)
+            return self._together.renew()
+        return False
+
     def restore(self) -> None:
         """Put everything back."""
-        for undo in self._undo:
+        for undo in (*self._undo, *(container.restore for container in self._containers)):
             with suppress(Exception):
                 undo()
-        for place, data, is_kept, mark in self._data:
+        for place, data, is_kept, mark in self._data if self._together is None else self._together.changed():
             try:
                 has_changed = data.restore(is_sure=data.is_small or place in self._changing)
             except Exception as error:
@@ -208,6 +243,7 @@ class _Snapshot:
         if mark is None or now is None or now == mark:
             return
         self._changing.add(place)
+        self.lasts = False  # what hangs there is saved from the next one on
         warnings.warn(
             f"The forget pass changed {data.kind} of the module for the first time in this epoch. This "
             "one change could not be undone; it is from the next pass on.",

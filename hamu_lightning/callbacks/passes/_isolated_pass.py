@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.callbacks.passes._batches import counted
@@ -47,6 +47,7 @@ class IsolatedPass:
         self.not_finite: list[int] = []
         self.batch_losses: tuple[Tensor, Tensor] | None = None
         self.evaluates = True
+        self._free: tuple[Any, list[nn.Parameter]] | None = None
         # The arguments beside the batch when there last was a loss: some modules give none at some numbers of batches.
         self._gave_loss: tuple[Any, ...] | None = None
 
@@ -141,19 +142,26 @@ class IsolatedPass:
     def _sized_losses(self, *step: Any) -> list[tuple[Tensor, float]]:
         return [(loss, size) for loss, size in self.losses(*step) if loss is not None]
 
-    def _isolated(self, batch: Any) -> ExitStack:
-        """Everything that the pass must not touch, put back at the end."""
-        module = self._trainer.lightning_module
-        owned = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+    def _isolated(self, batch: Any, earlier: Any = None) -> ExitStack:
+        """Everything that the pass must not touch, put back at the end; `earlier`: what an earlier pass logged in."""
         stack = ExitStack()
         stack.enter_context(self._random.active())
         stack.enter_context(self._guard.guarding())
-        stack.enter_context(hidden_gradients(p for p in module.parameters() if id(p) not in owned))
+        stack.enter_context(hidden_gradients(self._find_free()))
         stack.enter_context(_compat.without_callbacks(self._trainer))
         stack.enter_context(_compat.silent_loggers(self._trainer))
         stack.enter_context(_compat.buffers_due(self._trainer))
-        self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch))
+        self._results = stack.enter_context(_compat.throwaway_results(self._trainer, batch, earlier))
         return stack
+
+    def _find_free(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer does not have; looked for again where the guard had to."""
+        groups = self._optimizer.param_groups
+        known = self._guard.walks, [len(group["params"]) for group in groups]
+        if self._free is None or self._free[0] != known:
+            owned = {id(p) for group in groups for p in group["params"]}
+            self._free = known, [p for p in self._trainer.lightning_module.parameters() if id(p) not in owned]
+        return self._free[1]
 
     @contextmanager
     def _as_in_training(self) -> Iterator[None]:

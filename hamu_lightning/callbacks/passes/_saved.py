@@ -64,6 +64,15 @@ class SavedTensor:
             return True
         return False
 
+    def settle(self) -> None:
+        """Take the present memory for the one to come back to."""
+        if self._memory is not None and _has_moved(self.tensor, self._memory):
+            self._memory = self.tensor.data
+
+    def put(self, copy: Tensor) -> None:
+        """Take a copy of the contents for what was saved."""
+        self._copy = copy
+
     def restore(self, is_sure: bool) -> bool:
         """Put back what was saved; return whether it had changed.
 
@@ -164,38 +173,61 @@ def save_data(value: Any, trained: set[int]) -> SavedTensor | SavedArray | None:
     return SavedTensor(value, id(value) in trained)
 
 
-def save_container(container: Any) -> Callable[[], object] | None:
-    """Return what puts the present elements of a container back; None for what is none.
+class SavedContainer:
+    """A dict, set, list or deque, and the way to give it back the elements that it had.
 
     By the methods of the built-in types: subclasses give theirs other meanings.
+
+    Args:
+        container: One of these.
     """
-    if isinstance(container, dict):
-        return partial(_restore_dict, container, dict(dict.items(container)))
-    if isinstance(container, set):
-        return partial(_restore_set, container, set(container))
-    if isinstance(container, list | deque):
-        return partial(_restore_sequence, container, list(container))
-    return None
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        self._copy: Any = _KINDS[self._kind()](container)
+
+    def _kind(self) -> Any:
+        return next(kind for kind in _KINDS if isinstance(self.container, kind))
+
+    def has_changed(self) -> bool:
+        """Whether an element is another object, or in another place. Of a set: whether one is not equal."""
+        container, copy = self.container, self._copy
+        if isinstance(container, dict):
+            is_same = dict.keys(container) == copy.keys()
+            return not (is_same and all(map(is_, map(partial(dict.__getitem__, container), copy), copy.values())))
+        if isinstance(container, set):
+            return bool(container != copy)
+        return len(container) != len(copy) or not all(map(is_, container, copy))
+
+    def restore(self) -> None:
+        """Put the elements back. A container that has them is not touched."""
+        if self.has_changed():
+            kind = self._kind()
+            kind.clear(self.container)
+            (kind.extend if kind in (list, deque) else kind.update)(self.container, self._copy)
+
+    def renew(self, constants: tuple[type, ...]) -> bool:
+        """Take the present elements, if only such have changed as hold nothing; return whether that is so."""
+        if not self.has_changed():
+            return True
+        container, copy = self.container, self._copy
+        if not isinstance(container, dict) or dict.keys(container) != copy.keys():
+            return False
+        changed = {key: dict.__getitem__(container, key) for key, value in copy.items()}
+        pairs = ((value, copy[key]) for key, value in changed.items() if value is not copy[key])
+        if not all(isinstance(new, constants) and isinstance(old, constants) for new, old in pairs):
+            return False
+        copy.update(changed)
+        return True
 
 
-def _restore_dict(container: dict[Any, Any], copy: dict[Any, Any]) -> None:
-    is_same = dict.keys(container) == copy.keys()
-    if not is_same or any(dict.__getitem__(container, key) is not value for key, value in copy.items()):
-        dict.clear(container)
-        dict.update(container, copy)
-
-
-def _restore_set(container: set[Any], copy: set[Any]) -> None:
-    if container != copy:
-        set.clear(container)
-        set.update(container, copy)
-
-
-def _restore_sequence(container: Any, copy: list[Any]) -> None:
-    if len(container) != len(copy) or not all(map(is_, container, copy)):
-        kind: Any = list if isinstance(container, list) else deque
-        kind.clear(container)
-        kind.extend(container, copy)
+# How each kind is copied; a deque as a list.
+_KINDS: dict[type, Callable[[Any], Any]] = {
+    dict: lambda container: dict(dict.items(container)),
+    set: set,
+    list: list,
+    deque: list,
+}
 
 
 def save_state(value: Any) -> Callable[[], object] | None:
@@ -209,7 +241,7 @@ def save_state(value: Any) -> Callable[[], object] | None:
     if isinstance(value, np.random.Generator):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, queue.Queue):
-        return save_container(value.queue)
+        return SavedContainer(value.queue).restore
     if isinstance(value, bytearray):
         return partial(value.__setitem__, slice(None), bytes(value))
     if type(value).__module__.partition(".")[0] == "pandas" and 0 < getattr(value, "size", 0) <= SMALL:
