@@ -1,0 +1,330 @@
+"""A project's data around which UnlearnData is put: its loaders, its hooks, a fit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from hamu_lightning import HAMUCallback, UnlearnData, Unseen
+from hamu_lightning.callbacks.passes import read_positions
+from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.evidence import EvaluateUnlearning, evaluate, report
+from hamu_lightning.rules import HAMUQ
+from hamu_lightning.solvers import FeasibleDirection
+
+DATA = TensorDataset(torch.arange(10))
+KEPT = [0, 1, 2, 4, 5, 6, 7, 9]
+
+
+def read(loader: Any) -> list[list[int]]:
+    return [batch[0].tolist() for batch in loader]
+
+
+def retained(loader: Any, **options: Any) -> Any:
+    return UnlearnData(loader, [3, 8], **options).train_dataloader()
+
+
+class Odd(DataLoader[Any]):
+    """A loader of a project's own."""
+
+
+def collate(samples: list[Any]) -> list[Any]:
+    return [torch.stack([sample[0] for sample in samples])]
+
+
+def test_the_retain_loader_has_the_settings_of_the_projects() -> None:
+    generator = torch.Generator()
+    options: dict[str, Any] = {"num_workers": 2, "prefetch_factor": 3, "persistent_workers": True, "timeout": 5}
+    options |= {"collate_fn": collate, "pin_memory": True, "generator": generator, "in_order": False}
+    mine = retained(Odd(DATA, batch_size=3, shuffle=True, drop_last=True, **options))
+    assert type(mine) is Odd
+    assert {name: getattr(mine, name) for name in options} == options
+    assert (mine.batch_size, mine.drop_last, len(mine)) == (3, True, 2)
+    assert isinstance(mine.sampler, RandomSampler)
+    assert mine.sampler.generator is generator
+
+
+def test_the_order_of_the_data_stays() -> None:
+    assert read(retained(DataLoader(DATA, batch_size=3))) == [[0, 1, 2], [4, 5, 6], [7, 9]]
+    assert read(retained(DataLoader(DATA, batch_size=3, drop_last=True))) == [[0, 1, 2], [4, 5, 6]]
+    batches = BatchSampler(SequentialSampler(DATA), 4, drop_last=False)
+    assert read(retained(DataLoader(DATA, batch_sampler=batches))) == [[0, 1, 2, 4], [5, 6, 7, 9]]
+    assert read(retained(DataLoader(DATA, batch_size=None)))[3] == 4  # type: ignore[comparison-overlap]
+
+
+def test_a_dataset_is_shuffled() -> None:
+    assert retained(DATA, batch_size=3).batch_size == 3
+    assert sorted(sum(read(retained(DATA, batch_size=3)), [])) == KEPT
+
+
+@pytest.mark.parametrize(
+    ("sampler", "seen"),
+    [
+        (RandomSampler(DATA), {*KEPT}),
+        (RandomSampler(DATA, replacement=True, num_samples=200), {*KEPT}),
+        (SubsetRandomSampler([1, 3, 5, 9]), {1, 5, 9}),
+        (WeightedRandomSampler([0, 0, 0, 1, 0, 0, 1, 0, 1, 0], 10), {6}),
+        (DistributedSampler(DATA, num_replicas=2, rank=1, shuffle=False), {*KEPT[1::2]}),
+    ],
+)
+def test_samplers_of_torch_are_made_for_the_part(sampler: Any, seen: set[int]) -> None:
+    loader = retained(DataLoader(DATA, batch_size=4, sampler=sampler))
+    assert type(loader.sampler) is type(sampler)
+    assert {*sum(read(loader), [])} == seen
+
+
+class Own(Sampler[int]):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Any:
+        return iter(range(len(self.data)))
+
+
+class OwnBatches(BatchSampler):
+    pass
+
+
+def test_other_samplers_are_refused_by_name() -> None:
+    loader = DataLoader(DATA, batch_size=2, sampler=Own(DATA))
+    with pytest.raises(
+        HAMUValueError, match=r"Expected a `sampler` of torch's own .* but got Own\. .*make_loader=lambda"
+    ):
+        retained(loader)
+    batches = OwnBatches(SequentialSampler(DATA), 2, False)
+    with pytest.raises(HAMUValueError, match="Expected a `batch_sampler` .* but got OwnBatches"):
+        retained(DataLoader(DATA, batch_sampler=batches))
+    made = retained(loader, make_loader=lambda part: DataLoader(part, batch_size=4, sampler=Own(part)))
+    assert read(made) == [KEPT[:4], KEPT[4:]]
+
+
+def test_several_training_loaders_are_refused() -> None:
+    class Two(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return {"a": DataLoader(DATA), "b": DataLoader(DATA)}
+
+    with pytest.raises(HAMUValueError, match=r"one DataLoader for training, but `train_dataloader\(\)` gives dict"):
+        UnlearnData(Two(), [1]).train_dataloader()
+
+
+def test_the_forget_loader_is_one_batch_or_equal_ones() -> None:
+    data = TensorDataset(torch.arange(700))
+    loader = DataLoader(data, batch_size=32)
+    assert UnlearnData(loader, range(200)).forget_dataloader().batch_size == 200
+    assert UnlearnData(loader, range(600)).forget_dataloader().batch_size == 200
+    small = UnlearnData(loader, range(600), forget_batch_size=50).forget_dataloader()
+    assert small.batch_size == 50
+    assert isinstance(small.sampler, RandomSampler)
+
+
+def test_held_out_samples_are_not_trained_on() -> None:
+    data = UnlearnData(DataLoader(DATA, batch_size=3), [3, 8], holdout=[0, 1])
+    assert read(data.train_dataloader()) == [[2, 4, 5], [6, 7, 9]]
+    assert read(data.holdout_dataloader()) == read(data.val_dataloader()) == [[0, 1]]
+    other = TensorDataset(torch.arange(50, 55))
+    assert read(UnlearnData(DataLoader(DATA, batch_size=3), [3], holdout=other).holdout_dataloader())[1] == [53, 54]
+
+
+class Clients(Dataset[Any]):
+    """Three classes of points; each client has two samples."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.targets = torch.arange(size) % 3
+        self.x = torch.randn(size, 4, generator=generator) + 2 * nn.functional.one_hot(self.targets, 4)
+        self.client = [f"c{i // 2}" for i in range(size)]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.x[index], self.targets[index]
+
+
+class Project(LightningDataModule):
+    def __init__(self, size: int = 60) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.calls: list[str] = []
+        self.num_classes = 3
+
+    def prepare_data(self) -> None:
+        self.calls.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.calls.append("setup")
+        self.train, self.val = Clients(self.hparams["size"], 0), Clients(30, 1)
+        assert self.trainer is not None
+
+    def teardown(self, stage: str) -> None:
+        self.calls.append("teardown")
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.train, batch_size=16, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.val, batch_size=16)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.calls.append("on_after_batch_transfer")
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": 7}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls.append(f"load {state}")
+
+
+class Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert self.trainer.datamodule.num_classes == 3  # type: ignore[attr-defined]
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The fit has ended before the target:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .* does not have many workers"),
+]
+
+
+def test_a_fit_from_a_file_of_ids_to_a_report(tmp_path: Path) -> None:
+    (tmp_path / "ids.csv").write_text("client\nc3\nc17\n")
+    project, module = Project(), Net()
+    data = UnlearnData(project, forget=tmp_path / "ids.csv", by="client")
+    hamu, numbers = HAMUCallback(target=3.0), EvaluateUnlearning()
+    trainer = Trainer(max_epochs=2, callbacks=[hamu, numbers], enable_checkpointing=False, **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert hamu.forget_passes > 0
+    assert project.calls[:2] == ["prepare_data", "setup"]
+    assert project.calls[-1] == "teardown"
+    assert "on_after_batch_transfer" in project.calls
+    assert len(hamu.forgotten_samples["forget"].position) == 4
+    trainer.save_checkpoint(tmp_path / "unlearned.ckpt")
+    saved = torch.load(tmp_path / "unlearned.ckpt", weights_only=True)
+    assert (saved["UnlearnData"], saved["datamodule_hyper_parameters"]) == ({"seen": 7}, {"size": 60})
+    parts = evaluate(module, data.parts()).parts
+    assert {name: len(part) for name, part in parts.items()} == {"retain": 56, "forget": 4, "holdout": 30}
+    assert parts["forget"].losses.tolist() == pytest.approx(hamu.forgotten_samples["forget"].loss_after.tolist())
+    page = report(hamu, tmp_path, evaluation=numbers, names=data.names).read_text()
+    assert "c17" in page
+
+
+def test_several_requests_in_one_fit(tmp_path: Path) -> None:
+    data = UnlearnData(Project(), {"a": ["c3"], "b": ["c17", "c4"]}, by="client")
+    rule = FeasibleDirection(quota={"a": 1e-3, "b": 1e-3})
+    hamu = HAMUCallback(rule=rule)
+    Trainer(max_epochs=1, callbacks=[hamu], enable_checkpointing=False, **QUIET).fit(Net(), data)
+    assert {name: len(part.dataset) for name, part in data.forget_dataloaders().items()} == {"a": 2, "b": 4}
+    assert hamu.forget_passes == 2 * hamu.combined_steps > 0
+    hamu = HAMUCallback(rule=HAMUQ(1e-3))
+    Trainer(max_epochs=1, callbacks=[hamu], enable_checkpointing=False, **QUIET).fit(Net(), data)
+    assert hamu.forget_passes == hamu.combined_steps > 0
+
+
+def test_the_target_reads_the_held_out_part(tmp_path: Path) -> None:
+    loader = DataLoader(Clients(60, 0), batch_size=16)
+    data = UnlearnData(loader, ["c3"], by="client", holdout=Clients(24, 2))
+    vars(data)["num_classes"] = 3
+    hamu = HAMUCallback(target=Unseen())
+    Trainer(max_epochs=1, callbacks=[hamu], enable_checkpointing=False, **QUIET).fit(Net(), data)
+    assert hamu.summary is not None
+    assert "against 16 held-out samples of the same classes" in hamu.summary
+
+
+def test_the_state_of_the_project_is_loaded(tmp_path: Path) -> None:
+    first = UnlearnData(Project(), ["c3"], by="client")
+    trainer = Trainer(max_epochs=1, callbacks=[HAMUCallback(rule=HAMUQ(1e-3))], enable_checkpointing=False, **QUIET)
+    trainer.fit(Net(), first)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    project = Project()
+    trainer = Trainer(max_epochs=2, callbacks=[HAMUCallback(rule=HAMUQ(1e-3))], enable_checkpointing=False, **QUIET)
+    trainer.fit(Net(), UnlearnData(project, ["c3"], by="client"), ckpt_path=tmp_path / "a.ckpt")
+    assert "load {'seen': 7}" in project.calls
+
+
+def test_validation_data_that_hold_the_samples_are_said() -> None:
+    class Same(Project):
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.train, batch_size=16)
+
+    data = UnlearnData(Same(), ["c3"], by="client")
+    data.trainer = Trainer(**QUIET)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="share 2 samples of one Dataset: they get worse"):
+        data.train_dataloader()
+
+
+def test_parts_are_without_augmentation() -> None:
+    class Augmented(Clients):
+        transform: Any = None
+
+        def __getitem__(self, index: int) -> Any:
+            return self.transform(self.x[index]), self.targets[index]
+
+    train, val = Augmented(30, 0), Augmented(12, 1)
+    train.transform, val.transform = (lambda x: x + torch.rand(4)), (lambda x: x + 0)
+    data = UnlearnData(DataLoader(train, batch_size=4), ["c3"], by="client", holdout=val)
+    parts = data.parts()
+    assert torch.equal(parts["forget"].dataset[0][0], train.x[6])
+    assert torch.equal(parts["retain"].dataset[0][0], train.x[0])
+    assert not torch.equal(data.forget_dataloader().dataset[0][0], train.x[6])
+
+
+def test_hooks_that_the_project_lacks_are_not_there() -> None:
+    class Bare(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(DATA)
+
+    data = UnlearnData(Bare(), [1])
+    assert data.holdout_dataloader() is None
+    assert {*data.parts()} == {"retain", "forget"}
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = data.nothing
+
+
+def test_copies_and_pickles() -> None:
+    data = UnlearnData(Project(), ["c3"], by="client")
+    for twin in (copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
+        twin.trainer = Trainer(**QUIET)
+        twin.setup("fit")
+        assert read_positions(twin.forget_dataloader()) == [0, 1]
+        assert twin.datamodule is not data.datamodule
+        assert twin.datamodule.calls == ["setup"]
