@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -83,6 +84,16 @@ def part(dataset: Any, requests: Mapping[str, Wish], holdout: Wish | None, by: A
         Subset(dataset, sorted(held)) if held else None,
         {place: ids[position] for place, position in enumerate(forgotten)},
     )
+
+
+def count_named(dataset: Any, wishes: Sequence[Ids], by: Any) -> int:
+    """How many samples of another Dataset have ids of requests, as far as it can be seen."""
+    if not isinstance(by, str | int) or length_of(dataset) is None or not hasattr(dataset, "__getitem__"):
+        return 0
+    with suppress(HAMUValueError):  # it has no such column
+        finder = _Finder(dataset, by, length_of(dataset) or 0)
+        return len({place for wish in wishes for place in finder.find(wish).ids})
+    return 0
 
 
 class _Finder:

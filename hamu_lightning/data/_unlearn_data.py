@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -14,9 +15,9 @@ from hamu_lightning.callbacks.goals import explain_difference, with_transforms_o
 from hamu_lightning.callbacks.passes import count_shared_samples
 from hamu_lightning.checks import check_choice, check_count, check_optional, check_type, describe
 from hamu_lightning.data._forwarding import Forwarding
-from hamu_lightning.data._ids import read_ids
+from hamu_lightning.data._ids import Ids, read_ids
 from hamu_lightning.data._loaders import check_is_one_loader, load_in_order, load_retained
-from hamu_lightning.data._parting import Parting, Wish, part
+from hamu_lightning.data._parting import Parting, Wish, count_named, part
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.loaders import even_batch_size, length_of, load_like
 
@@ -108,7 +109,11 @@ class UnlearnData(Forwarding):
         return load_retained(loader, parting.retain)
 
     def forget_dataloader(self) -> DataLoader[Any]:
-        """Return a shuffled loader of what is to be forgotten, of all requests together."""
+        """Return a shuffled loader of what is to be forgotten, of all requests together.
+
+        Where the Datasets have an attribute `transform`, it has that of the held-out data: augmentation makes losses
+        higher, and a target is reached before anything is forgotten.
+        """
         return self._load_forgotten(self._parted.forget)
 
     def forget_dataloaders(self) -> dict[str, DataLoader[Any]]:
@@ -133,15 +138,11 @@ class UnlearnData(Forwarding):
     def parts(self) -> dict[str, Any]:
         """Return the data for `evidence.evaluate` and `evidence.attack`: "retain", "forget", "holdout" and "test".
 
-        Of retained and forgotten samples without augmentation, where the Datasets have an attribute `transform`: with
-        that of the held-out ones. Of several validation or test loaders none is taken.
+        The retained samples, too, have the `transform` of the held-out ones, where there is one. Of several validation
+        or test loaders none is taken.
         """
-        parts = {"retain": self.train_dataloader(), "forget": self.forget_dataloader()}
-        holdout = self.holdout_dataloader()
-        holdout = self._only("val_dataloader") if holdout is None else holdout
-        if holdout is not None and explain_difference(parts["forget"], holdout):
-            parts = {name: _as_held_out(loader, holdout) for name, loader in parts.items()}
-        more = {"holdout": holdout, "test": self._only("test_dataloader")}
+        parts = {"retain": self._as_held_out(self.train_dataloader()), "forget": self.forget_dataloader()}
+        more = {"holdout": self._find_held_out(), "test": self._only_if_ready("test_dataloader")}
         return parts | {name: loader for name, loader in more.items() if loader is not None}
 
     @property
@@ -173,6 +174,7 @@ class UnlearnData(Forwarding):
     def _load_forgotten(self, data: Dataset[Any]) -> DataLoader[Any]:
         loader, size = self._loader, length_of(data)
         assert loader is not None
+        data = self._as_held_out(data)
         if loader.batch_size is None and loader.batch_sampler is None:  # samples are ready batches
             return load_like(data, loader, batch_size=None, shuffle=size is not None)
         if size is None:
@@ -205,16 +207,42 @@ class UnlearnData(Forwarding):
 
     def _tell_overlap(self, parting: Parting) -> None:
         """Warn where the validation data hold what is to be forgotten, as far as it can be seen."""
-        try:
-            held_out = self._only("val_dataloader")
-        except Exception:  # not set up for it: the Trainer will say
+        held_out = self._only_if_ready("val_dataloader")
+        if held_out is None:
             return
-        shared = 0 if held_out is None else count_shared_samples(parting.forget, held_out)
+        shared = count_shared_samples(parting.forget, held_out)
+        wishes = [wish for wish in self._requests.values() if isinstance(wish, Ids)]
+        named = 0 if self._by is None else count_named(getattr(held_out, "dataset", None), wishes, self._by)
         if shared:
             rank_zero_warn(
                 f"The validation data and what is to be forgotten share {shared} samples of one Dataset: they get "
                 "worse as it is forgotten, which ends a fit with EarlyStopping. Hold other samples out."
             )
+        elif named:
+            rank_zero_warn(
+                f"{named} samples of the validation data have ids that are to be forgotten. They may get worse as "
+                "these are, which ends a fit with EarlyStopping, and a target that is measured on them comes out too "
+                "high. Take them out, or give other data as UnlearnData(..., holdout=...)."
+            )
+
+    def _find_held_out(self) -> Any:
+        held_out = self.holdout_dataloader()
+        return self._only_if_ready("val_dataloader") if held_out is None else held_out
+
+    def _as_held_out(self, data: Any) -> Any:
+        """Data under the transforms of the held-out ones, if both have an attribute for it."""
+        held_out = self._find_held_out()
+        if held_out is not None and explain_difference(data, held_out):
+            with suppress(HAMUValueError):
+                return with_transforms_of(data, held_out, "forget set")
+        return data
+
+    def _only_if_ready(self, name: str) -> Any:
+        """The loader of `_only`; None where the project is not set up for it, as for tests in a fit."""
+        try:
+            return self._only(name)
+        except Exception:  # other people's code may raise anything
+            return None
 
     def _only(self, name: str) -> Any:
         """The one loader that a hook of the project gives; None where there is none, or several."""
@@ -237,13 +265,6 @@ def _named(forget: Any) -> Mapping[str, Any]:
 
 def _is_data(value: Any) -> bool:
     return isinstance(value, DataLoader | Dataset) or hasattr(value, "column_names")
-
-
-def _as_held_out(loader: Any, holdout: Any) -> Any:
-    try:
-        return with_transforms_of(loader, holdout, "forget set")
-    except HAMUValueError:  # no attribute `transform`
-        return loader
 
 
 def _given(**options: Any) -> dict[str, Any]:

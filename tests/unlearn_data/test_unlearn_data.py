@@ -150,11 +150,11 @@ def test_held_out_samples_are_not_trained_on() -> None:
 class Clients(Dataset[Any]):
     """Three classes of points; each client has two samples."""
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, letter: str = "c") -> None:
         generator = torch.Generator().manual_seed(seed)
         self.targets = torch.arange(size) % 3
         self.x = torch.randn(size, 4, generator=generator) + 2 * nn.functional.one_hot(self.targets, 4)
-        self.client = [f"c{i // 2}" for i in range(size)]
+        self.client = [f"{letter}{i // 2}" for i in range(size)]
 
     def __len__(self) -> int:
         return len(self.x)
@@ -175,7 +175,7 @@ class Project(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.calls.append("setup")
-        self.train, self.val = Clients(self.hparams["size"], 0), Clients(30, 1)
+        self.train, self.val = Clients(self.hparams["size"], 0), Clients(30, 1, "v")
         assert self.trainer is not None
 
     def teardown(self, stage: str) -> None:
@@ -292,7 +292,19 @@ def test_validation_data_that_hold_the_samples_are_said() -> None:
         data.train_dataloader()
 
 
-def test_parts_are_without_augmentation() -> None:
+def test_validation_data_with_the_same_ids_are_said() -> None:
+    class Alike(Project):
+        def val_dataloader(self) -> Any:
+            return DataLoader(Clients(30, 1), batch_size=16)
+
+    data = UnlearnData(Alike(), ["c3", "c20"], by="client")  # the validation data go to c14
+    data.trainer = Trainer(**QUIET)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="^2 samples of the validation data have ids that are to be forgotten"):
+        data.train_dataloader()
+
+
+def test_what_is_forgotten_and_measured_has_no_augmentation() -> None:
     class Augmented(Clients):
         transform: Any = None
 
@@ -305,7 +317,8 @@ def test_parts_are_without_augmentation() -> None:
     parts = data.parts()
     assert torch.equal(parts["forget"].dataset[0][0], train.x[6])
     assert torch.equal(parts["retain"].dataset[0][0], train.x[0])
-    assert not torch.equal(data.forget_dataloader().dataset[0][0], train.x[6])
+    assert torch.equal(data.forget_dataloader().dataset[0][0], train.x[6])
+    assert not torch.equal(data.train_dataloader().dataset[0][0], train.x[0])
 
 
 def test_hooks_that_the_project_lacks_are_not_there() -> None:
