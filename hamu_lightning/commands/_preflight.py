@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
@@ -39,7 +41,7 @@ def preflight(project: Project, weights: str, forget_ids: str | None = None, by:
         )
     trainer: Any = project.trainer
     trainer.callbacks = [callback, _End()]
-    with suppress(PreflightDone):
+    with suppress(PreflightDone), _quiet():
         trainer.fit(project.module, datamodule=project.load_data(forget_ids, by))
     print(callback.preflight_report)
     return 0
@@ -47,6 +49,18 @@ def preflight(project: Project, weights: str, forget_ids: str | None = None, by:
 
 class PreflightDone(Exception):
     """Ends the fit before its first step."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines of the fit: the table is printed here."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _End(Callback):

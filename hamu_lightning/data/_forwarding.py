@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 _HOOKS = (
     "prepare_data",
@@ -31,22 +30,33 @@ _SETTINGS = (
 )
 
 
+def find_base(source: object) -> type | None:
+    """The LightningDataModule that an object is one of, of whichever package; None where it is none."""
+    return next((base for base in type(source).__mro__ if base.__name__ == "LightningDataModule"), None)
+
+
 class Forwarding(LightningDataModule):
-    """Hands the hooks of another DataModule to the Trainer, those that it has and no others, and its attributes.
+    """Hands the hooks of another DataModule to the Trainer, and its attributes.
 
     Args:
         source: A DataModule; anything else has no hooks.
     """
 
+    def __new__(cls, datamodule: Any = None, *_: Any, **__: Any) -> Any:
+        """Make an object that the Trainer of the other one's package takes: `pytorch_lightning` has its own classes."""
+        base = find_base(datamodule)
+        if base is not None and not issubclass(cls, base):
+            cls = type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        return super().__new__(cls)
+
     def __init__(self, source: Any) -> None:
         self.datamodule = source
         super().__init__()
-        if not isinstance(source, LightningDataModule):
+        if find_base(source) is None:
             return
-        # The Trainer asks of the object whether a hook is another one than Lightning's own, which does nothing.
+        # All of them: the Trainer asks of the object whether a hook is another one than Lightning's own.
         for name in _HOOKS:
-            if is_overridden(name, source):
-                setattr(self, name, getattr(source, name))
+            setattr(self, name, getattr(source, name))
         for name in _SETTINGS:
             if name in vars(source):
                 setattr(self, name, vars(source)[name])
@@ -59,12 +69,12 @@ class Forwarding(LightningDataModule):
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
         self.__dict__["_trainer"] = trainer
-        if isinstance(self.datamodule, LightningDataModule):
+        if find_base(self.datamodule) is not None:
             self.datamodule.trainer = trainer
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the other one."""
         source = self.__dict__.get("datamodule")
-        if isinstance(source, LightningDataModule) and not name.startswith("__"):
+        if find_base(source) is not None and not name.startswith("__"):
             return getattr(source, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -14,7 +14,7 @@ from typing_extensions import override
 from hamu_lightning.callbacks.goals import explain_difference, with_transforms_of
 from hamu_lightning.callbacks.passes import count_shared_samples
 from hamu_lightning.checks import check_choice, check_count, check_optional, check_type, describe
-from hamu_lightning.data._forwarding import Forwarding
+from hamu_lightning.data._forwarding import Forwarding, find_base
 from hamu_lightning.data._ids import Ids, read_ids
 from hamu_lightning.data._loaders import check_is_one_loader, load_in_order, load_retained
 from hamu_lightning.data._parting import Parting, Wish, count_named, part
@@ -92,7 +92,7 @@ class UnlearnData(Forwarding):
         self._holdout = holdout if holdout is None or _is_data(holdout) else None
         is_chosen = holdout is not None and self._holdout is None
         self._holdout_wish = self._read("holdout", holdout) if is_chosen else None
-        if holdout is not None and not isinstance(datamodule, LightningDataModule):
+        if holdout is not None and find_base(datamodule) is None:
             self.__dict__["val_dataloader"] = self.holdout_dataloader
         # The training loader as the project made it last, and its parts.
         self._loader: DataLoader[Any] | None = None
@@ -142,7 +142,7 @@ class UnlearnData(Forwarding):
         or test loaders none is taken.
         """
         parts = {"retain": self._as_held_out(self.train_dataloader()), "forget": self.forget_dataloader()}
-        more = {"holdout": self._find_held_out(), "test": self._only_if_ready("test_dataloader")}
+        more = {"holdout": self._find_held_out(), "test": self._only("test_dataloader")}
         return parts | {name: loader for name, loader in more.items() if loader is not None}
 
     @property
@@ -153,17 +153,16 @@ class UnlearnData(Forwarding):
         """Ask the project for its training loader, and part its data."""
         loader = self._ask()
         is_known = self._loader is not None and self._loader.dataset is loader.dataset
-        if not is_known or self._parting is None:
-            self._parting = part(
-                loader.dataset, self._requests, self._holdout_wish, self._by, strict=self._missing == "raise"
-            )
-            self._tell_overlap(self._parting)
         self._loader = loader
+        if not is_known or self._parting is None:
+            strict = self._missing == "raise"
+            self._parting = part(loader.dataset, self._requests, self._holdout_wish, self._by, strict)
+            self._tell_overlap(self._parting)
         return loader, self._parting
 
     def _ask(self) -> DataLoader[Any]:
         source = self.datamodule
-        if isinstance(source, LightningDataModule):
+        if find_base(source) is not None:
             source = source.train_dataloader()
         elif not isinstance(source, DataLoader):
             is_stream = isinstance(source, IterableDataset)
@@ -190,10 +189,10 @@ class UnlearnData(Forwarding):
 
     def _check_source(self) -> None:
         source, kinds = self.datamodule, LightningDataModule | DataLoader | Dataset
-        is_data = isinstance(source, kinds) or hasattr(source, "column_names")
-        if not is_data:
+        is_datamodule = find_base(source) is not None
+        if not (is_datamodule or isinstance(source, kinds) or hasattr(source, "column_names")):
             check_type("datamodule", source, kinds, "a DataModule, the training loader, or its Dataset")
-        is_dataset = not isinstance(source, LightningDataModule | DataLoader)
+        is_dataset = not (is_datamodule or isinstance(source, DataLoader))
         if is_dataset and self._batch_size is None:
             raise HAMUValueError(
                 "Expected a size of batches for a Dataset, but got none. Give UnlearnData(dataset, ..., "
@@ -207,7 +206,7 @@ class UnlearnData(Forwarding):
 
     def _tell_overlap(self, parting: Parting) -> None:
         """Warn where the validation data hold what is to be forgotten, as far as it can be seen."""
-        held_out = self._only_if_ready("val_dataloader")
+        held_out = self._only("val_dataloader")
         if held_out is None:
             return
         shared = count_shared_samples(parting.forget, held_out)
@@ -227,7 +226,7 @@ class UnlearnData(Forwarding):
 
     def _find_held_out(self) -> Any:
         held_out = self.holdout_dataloader()
-        return self._only_if_ready("val_dataloader") if held_out is None else held_out
+        return self._only("val_dataloader") if held_out is None else held_out
 
     def _as_held_out(self, data: Any) -> Any:
         """Data under the transforms of the held-out ones, if both have an attribute for it."""
@@ -237,17 +236,12 @@ class UnlearnData(Forwarding):
                 return with_transforms_of(data, held_out, "forget set")
         return data
 
-    def _only_if_ready(self, name: str) -> Any:
-        """The loader of `_only`; None where the project is not set up for it, as for tests in a fit."""
+    def _only(self, name: str) -> Any:
+        """The one loader of a hook; None where it gives several, or none as yet, as for tests in a fit."""
         try:
-            return self._only(name)
+            loaders = vars(self)[name]()
         except Exception:  # other people's code may raise anything
             return None
-
-    def _only(self, name: str) -> Any:
-        """The one loader that a hook of the project gives; None where there is none, or several."""
-        hook = vars(self).get(name)
-        loaders = None if hook is None else hook()
         if isinstance(loaders, list | tuple) and len(loaders) == 1:
             return loaders[0]
         return None if isinstance(loaders, list | tuple | Mapping) else loaders

@@ -261,7 +261,7 @@ def test_several_requests_in_one_fit(tmp_path: Path) -> None:
 
 def test_the_target_reads_the_held_out_part(tmp_path: Path) -> None:
     loader = DataLoader(Clients(60, 0), batch_size=16)
-    data = UnlearnData(loader, ["c3"], by="client", holdout=Clients(24, 2))
+    data = UnlearnData(loader, ["c3"], by="client", holdout=Clients(24, 2, "v"))
     vars(data)["num_classes"] = 3
     hamu = HAMUCallback(target=Unseen())
     Trainer(max_epochs=1, callbacks=[hamu], enable_checkpointing=False, **QUIET).fit(Net(), data)
@@ -300,8 +300,9 @@ def test_validation_data_with_the_same_ids_are_said() -> None:
     data = UnlearnData(Alike(), ["c3", "c20"], by="client")  # the validation data go to c14
     data.trainer = Trainer(**QUIET)
     data.setup("fit")
-    with pytest.warns(UserWarning, match="^2 samples of the validation data have ids that are to be forgotten"):
+    with pytest.warns(UserWarning, match="^2 samples of the validation data have ids that are to be forgotten") as said:
         data.train_dataloader()
+    assert len(said) == 1
 
 
 def test_what_is_forgotten_and_measured_has_no_augmentation() -> None:
@@ -311,7 +312,7 @@ def test_what_is_forgotten_and_measured_has_no_augmentation() -> None:
         def __getitem__(self, index: int) -> Any:
             return self.transform(self.x[index]), self.targets[index]
 
-    train, val = Augmented(30, 0), Augmented(12, 1)
+    train, val = Augmented(30, 0), Augmented(12, 1, "v")
     train.transform, val.transform = (lambda x: x + torch.rand(4)), (lambda x: x + 0)
     data = UnlearnData(DataLoader(train, batch_size=4), ["c3"], by="client", holdout=val)
     parts = data.parts()
@@ -341,3 +342,33 @@ def test_copies_and_pickles() -> None:
         assert read_positions(twin.forget_dataloader()) == [0, 1]
         assert twin.datamodule is not data.datamodule
         assert twin.datamodule.calls == ["setup"]
+
+
+def test_the_other_package() -> None:
+    import pytorch_lightning as other
+
+    class Theirs(other.LightningDataModule):
+        seen = 0
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(*Clients(24, 0)[:]), batch_size=8)
+
+        def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+            self.seen += 1
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    class Module(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+    data, hamu = UnlearnData(Theirs(), [1, 2]), HAMUCallback(rule=HAMUQ(1e-3))
+    other.Trainer(max_epochs=1, callbacks=[hamu], enable_checkpointing=False, **QUIET).fit(Module(), datamodule=data)
+    assert hamu.forget_passes == data.seen == 3
+    assert isinstance(data, UnlearnData)
