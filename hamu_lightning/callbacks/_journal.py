@@ -257,4 +257,4 @@ def _show(group: str, name: str, numbers: Mapping[str, float]) -> str:
     """The loss of a group, as "level/target" where there is one."""
     prefix = "hamu/" if f"hamu/{group}_target" not in numbers else f"hamu/{group}_"
     level, target = numbers.get(f"{prefix}forget_level"), numbers.get(f"{prefix}target")
-    return f"{numbers[name]:.3g}" if level is None or target is None else f"{level:.2g}/{target:.2g}"
+    return f"{numbers[name]:.3g}" if level is None or target is None else f"{level:.3g}/{target:.3g}"

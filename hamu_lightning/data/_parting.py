@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from hamu_lightning.checks import describe
 from hamu_lightning.data._columns import read_spellings
 from hamu_lightning.data._ids import Ids
 from hamu_lightning.data._loaders import Sieve
@@ -132,8 +131,7 @@ def _part_stream(dataset: Any, requests: Mapping[str, Wish], holdout: Wish | Non
     if any(isinstance(wish, Ids) for wish in wishes):
         raise HAMUValueError(
             f"Expected a function that is true for a sample to forget, since {type(dataset).__name__} is a stream, but "
-            f"got ids. Give UnlearnData(data, forget=lambda sample: sample[...] in ids); {describe(len(wishes))} "
-            "passes over the stream are made then, each reading all of it."
+            "got ids. Give UnlearnData(data, forget=lambda sample: sample[...] in ids); a pass reads all of it."
         )
     chosen: list[Any] = [*requests.values()]
 

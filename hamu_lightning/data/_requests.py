@@ -40,7 +40,8 @@ class Index:
     def __init__(self, spellings: Spellings, size: int) -> None:
         self._size, self._is_by_position = size, isinstance(spellings[0], range)
         self._places: dict[Hashable, list[int]] = {}
-        for column in reversed(spellings):  # the first spelling wins
+        columns = [] if self._is_by_position else spellings
+        for column in reversed(columns):  # the first spelling wins
             own: dict[Hashable, list[int]] = {}
             for place, key in enumerate(column):
                 if key is not None:
@@ -61,6 +62,9 @@ class Index:
         return Found({place: found[place] for place in sorted(found)}, missing, len(values) - len(once))
 
     def _look_up(self, value: Hashable) -> list[int]:
+        if self._is_by_position:
+            place = other_key(value) if isinstance(value, str) else value
+            return [place] if isinstance(place, int) and 0 <= place < self._size else []
         return self._places.get(value) or self._places.get(other_key(value)) or []
 
     def _read_mask(self, values: list[Hashable]) -> Found:
