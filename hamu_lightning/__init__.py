@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         preflight,
         split_forget,
     )
+    from hamu_lightning.data import UnlearnData
     from hamu_lightning.evidence import EvaluateUnlearning, attack
     from hamu_lightning.gramian import compute_gramian
     from hamu_lightning.methods import compare
@@ -33,6 +34,7 @@ __all__ = [
     "HAMUOptimizer",
     "Holdout",
     "SecondChoice",
+    "UnlearnData",
     "Unseen",
     "RetainGuard",
     "VerifySteps",
@@ -53,6 +55,7 @@ _HOMES = {
     "HAMUOptimizer": "optim",
     "Holdout": "callbacks",
     "SecondChoice": "callbacks",
+    "UnlearnData": "data",
     "Unseen": "callbacks",
     "RetainGuard": "callbacks",
     "VerifySteps": "callbacks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ __all__ = [
     "BATCH_SIZE",
     "batch_size_of",
     "in_order",
+    "even_batch_size",
     "length_of",
     "load_like",
     "loader_options",
@@ -155,6 +157,21 @@ def length_of(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, NotImplementedError):
         return None
+
+
+def even_batch_size(size: int, most: int, processes: int = 1) -> int:
+    """Return the size of as few equal batches as there can be.
+
+    Args:
+        size: The number of samples.
+        most: The largest batch, of all processes together.
+        processes: How many load different samples.
+
+    Example:
+        >>> even_batch_size(200, 256), even_batch_size(300, 256), even_batch_size(300, 256, processes=2)
+        (200, 150, 75)
+    """
+    return math.ceil(math.ceil(size / math.ceil(size / most)) / processes)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

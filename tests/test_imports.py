@@ -63,7 +63,7 @@ def test_the_root_loads_nothing(loaded: dict[str, set[str]]) -> None:
 
 @pytest.mark.parametrize("name", hamu_lightning.__all__)
 def test_a_lazy_name_is_the_object_of_its_layer(name: str) -> None:
-    homes = ("rules", "optim", "callbacks", "evidence", "gramian", "methods")
+    homes = ("rules", "optim", "callbacks", "data", "evidence", "gramian", "methods")
     layers = [importlib.import_module(f"hamu_lightning.{home}") for home in homes]
     owners = [layer for layer in layers if name in layer.__all__]
     assert len(owners) == 1

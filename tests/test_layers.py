@@ -30,13 +30,14 @@ LAYERS = (
     "report",
     "text",
     "callbacks",
+    "data",
     "methods",
     "evidence",
     "commands",
 )
 # The only layers that may import these; what is not named here may be imported anywhere that PURE allows.
 HOMES = {
-    "lightning": {"callbacks", "report", "text", "methods", "evidence", "commands"},
+    "lightning": {"callbacks", "report", "text", "data", "methods", "evidence", "commands"},
     "lightning_fabric": {"callbacks"},
     "pytorch_lightning": {"callbacks"},
     "torchmetrics": {"metrics", "report", "text", "callbacks", "methods"},

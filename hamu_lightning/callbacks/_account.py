@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
@@ -35,6 +35,7 @@ class Account:
         self.averages: list[str] = []
         self.movement: Movement | None = None
         self._still = ""
+        self._warnings: list[str] = []
 
     def check_it_happened(self) -> None:
         """Raise unless there was unlearning: forgetting must never silently not happen."""
@@ -84,7 +85,7 @@ class Account:
         return {name: count - self._parts.before[name] for name, count in self._parts.counts().items()}
 
     def conclude(self) -> None:
-        """Measure at the weights that the fit leaves; say so if there is a target and the fit has ended before it."""
+        """Measure at the weights that the fit leaves; note if there is a target and the fit has ended before it."""
         groups = self._parts.groups
         groups.conclude_evidence()
         self._look_for_movement()
@@ -93,7 +94,20 @@ class Account:
         groups.conclude()
         short = groups.describe_short()
         if short:
-            rank_zero_warn(f"The fit has ended before the target: {short}")
+            self._warnings.append(f"The fit has ended before the target: {short}")
+
+    def tell(self, summary: str) -> None:
+        """Say what there is to say, once the progress bar is closed."""
+        stopped, warnings = self._parts.stopper.told, [*self._warnings]
+
+        def say() -> None:
+            for line in (stopped, summary):
+                if line:
+                    rank_zero_info(line)
+            for warning in warnings:
+                rank_zero_warn(warning)
+
+        _compat.when_bar_is_closed(self._parts.trainer, say)
 
     def _look_for_movement(self) -> None:
         parts, steps = self._parts, self._done()["combined_steps"]
@@ -101,7 +115,7 @@ class Account:
         # Who went back on purpose says so; where longer steps were promised, that was said.
         is_back = parts.stopper.reason in CEILINGS or (parts.guarding is not None and parts.guarding.has_gone_back)
         if self._still and not is_back and not parts.journal.has_warned:
-            rank_zero_warn(
+            self._warnings.append(
                 f"{self._still}. The {steps} combined steps were too short for it. Give a larger quota, or a radius "
                 "that no gradient makes small, such as RelativeRadius(1e-3)."
             )

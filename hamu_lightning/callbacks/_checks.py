@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
 from hamu_lightning.errors import HAMUValueError
@@ -193,3 +196,28 @@ def warn_about_stale_best(before: dict[str, str], after: dict[str, str]) -> None
             "projects do at the end of training, takes unlearning back. Keep the module as it is now, or save it: "
             "ModelCheckpoint(save_last=True) or trainer.save_checkpoint(path)."
         )
+
+
+def warn_about_guess(loss: Tensor, batch: Any) -> None:
+    """Warn where the first retain loss of a run is that of a guess: the weights of a trained model were not loaded.
+
+    Args:
+        loss: The mean loss of the batch, 0-d; read on the host.
+        batch: Where its labels tell how many classes there are at least.
+    """
+    labels = batch.get("labels", batch.get("label")) if isinstance(batch, Mapping) else None
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        labels = batch[1]
+    if not isinstance(labels, Tensor) or labels.ndim < 1 or labels.dtype not in (torch.int64, torch.int32):
+        return
+    guess = math.log(max(int(labels.max()) + 1, 1)) if labels.numel() else 0.0
+    if guess > 0 and _AS_A_GUESS[0] * guess <= float(loss) <= _AS_A_GUESS[1] * guess:
+        rank_zero_warn(
+            f"The retain loss of the first batch is {float(loss):.3g}, and a guess among the classes of its labels "
+            f"costs {guess:.3g}: the weights of the trained model were probably not loaded. Load them before the fit, "
+            "Module.load_from_checkpoint(path), or `hamu-lightning unlearn --weights path`."
+        )
+
+
+# In units of the loss of a guess. What is far above is another kind of loss.
+_AS_A_GUESS = (0.95, 3.0)

@@ -45,6 +45,7 @@ class Fit:
             changes.callback(self._release)
             self._let_decide()
             changes.callback(_compat.StepPatch(trainer.strategy, self.flow.around_step).remove)
+            changes.callback(_compat.BarPatch(trainer, lambda: parts.journal.shown).remove)
             self._changes = changes.pop_all()
         lead(trainer, callback)
 

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks._checks import warn_about_guess
 from hamu_lightning.callbacks._group import Group
 from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.callbacks._watchdog import Watchdog
@@ -47,6 +48,8 @@ class Flow:
         self._heeds_retain_loss = is_other and look_at_loss(parts.settings.stop_on, "retain")
         self._ceiling_losses: list[Tensor] = []
         self._reported = parts.optimizer.last_step
+        # Whether the first loss is still to come that says whether the model is a trained one.
+        self._is_first = False
 
     def start(self) -> None:
         """Prepare for the first batch; the loaders of all groups are there now."""
@@ -55,6 +58,7 @@ class Flow:
             self._preflight = FitPreflight(parts.trainer, parts.optimizer, parts.groups.loader, parts.settings.seed)
         self._watchdog = Watchdog(parts.trainer, parts.optimizer)
         self._applied = parts.optimizer.applied_steps
+        self._is_first = not parts.is_resumed and parts.settings.retain_objective is None
 
     def start_epoch(self) -> None:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
@@ -105,6 +109,9 @@ class Flow:
         loss = detached_loss(output)
         if skipped is not None and loss is not None:
             raise skipped
+        if loss is not None and self._is_first:
+            self._is_first = False
+            warn_about_guess(loss, args[0])
         self._note_retain(loss)
         return output
 
@@ -250,13 +257,19 @@ class Flow:
             if isinstance(report.coefficients, GroupCoefficients):
                 parts.prices.add(report.coefficients)
         turn = {} if parts.turns is None else parts.turns.numbers()
-        parts.journal.log_step(report if is_new else None, more, turn)
+        stops = parts.stopper.reason is not None and _compat.can_stop(parts.trainer)
+        parts.journal.log_step(report if is_new else None, more, turn, stops=stops)
         self._reported = report
 
     def publish(self) -> None:
         """At the end of an epoch, give monitors the numbers that are logged at steps, and the means over the epoch."""
         parts = self._parts
         parts.journal.publish_epoch({f"hamu/{name}": value for name, value in self._numbers().items()})
+
+    def publish_levels(self) -> None:
+        """At the end of the fit, give monitors what was measured last."""
+        numbers = {f"hamu/{name}": value.detach().float() for name, value in self._numbers().items()}
+        self._parts.trainer.callback_metrics.update(numbers)
 
     def _numbers(self) -> dict[str, Tensor]:
         """What is measured besides the steps."""

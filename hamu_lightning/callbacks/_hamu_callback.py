@@ -92,8 +92,9 @@ class HAMUCallback(Record, Callback):
             conditions with settings: `CollateralDamage`, `Infeasible`, `NotFinite`, `RetainAbove(loss)`,
             `ForgetAbove(loss)`. The model reached is kept; above a ceiling, the one from before. `hamu/score` is for
             `ModelCheckpoint`.
-        progress_bar: Whether `forget/loss` (of training batches), `hamu/margin`, and with a target `hamu/forget_level`
-            (of the whole set, in evaluation mode) are shown in the progress bar.
+        progress_bar: The progress bar shows `forget`, in any case: the loss of training batches, and with a target
+            where the whole set is and where it should end, `0.04/0.06`. Whether it also shows `forget/loss`,
+            `hamu/margin`, and with a target `hamu/forget_level`.
         preflight: Before the first forget pass, predict from up to 16 batch pairs what can be had and what it costs,
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
             bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.
@@ -265,17 +266,18 @@ class HAMUCallback(Record, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit, account = self._running, self._running.account
         fit.parts.journal.publish_again()
+        fit.parts.journal.log_last()
         account.check_it_happened()
         if fit.parts.guarding is not None:
             fit.parts.guarding.conclude()
         account.conclude()
+        fit.flow.publish_levels()
         fit.flow.batchnorm.thaw()
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(account.totals())
         account.log_evidence()
         self._forgotten_samples = fit.parts.groups.tables()
         self._summary, self._costs = account.summary(), account.mean_costs()
-        rank_zero_info(self._summary)
         fit.parts.release()
 
     @override
@@ -286,10 +288,12 @@ class HAMUCallback(Record, Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `on_train_end` does not run where there was no batch.
-        told = None if self._fit is None else self._fit.account.check_it_began()
+        if self._fit is None:
+            return
+        told = self._fit.account.check_it_began()
         if told is not None:
             self._summary = told
-            rank_zero_info(told)
+        self._fit.account.tell(self._summary or "")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

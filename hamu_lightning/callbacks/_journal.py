@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from hamu_lightning.optim import StepReport
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+# A fit whose length is known is logged so often at least, however long the Trainer's interval is.
+_POINTS = 20
 # Promised and measured rise are compared every so many combined steps, until they have parted.
 _COMPARED_EVERY = 50
 
@@ -29,6 +32,9 @@ class Journal:
         groups: For each group of the rule what its batches are said to have: a "loss", or the value of an "objective".
         progress_bar: Whether the losses of the groups to forget and protect, their levels where there is a target, and
             `hamu/margin` are shown there.
+
+    Attributes:
+        shown: What the progress bar shows first: of each group to forget the loss, and the target where there is one.
     """
 
     def __init__(self, trainer: Trainer, groups: Mapping[str, str], progress_bar: bool) -> None:
@@ -39,6 +45,9 @@ class Journal:
         self._elsewhere: set[str] = set()
         self._published: dict[str, Tensor] = {}
         self._promises, self._is_warned = 0, False
+        self._steps, self._every = 0, 0
+        self._unlogged: tuple[Any, ...] | None = None
+        self.shown: dict[str, str] = {}
         for group, what in groups.items():
             self.add_group(group, what)
 
@@ -102,32 +111,71 @@ class Journal:
             if name != "loss" and (is_written or arguments["on_epoch"]):
                 self._trainer.lightning_module.log(self._own_name(f"{group}/{name}"), value, **arguments)
 
-    def log_step(self, report: StepReport | None, more: dict[str, Tensor], always: dict[str, Tensor]) -> None:
+    def log_step(
+        self, report: StepReport | None, more: dict[str, Tensor], always: dict[str, Tensor], *, stops: bool = False
+    ) -> None:
         """Log the step, the objectives (means since the last logging step) and more, with one read of the host.
 
-        None stands for a step without a report (left out, or plain). Lightning would log the last one's numbers again:
-        they are withdrawn, and what is in `always` is logged with the objectives that have had a batch since.
+        Besides the trainer's logging steps that are the first step of the fit and the last one, and one in twenty of a
+        fit of known length; not under a schedule, where `always` has something. `stops` says that the trainer is about
+        to be stopped, and then logs. None stands for a step without a report (left out, or plain). Lightning would log
+        the last one's numbers again: they are withdrawn, and what is in `always` is logged with the objectives that
+        have had a batch since.
         """
-        if self._trainer.barebones or not _compat.is_logging_step(self._trainer):
+        if self._trainer.barebones:
+            return
+        is_regular = stops or _compat.is_logging_step(self._trainer)
+        is_due = report is not None and not always and self._is_due()
+        if not (is_regular or is_due):
+            self._unlogged = (report, more, always) if report is not None else self._unlogged
             return
         if report is None:
             _compat.withdraw_logged(self._trainer, "hamu/")
             if not always:
                 return
+        numbers, shown = self._read(report, more, always)
+        for name, value in numbers.items():
+            self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in shown)
+        if not is_regular:
+            _compat.write_logged(self._trainer, numbers)
+
+    def log_last(self) -> None:
+        """At the end of the fit, log its last step, if that has not been done."""
+        if self._unlogged is not None:
+            numbers, _ = self._read(*self._unlogged)
+            self._trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+            _compat.write_logged(self._trainer, numbers, step=max(self._trainer.global_step - 1, 0))
+
+    def _is_due(self) -> bool:
+        """Count a step; whether it is to be logged besides those of the trainer."""
+        self._steps += 1
+        if self._steps == 1:
+            planned = _compat.count_steps(self._trainer)
+            self._every = max(1, int(planned) // _POINTS) if math.isfinite(planned) else 0
+        is_last = _compat.has_ended(self._trainer)
+        return self._steps == 1 or is_last or (self._every > 0 and self._steps % self._every == 0)
+
+    def _read(
+        self, report: StepReport | None, more: dict[str, Tensor], always: dict[str, Tensor]
+    ) -> tuple[dict[str, float], set[str]]:
+        """The numbers of a step by name, and the names of those that the progress bar shows besides `shown`."""
+        self._unlogged = None
         summary = {} if report is None else report.summary() | more
         numbers = {f"hamu/{name}": value for name, value in (summary | always).items()}
         windows = {name: course.windows for name, course in self._courses.items()}
         present = [n for n, o in windows.items() if report is not None or o.update_called]
         for name in set(windows) - set(present):
             _compat.withdraw_logged(self._trainer, f"{name}/")
-        losses = {self._own_name(f"{n}/loss"): windows[n].close_window() for n in present if n not in self._ended}
-        numbers |= losses
+        own = {n: self._own_name(f"{n}/loss") for n in present if n not in self._ended}
+        numbers |= {name: windows[n].close_window() for n, name in own.items()}
         levels = {name for name in numbers if name.endswith("forget_level")}
-        shown = {"hamu/margin", *levels, *losses} - {"retain/loss"} if self._progress_bar else set()
+        extra = {"hamu/margin", *levels, *own.values()} - {"retain/loss"} if self._progress_bar else set()
         device = self._trainer.strategy.root_device
         values = torch.stack([value.to(device, torch.float32) for value in numbers.values()]).tolist()
-        for name, value in zip(numbers, values, strict=True):
-            self._trainer.lightning_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in shown)
+        read = dict(zip(numbers, values, strict=True))
+        if report is not None:
+            self.shown = {n: _show(n, name, read) for n, name in own.items() if n in report.coefficients.forgotten}
+        return read, extra
 
     def publish_epoch(self, numbers: Mapping[str, Tensor]) -> None:
         """At the end of an epoch, give `callback_metrics` the means of the losses over it, and more numbers.
@@ -208,3 +256,10 @@ class Journal:
     def _describe(self, group: str) -> str:
         start, end = self.path(group)
         return f"{start:.4g} -> {end:.4g}" if self._courses[group].batches else "unknown (no batch)"
+
+
+def _show(group: str, name: str, numbers: Mapping[str, float]) -> str:
+    """The loss of a group, as "level/target" where there is one."""
+    prefix = "hamu/" if f"hamu/{group}_target" not in numbers else f"hamu/{group}_"
+    level, target = numbers.get(f"{prefix}forget_level"), numbers.get(f"{prefix}target")
+    return f"{numbers[name]:.3g}" if level is None or target is None else f"{level:.3g}/{target:.3g}"

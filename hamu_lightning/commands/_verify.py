@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.commands._weights import read_weights
 from hamu_lightning.evidence import check_signature, hash_weights, read_record
-from hamu_lightning.files import read_tensors
 
 _SHOWN = 5
 
@@ -30,7 +28,7 @@ def verify(record: str, checkpoint: str | None = None, public_key: str | None = 
     """
     content = read_record(record)
     checks = [
-        *([] if checkpoint is None else _check_weights(content["weights"], _read_weights(Path(checkpoint)))),
+        *([] if checkpoint is None else _check_weights(content["weights"], read_weights(checkpoint))),
         *_check_signature(content, public_key),
     ]
     for is_right, line in checks:
@@ -44,16 +42,6 @@ def verify(record: str, checkpoint: str | None = None, public_key: str | None = 
 
 _MARKS = {True: "matches", False: "DIFFERS", None: "unknown"}
 Check = tuple[bool | None, str]
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    cure = "Give a checkpoint of Lightning, or a state dict that torch.save wrote."
-    try:
-        content = read_tensors(path, "a checkpoint", cure)
-    except FileNotFoundError as error:
-        raise HAMUStateError(f"Expected {str(path)!r} to be a checkpoint, but there is no such file. {cure}") from error
-    weights = content.get("state_dict", content)
-    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
 def _check_weights(recorded: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[Check]:

@@ -23,7 +23,7 @@ from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
 from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._stopper import Stopper
 from hamu_lightning.callbacks.goals._targets import ByObjective, Chance, Holdout, Target, as_target
-from hamu_lightning.callbacks.goals._transforms import explain_difference
+from hamu_lightning.callbacks.goals._transforms import explain_difference, with_transforms_of
 from hamu_lightning.callbacks.goals._turns import Turns
 from hamu_lightning.callbacks.goals._unseen import SecondChoice, Unseen
 from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
@@ -67,4 +67,5 @@ __all__ = [
     "one_by_one",
     "read_as_held_out",
     "warn_about_budget",
+    "with_transforms_of",
 ]

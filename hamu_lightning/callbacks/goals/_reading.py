@@ -101,6 +101,10 @@ class Reader:
                 batches.close()
 
     def _validation_loader(self, target: str) -> Any:
+        hook = getattr(self._trainer.datamodule, "holdout_dataloader", None)  # type: ignore[attr-defined]
+        held_out = hook() if callable(hook) else None
+        if held_out is not None:
+            return held_out
         loaders = self._trainer.val_dataloaders
         if isinstance(loaders, list | tuple) and len(loaders) == 1:
             loaders = loaders[0]

@@ -32,6 +32,7 @@ class Stopper:
     Attributes:
         reason: Why the fit ends; None while it goes on.
         message: The same in words, with numbers.
+        told: The line for the end of the fit that says so; None where it did not end it, or has said so already.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Stopper:
         self._needs_bound = any(condition.needs_bound for condition in conditions)
         self._monitor = StopMonitor(conditions)
         self._score: float | None = None
+        self.told: str | None = None
         self.reason: StopReason | None = None
         self.message: str | None = None
         if state:
@@ -107,8 +109,11 @@ class Stopper:
         if self.reason in CEILINGS:
             self._kept.restore()
         self._kept.release()
-        waits = "" if _compat.can_stop(trainer) else " Nothing changes until `min_steps` and `min_epochs` are over."
-        rank_zero_info(f"HAMU stops at step {trainer.global_step}, {self.reason.value}: {self.message}{waits}")
+        told = f"HAMU stops at step {trainer.global_step}, {self.reason.value}: {self.message}"
+        if _compat.can_stop(trainer):
+            self.told = told
+        else:
+            rank_zero_info(f"{told} Nothing changes until `min_steps` and `min_epochs` are over.")
         trainer.should_stop = True
 
     def numbers(self) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from hamu_lightning.callbacks import _compat_loaders
 from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
-from hamu_lightning.loaders import batch_size_of, length_of, load_like
+from hamu_lightning.loaders import batch_size_of, even_batch_size, length_of, load_like
 from hamu_lightning.rules import Rule
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ def find_loader(
         HAMUMisconfigurationError: If nothing was found, or it is empty.
     """
     train = _compat_loaders.train_loader_parts(trainer)
-    if source is None and name == "forget":
-        source = _call_hook(trainer)
+    if source is None:
+        source = _call_hook(trainer, name)
     source = _compat_loaders.without_indices(source)
     if source is None:
         if isinstance(train, Mapping) and {"retain", name} <= set(train):
@@ -133,11 +132,15 @@ def warn_about_shared_samples(train: Any, forget: Any) -> None:
         )
 
 
-def _call_hook(trainer: Trainer) -> Any:
+def _call_hook(trainer: Trainer, name: str) -> Any:
+    """The data of `forget_dataloader()`, or of a request of `forget_dataloaders()`."""
     for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
-        hook = getattr(owner, "forget_dataloader", None)
-        if callable(hook):
-            return hook()
+        single, named = (getattr(owner, hook, None) for hook in ("forget_dataloader", "forget_dataloaders"))
+        loaders = named() if callable(named) and (name != "forget" or not callable(single)) else {}
+        if name in loaders:
+            return loaders[name]
+        if callable(single) and name == "forget":
+            return single()
     return None
 
 
@@ -147,7 +150,7 @@ def _choose_batch_size(trainer: Trainer, dataset: Any, train: Any) -> int | None
     size = length_of(dataset)
     if size is None or isinstance(dataset, IterableDataset) or is_ready:
         return None
-    return math.ceil(math.ceil(size / math.ceil(size / _LARGE)) / _compat_loaders.count_data_parallel(trainer))
+    return even_batch_size(size, _LARGE, _compat_loaders.count_data_parallel(trainer))
 
 
 def _build_loader(dataset: Any, train: Any, batch_size: int | None) -> DataLoader[Any]:
