@@ -9,10 +9,6 @@ INSTALL_DOCS := $(VENV)-docs/bin/python -m pip install --quiet --disable-pip-ver
 INSTALL_WHEEL := $(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-wheel.txt
 INSTALL_LOWEST := $(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt
 
-# What the oldest versions and other Pythons are tried with: all but the slow ones, language models, and commands.
-CORE := tests/test_checks.py tests/test_gramian.py tests/test_imports.py tests/rules tests/optim tests/solvers/test_rule.py \
-	tests/objectives tests/metrics tests/callbacks/passes
-
 .PHONY: quickstart test test-lowest test-integration docs wheel bench clean
 
 quickstart: $(VENV)/.examples
@@ -28,7 +24,8 @@ test: $(VENV)/.dev
 # The core with the lowest versions that setup.cfg names. Other versions warn of other things.
 test-lowest: $(VENV)-lowest/.ready
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n 2 --dist worksteal -o filterwarnings=default \
-		-m "not slow" $(CORE)
+		-m "not slow" tests/test_checks.py tests/test_gramian.py tests/test_randomness.py tests/rules tests/optim \
+		tests/solvers/test_rule.py tests/objectives tests/metrics tests/callbacks/passes
 
 # Other projects with their own dependencies, so in an environment of their own.
 test-integration: $(VENV)-integration/.ready
@@ -37,6 +34,16 @@ test-integration: $(VENV)-integration/.ready
 # Every warning is an error: a link, an anchor or a name in a docstring that leads nowhere.
 docs: $(VENV)-docs/.ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
+
+# The wheel is installed into a fresh environment outside of the repository, where the README's example runs.
+wheel: $(VENV)-wheel/.ready
+	rm -rf dist
+	$(VENV)-wheel/bin/python -m build
+	$(VENV)-wheel/bin/python -m twine check --strict dist/*
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cp README.md tests/readme_example.py "$$folder" && \
+		$(PYTHON) -m venv "$$folder/venv" && "$$folder/venv/bin/python" -m pip install --quiet \
+		--disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt) dist/*.whl && \
+		cd "$$folder" && venv/bin/python readme_example.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step.py
@@ -77,4 +84,9 @@ $(VENV)-integration/.ready: constraints.txt constraints-integration.txt setup.cf
 $(VENV)-docs/.ready: constraints-docs.txt requirements/docs.txt
 	$(PYTHON) -m venv $(VENV)-docs
 	$(INSTALL_DOCS) -r requirements/docs.txt
+	touch $@
+
+$(VENV)-wheel/.ready: constraints-wheel.txt requirements/wheel.txt
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(INSTALL_WHEEL) -r requirements/wheel.txt
 	touch $@
