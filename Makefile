@@ -33,7 +33,7 @@ test-integration: $(VENV)-integration/.ready
 
 # Every warning is an error: a link, an anchor or a name in a docstring that leads nowhere.
 docs: $(VENV)-docs/.ready
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build
 
 # The wheel is installed into a fresh environment outside of the repository, where the README's example runs.
 wheel: $(VENV)-wheel/.ready

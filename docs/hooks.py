@@ -54,9 +54,10 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> st
 
     def lead(match: re.Match[str]) -> str:
         text, target, anchor = match.groups(default="")
-        target = PAGES.get(target.removeprefix("../"), target)
-        is_here = not target.startswith("../") and target not in ("LICENSE", "CITATION.cff")
-        return f"[{text}]({target}{anchor})" if is_here else text
+        path = target.removeprefix("../")
+        if path in PAGES or not (ROOT / path).is_file():
+            return f"[{text}]({PAGES.get(path, target)}{anchor})"
+        return text
 
     if page.file.src_uri.startswith("api/"):
         return markdown
