@@ -85,3 +85,11 @@ def test_the_map_names_every_file_of_the_callback() -> None:
     files = {path.name for path in (ROOT / "hamu_lightning" / "callbacks").rglob("_*.py")} - {"__init__.py"}
     assert len(files) > 40
     assert {name for name in files if f"`{name}`" not in text} == set()
+
+
+def test_workflows_call_make_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert "make test" in commands
+    assert {command.removeprefix("make ") for command in commands} <= targets
