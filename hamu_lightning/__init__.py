@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hamu_lightning.optim import HAMUOptimizer
     from hamu_lightning.rules import HAMUQ, HAMUU
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "HAMUQ",
     "HAMUU",

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUCallback
@@ -47,6 +48,25 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_anchors_exist(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
+        assert anchor in anchors_of(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def test_the_site_has_every_page() -> None:
+    """`make docs` finds this too, and needs an environment of its own."""
+    listed = yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert [page.name for page in PAGES[1:] if f": {page.name}\n" not in listed] == []
+
+
 def test_every_logged_name_is_explained() -> None:
     """Of a verified fit with a target that tracks the actual change."""
     hamu = HAMUCallback(
@@ -65,3 +85,11 @@ def test_the_map_names_every_file_of_the_callback() -> None:
     files = {path.name for path in (ROOT / "hamu_lightning" / "callbacks").rglob("_*.py")} - {"__init__.py"}
     assert len(files) > 40
     assert {name for name in files if f"`{name}`" not in text} == set()
+
+
+def test_workflows_call_make_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert "make test" in commands
+    assert {command.removeprefix("make ") for command in commands} <= targets

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-CALLBACK, OPTIMIZER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+import hamu_lightning
+from tests.readme_example import MyModule, make_data, read_code, run
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CODE = read_code(README)
+(OPTIMIZER,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning"),
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:The fit has ended before the target:UserWarning"),
 ]
-
-
-class Classifier(BoringModel):
-    """Two classes, told apart by one layer."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def make_data(samples: int) -> TensorDataset:
-    return TensorDataset(torch.randn(samples, 32), torch.arange(samples) % 2)
 
 
 # The README's other ways to say what to forget replace the first one in the same block. Odd samples are of class 1.
@@ -47,31 +39,40 @@ def make_data(samples: int) -> TensorDataset:
         ("rule=HAMUQ(quota=1e-3)", [0, 3, 5]),
     ],
 )
-def test_callback(how: str, indices: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callback(
+    how: str, indices: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert how in README
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {
-        "module": Classifier(),
-        "train_dataset": make_data(16),
-        "indices_to_forget": indices,
-        "val_dataset": make_data(8),
-        "DataLoader": DataLoader,
-    }
-    code = CALLBACK.replace("target=Unseen(val_dataset)", how).replace("max_steps=100", "max_steps=3")
-    assert code.count("max_steps=3") == 1
-    exec("from hamu_lightning import *\n" + code, names)
-    assert names["callback"].forget_passes > 0
+    assert CODE.count("target=Unseen(val_dataset)") == 1
+    code = CODE.replace("target=Unseen(val_dataset)", how)
+    names = run("from hamu_lightning import *\n" + code, indices, steps=3)
+    assert names["callback"].summary in capsys.readouterr().out
+
+
+def test_the_page_of_the_package_has_no_links_to_files() -> None:
+    page = runpy.run_path(str(ROOT / "setup.py"))["describe"](README)
+    assert re.findall(r"\]\((?!https?:)", page) == []
+    assert "*(Picture: The top of the report: still inside.)*" in page
+    assert "Choosing a target (`docs/choosing.md`)" in page
+
+
+def test_the_version_is_one() -> None:
+    version = hamu_lightning.__version__
+    assert f"hamu_lightning-{version}-py3" in README
+    assert f"## [{version}] - 20" in (ROOT / "CHANGELOG.md").read_text()
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
 
 
 def test_many_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of docs/many_requests.md."""
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs" / "many_requests.md").read_text()
+    page = (ROOT / "docs" / "many_requests.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {f"loader_{name}": DataLoader(make_data(8), batch_size=4) for name in "abc"}
     exec(code, names)
     trainer = Trainer(max_epochs=1, callbacks=[names["callback"]], logger=False, enable_progress_bar=False)
-    trainer.fit(Classifier(), DataLoader(make_data(16), batch_size=4))
+    trainer.fit(MyModule(), DataLoader(make_data(16), batch_size=4))
     assert names["callback"].combined_steps == 4
 
 
