@@ -12,7 +12,7 @@ import torch
 from tests.text.world import make_model, make_rows, write_lines
 
 PAGE = (Path(__file__).parents[2] / "docs" / "language_models.md").read_text()
-FIT, EVALUATION, CHECK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+FIT, EVALUATION, CHECK, TRAINER, ACCELERATE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
@@ -30,6 +30,9 @@ def test_the_code_runs(
         exec(fit.replace("samples=8, k=8", "samples=2, k=2, max_new_tokens=4"), names)
         exec(EVALUATION, names)
         exec(CHECK, names)
+        exec(TRAINER.replace("max_steps=100", "max_steps=2, use_cpu=True, disable_tqdm=True"), names)
+        exec(ACCELERATE.replace("Accelerator(", "Accelerator(cpu=True, "), names)
+        assert names["optimizer"].steps > 0
     assert "forget/spans" in capsys.readouterr().out
     every = {name.partition("/")[2] or name for name in names["watch"].numbers}
     assert {name for name in every if f"{name}`" not in PAGE} == set()
