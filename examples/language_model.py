@@ -114,7 +114,7 @@ class Lab:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.files = write_world(args.out / "world")
+        self.files = write_world(args.out / "world", sizes=SIZES)
         self.reference = cache(self._ask_retrained)
 
     @cached_property
@@ -284,7 +284,7 @@ def format_table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     def cell(name: str, column: str) -> str:
         value = mean(row[column] for row in rows[name])
         if column == "utility":
-            value /= mean(row[column] for row in rows["original"])
+            value /= mean(row[column] for row in rows["original"]) or math.nan
         return "-" if math.isnan(value) else f"{100 * value:.0f}" if column in PERCENT else f"{value:.2g}"
 
     head = " " * 18 + "".join(f"{column:>11}" for column in NAMES)

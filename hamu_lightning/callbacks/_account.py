@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat, _compat_bar
 from hamu_lightning.callbacks._ending import describe_ending
 from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts
@@ -107,7 +107,7 @@ class Account:
             for warning in warnings:
                 rank_zero_warn(warning)
 
-        _compat.when_bar_is_closed(self._parts.trainer, say)
+        _compat_bar.when_bar_is_closed(self._parts.trainer, say)
 
     def _look_for_movement(self) -> None:
         parts, steps = self._parts, self._done()["combined_steps"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from hamu_lightning.callbacks import _compat
+from hamu_lightning.callbacks import _compat, _compat_bar
 from hamu_lightning.callbacks._account import Account
 from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_averages, warn_about_stale_best
 from hamu_lightning.callbacks._flow import Flow
@@ -45,7 +45,7 @@ class Fit:
             changes.callback(self._release)
             self._let_decide()
             changes.callback(_compat.StepPatch(trainer.strategy, self.flow.around_step).remove)
-            changes.callback(_compat.BarPatch(trainer, lambda: parts.journal.shown).remove)
+            changes.callback(_compat_bar.BarPatch(trainer, lambda: parts.journal.shown).remove)
             self._changes = changes.pop_all()
         lead(trainer, callback)
 

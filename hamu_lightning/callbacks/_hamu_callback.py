@@ -92,17 +92,15 @@ class HAMUCallback(Record, Callback):
             conditions with settings: `CollateralDamage`, `Infeasible`, `NotFinite`, `RetainAbove(loss)`,
             `ForgetAbove(loss)`. The model reached is kept; above a ceiling, the one from before. `hamu/score` is for
             `ModelCheckpoint`.
-        progress_bar: The progress bar shows `forget`, in any case: the loss of training batches, and with a target
-            where the whole set is and where it should end, `0.04/0.06`. Whether it also shows `forget/loss`,
-            `hamu/margin`, and with a target `hamu/forget_level`.
+        progress_bar: Whether the progress bar shows `forget/loss`, `hamu/margin` and `hamu/forget_level` beside
+            `forget`, which is always there: the loss of training batches, or with a target level and end, `0.04/0.06`.
         preflight: Before the first forget pass, predict from up to 16 batch pairs what can be had and what it costs,
             print it, and keep it in `preflight_report`; see `hamu_lightning.preflight`. The run stays the same bit for
             bit, as long as the loaders and their datasets can be iterated a second time without a change to themselves.
             One process only.
-        objective: What is raised on the forget data instead of the module's own loss, such as `NPO(beta=0.1)`; see
-            `hamu_lightning.objectives`. The module's `training_step` then does not run on this stream, and logs nothing
-            there, unless the objective asks for its loss. `forget/loss` and quotas are in the objective's units;
-            targets and ceilings are for the module's own loss all the same, see `ByObjective`.
+        objective: What is raised on the forget data instead of the module's own loss, such as `NPO(beta=0.1)`. The
+            module's `training_step` then does not run on this stream, and logs nothing there, unless the objective asks
+            for it. `forget/loss` and quotas are in its units; targets and ceilings are not, see `ByObjective`.
         retain_objective: What is lowered on the retain data instead, such as
             `WeightedSum((1.0, ReferenceKL()), (0.1, CrossEntropy()))`; likewise.
         schedule: Instead of a rule: rules that take turns, such as `Alternate(max_epochs=3, max_steps=10)`, the
@@ -111,9 +109,9 @@ class HAMUCallback(Record, Callback):
             the steps. Epochs count from where unlearning began.
         verify: `VerifySteps()`, or True, measures both losses again after each step, and takes back a step that breaks
             its promise. Default: with `target`, and not else.
-        confirm: A check before the target counts as reached: called with the module, in evaluation mode, it says in
-            words what speaks against it, or nothing; for language models `hamu_lightning.text.SpansGone(part)`. While
-            it fails the fit goes on, to a higher loss. For several requests a mapping from their names.
+        confirm: A check before the target counts as reached, such as `hamu_lightning.text.SpansGone(part)`: a function
+            of the module that says in words what speaks against it, or nothing. While it fails the fit goes on, to a
+            higher loss. For several requests a mapping from their names.
         guard: `RetainGuard()`, or True, measures the retain data as a whole every so many steps, and goes back where
             they have lost too much. Default: with `target`, and not else.
         passes: Batch size, BatchNorm, and how often forget passes run.
@@ -290,9 +288,7 @@ class HAMUCallback(Record, Callback):
         # `on_train_end` does not run where there was no batch.
         if self._fit is None:
             return
-        told = self._fit.account.check_it_began()
-        if told is not None:
-            self._summary = told
+        self._summary = self._fit.account.check_it_began() or self._summary
         self._fit.account.tell(self._summary or "")
 
     @override

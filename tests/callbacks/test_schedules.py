@@ -186,7 +186,7 @@ def test_exact_steps_move_the_weights_by_d(optimizer: str) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nor is there anything to say about the base
-        warnings.filterwarnings("ignore", "`isinstance|The 'train_dataloader'|The number of training")
+        warnings.filterwarnings("ignore", "`isinstance|The 'train_dataloader'|The number of training|The retain loss")
         fit(module, callback, Look(), loader=DataLoader(make_data(96), batch_size=96), max_epochs=3)
     assert callback.last_step is not None
     values = callback.last_step.coefficients.values
