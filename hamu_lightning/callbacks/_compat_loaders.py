@@ -90,3 +90,9 @@ def data_parallel_group(trainer: Trainer) -> Any | None:
         return None
     mesh = getattr(trainer.strategy, "device_mesh", None)
     return torch.distributed.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
+
+
+def held_out_loader(trainer: Trainer) -> Any:
+    """What the datamodule's own `holdout_dataloader()` gives; None where there is no such hook."""
+    hook = getattr(trainer.datamodule, "holdout_dataloader", None)  # type: ignore[attr-defined]
+    return hook() if callable(hook) else None

@@ -25,17 +25,18 @@ def find_parts(trainer: Trainer) -> dict[str, Any]:
 
     Returns:
         "retain", the training data; with a `HAMUCallback` "forget", the data to forget of all requests, if their
-        loaders can be joined, and "holdout", the held-out data of a target; without these "holdout" is the validation
-        loader, where there is one.
+        loaders can be joined, and "holdout", the held-out data of a target; without these "holdout" is what the
+        datamodule's `holdout_dataloader()` gives, or the validation loader, where there is one.
     """
     train = _compat_loaders.train_loader_parts(trainer)
     retain = train.get("retain") if isinstance(train, Mapping) else train
     hamu = find_hamu(trainer)
-    forget, held_out = (None, None) if hamu is None else hamu.find_data()
+    forget, of_target = (None, None) if hamu is None else hamu.find_data()
+    held_out = (of_target, _compat_loaders.held_out_loader(trainer), _validation_loader(trainer))
     parts = {
         "retain": retain if isinstance(retain, DataLoader) else _compat_loaders.train_batches(trainer),
         "forget": _join(forget or {}),
-        "holdout": held_out if held_out is not None else _validation_loader(trainer),
+        "holdout": next((x for x in held_out if x is not None), None),
     }
     return {name: part for name, part in parts.items() if part is not None}
 

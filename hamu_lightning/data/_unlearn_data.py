@@ -139,8 +139,11 @@ class UnlearnData(Forwarding):
         """Return the data for `evidence.evaluate` and `evidence.attack`: "retain", "forget", "holdout" and "test".
 
         The retained samples, too, have the `transform` of the held-out ones, where there is one. Of several validation
-        or test loaders none is taken.
+        or test loaders none is taken. Before any fit the project's `prepare_data` and `setup("fit")` are called.
         """
+        if self._loader is None and find_base(self.datamodule) is not None:
+            self.prepare_data()
+            self.setup("fit")
         parts = {"retain": self._as_held_out(self.train_dataloader()), "forget": self.forget_dataloader()}
         more = {"holdout": self._find_held_out(), "test": self._only("test_dataloader")}
         return parts | {name: loader for name, loader in more.items() if loader is not None}
@@ -218,11 +221,14 @@ class UnlearnData(Forwarding):
                 "worse as it is forgotten, which ends a fit with EarlyStopping. Hold other samples out."
             )
         elif named:
-            rank_zero_warn(
-                f"{named} samples of the validation data have ids that are to be forgotten. They may get worse as "
-                "these are, which ends a fit with EarlyStopping, and a target that is measured on them comes out too "
-                "high. Take them out, or give other data as UnlearnData(..., holdout=...)."
-            )
+            words = f"{named} samples of the validation data have ids that are to be forgotten. They may get worse as "
+            words += "these are, which ends a fit with EarlyStopping."
+            if self._holdout is None and self._holdout_wish is None:
+                words += (
+                    " A target that is measured on them comes out too high: UnlearnData(..., holdout=...) has other "
+                )
+                words += "data."
+            rank_zero_warn(f"{words} Take them out.")
 
     def _find_held_out(self) -> Any:
         held_out = self.holdout_dataloader()

@@ -15,6 +15,7 @@ from typing_extensions import Self, override
 from hamu_lightning.callbacks import HAMUMisconfigurationError, find_hamu, find_parts
 from hamu_lightning.callbacks.passes import HoldsData
 from hamu_lightning.checks import check_count, check_optional, check_type
+from hamu_lightning.data import UnlearnData
 from hamu_lightning.evidence._evaluate import Evaluator, evaluate
 from hamu_lightning.evidence._ordered import check_part
 from hamu_lightning.evidence._publish import log_layout, log_numbers, log_pictures, log_settings, publish
@@ -127,7 +128,10 @@ class EvaluateUnlearning(HoldsData, Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts = {**find_parts(trainer), **self._given}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        # Under one transform for all parts, as `evaluate(module, data.parts())` measures other models.
+        own = data.parts() if isinstance(data, UnlearnData) else {}
+        parts = {**find_parts(trainer), **own, **self._given}
         if FORGET not in parts:
             raise HAMUMisconfigurationError(
                 "Expected to find the data to forget, but none was passed, and no HAMUCallback of this trainer has "

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hamu_lightning import __version__
 from hamu_lightning.callbacks import ForgottenSamples
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.evidence._rows import AttackRow, Finding
@@ -169,7 +170,7 @@ def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            found[name] = __version__ if name == "hamu_lightning" else version(name)
         except PackageNotFoundError:
             continue
     return found

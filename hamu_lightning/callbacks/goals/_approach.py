@@ -32,18 +32,17 @@ _NEAR = 0.7
 _TOO_FAR = 1.1
 # And from here on, advice is due.
 _FAR_BEYOND = 1.5
-_MORE = "Give it more steps, or a larger radius: HAMUQ(TargetQuota(...), radius=RelativeRadius(3e-3))."
+_MORE = "Give it more steps, or a larger radius (docs/troubleshooting.md#a-larger-radius-with-a-target)."
 
 
 class Approach:
     """Measures the target, follows the forget loss, and tells when the one has reached the other.
 
-    Levels are the module's own loss in evaluation mode, whatever is raised (`Gauge`; what a target that brings an
-    answer, or `ByObjective`, is a level of, is what is raised). They are measured on the forget set itself every 10
-    steps, and where what was measured last and what steps have promised since could have come to the end, on as few of
-    its batches as it takes (`ForgetLevel`); in between the optimizer's `Aim` adds what the steps promise. Batches run
-    in the mode that the module trains in, where dropout makes their losses higher: their rise only tells when to
-    measure (`Trail`). The target counts as reached only where the loss of the whole set has come there, and, with
+    Levels are the module's own loss in evaluation mode, whatever is raised (`Gauge`), or what is raised where the target
+    is one of that. They are measured on the forget set itself every 10 steps, and where what was measured last and what
+    steps have promised since could have come to the end, on as few of its batches as it takes (`ForgetLevel`); in
+    between the optimizer's `Aim` adds what the steps promise. Batches run in the mode that the module trains in, where
+    dropout makes their losses higher: their rise only tells when to measure (`Trail`). The target counts as reached only where the loss of the whole set has come there, and, with
     held-out data, where the ranks of single samples do not speak against it (`Evidence`): then the mean is held. A set
     that cannot be read beside the fit is judged by what was seen of it in a whole pass, in evaluation mode. A step that
     ends more than a tenth beyond the target is taken back (`Landing`), and the next one is half as long; where steps
@@ -54,8 +53,7 @@ class Approach:
         optimizer: The optimizer.
         group: A group for which its rule has a `TargetQuota`.
         forget_pass: What runs batches through the module without a trace.
-        forget: The forget loader as the user gave it: every process reads all of it. None where the training loader
-            brings its batches.
+        forget: The forget loader as the user gave it; None where the training loader brings its batches.
         protected: The loaders of the protected groups.
         every_n_steps: Every how many steps of the trainer one is a combined one.
         confirm: A check of the user's own before the target counts as reached.
@@ -254,7 +252,9 @@ class Approach:
             objection = self._confirmation.describe("The mean has reached its target, but {}")
             against = (self.evidence.judge(), objection)
             return f"{self.describe()}. {' '.join(f'{fault}.' for fault in against if fault)}"
-        return f"{self.describe()}. {_MORE}"
+        referee = self._optimizer.referee
+        is_whole = referee is None or referee.region >= 1  # in a smaller trust region a larger radius is no cure
+        return f"{self.describe()}. {_MORE if is_whole else 'Give it more steps.'}"
 
     def levels(self) -> dict[str, Tensor]:
         """The forget loss as it is followed, and the target, for the log."""

@@ -101,8 +101,7 @@ class Reader:
                 batches.close()
 
     def _validation_loader(self, target: str) -> Any:
-        hook = getattr(self._trainer.datamodule, "holdout_dataloader", None)  # type: ignore[attr-defined]
-        held_out = hook() if callable(hook) else None
+        held_out = _compat_loaders.held_out_loader(self._trainer)
         if held_out is not None:
             return held_out
         loaders = self._trainer.val_dataloaders
