@@ -197,7 +197,16 @@ def can_move_directly(optimizer: Optimizer) -> bool:
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     step = vars(optimizer).get("step")  # schedulers put a function there that notes the call
     is_own = step is None or hasattr(step, "_wrapped_by_lr_sched")
-    return is_plain_sgd(optimizer) and is_own and not any((*hooks, *own))
+    return is_plain_sgd(optimizer) and is_own and not any((*hooks, *own)) and _is_of_torch(type(optimizer).step)
+
+
+def _is_of_torch(step: Any) -> bool:
+    """Whether a function is torch's, and all that is wrapped around it: people patch `SGD.step` to see each step."""
+    while step is not None:
+        if getattr(step, "__globals__", {}).get("__name__", "").partition(".")[0] != "torch":
+            return False
+        step = getattr(step, "__wrapped__", None)
+    return True
 
 
 def _pack_equal(tensors: Sequence[tuple[int, int]]) -> list[tuple[Callable[[Sequence[Any]], Any], list[int], int]]:
