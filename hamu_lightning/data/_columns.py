@@ -128,7 +128,11 @@ def _keys(values: Any) -> list[Hashable | None]:
     flat = getattr(values, "to_numpy", lambda: values)()
     if isinstance(flat, Tensor | np.ndarray):
         flat = flat.reshape(len(flat), -1)[:, 0].tolist()
-    return [as_key(value) for value in flat]
+    return [None if _is_gap(value) else as_key(value) for value in flat]
+
+
+def _is_gap(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _spell(dataset: Any, by: str, values: Any) -> Spellings:
@@ -136,7 +140,7 @@ def _spell(dataset: Any, by: str, values: Any) -> Spellings:
     if by in ("samples", "imgs") and isinstance(values[0], tuple | list):
         values = [sample[0] for sample in values]
     if all(isinstance(value, str | os.PathLike) for value in values):
-        return _spell_paths([PurePath(value) for value in values], getattr(dataset, "root", None))
+        return _spell_paths([str(as_key(value)) for value in values], getattr(dataset, "root", None))
     keys, classes = _keys(values), getattr(dataset, "class_to_idx", None)
     if by != "targets" or not isinstance(classes, Mapping):
         return [keys]
@@ -144,8 +148,10 @@ def _spell(dataset: Any, by: str, values: Any) -> Spellings:
     return [keys, [names.get(key) for key in keys]]
 
 
-def _spell_paths(paths: list[PurePath], root: Any) -> Spellings:
-    columns: Spellings = [[str(path) for path in paths]]
+def _spell_paths(texts: list[str], root: Any) -> Spellings:
+    """Texts as they are, and as paths."""
+    paths = [PurePath(text) for text in texts]
+    columns: Spellings = [texts, [str(path) for path in paths]]
     if isinstance(root, str | os.PathLike):
         columns.append([str(path.relative_to(root)) if path.is_relative_to(root) else None for path in paths])
     often = Counter(path.name for path in paths)

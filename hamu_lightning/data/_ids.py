@@ -17,6 +17,8 @@ from hamu_lightning.checks import describe, is_iterable
 from hamu_lightning.errors import HAMUValueError
 
 _WHOLE = re.compile(r"[+-]?\d{1,18}")
+# Words: what names a column. Anything with a digit, a point or an "@" is an id: it would be lost without a word.
+_NAME = re.compile(r"[^\W\d_]+(?:[ _-]+[^\W\d_]+)*")
 _CURE = "Give a list, an array, a mask, or the path of a text or CSV file with one id in each line."
 
 
@@ -110,4 +112,4 @@ def _read_only_column(rows: list[list[str]], column: str | None) -> Ids:
     values = [as_key(row[0]) for row in rows]
     if values and values[0] == column:
         return Ids(values[1:])
-    return Ids(values, may_begin_with_header=True)
+    return Ids(values, may_begin_with_header=bool(values) and _NAME.fullmatch(str(values[0])) is not None)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from hamu_lightning.callbacks.passes import count_shared_samples
 from hamu_lightning.data._columns import read_spellings
 from hamu_lightning.data._ids import Ids
 from hamu_lightning.data._loaders import Sieve
@@ -69,6 +70,7 @@ def part(dataset: Any, requests: Mapping[str, Wish], holdout: Wish | None, by: A
             "What was never trained on cannot be forgotten."
         )
     retained = [place for place in range(size) if place not in ids and place not in held]
+    _tell_copies(dataset, forgotten, retained)
     if not forgotten or not retained:
         raise HAMUValueError(
             f"Expected some samples to forget and some to retain, but got {len(forgotten)} of {size} to forget."
@@ -112,6 +114,10 @@ class _Finder:
 
 def _tell_faults(found: Mapping[str, Found], strict: bool, by: Any) -> None:
     for name, request in found.items():
+        if request.has_header:
+            rank_zero_info(
+                f"The first line of {name!r} is the id of no sample, and so taken for the name of the column."
+            )
         if request.repeated:
             rank_zero_warn(f"{request.repeated} ids of {name!r} were given more than once; each is taken once.")
         if not request.missing:
@@ -124,6 +130,16 @@ def _tell_faults(found: Mapping[str, Found], strict: bool, by: Any) -> None:
             cure = cure if by is not None else "Positions count from 0; other ids need `by`, the name of their column."
             raise HAMUValueError(f"Expected {told}. {cure}")
         rank_zero_warn(f"Expected {told}. The others are to be forgotten.")
+
+
+def _tell_copies(dataset: Any, forgotten: list[int], retained: list[int]) -> None:
+    """Warn where what is retained holds the same samples once more, as in a union of subsets that overlap."""
+    copies = count_shared_samples(Subset(dataset, forgotten), Subset(dataset, retained))
+    if copies:
+        rank_zero_warn(
+            f"{copies} of the samples to forget stand in the training data more than once, and the other places are "
+            "retained: they are trained on again. Give all places, or ids of `by`, which are found wherever they are."
+        )
 
 
 def _part_stream(dataset: Any, requests: Mapping[str, Wish], holdout: Wish | None) -> Parting:

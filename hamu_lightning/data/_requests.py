@@ -22,11 +22,13 @@ class Found:
         ids: For the position of each sample, in ascending order, the id that it was found by.
         missing: Ids that no sample has.
         repeated: How many ids were given more than once.
+        has_header: Whether the first one was taken for the name of a column.
     """
 
     ids: dict[int, Hashable]
     missing: list[Hashable]
     repeated: int = 0
+    has_header: bool = False
 
 
 class Index:
@@ -53,19 +55,21 @@ class Index:
         values = ids.values
         if self._is_by_position and all(isinstance(value, bool) for value in values):
             return self._read_mask(values)
-        if ids.may_begin_with_header and not self._look_up(values[0]) and len(values) > 1:
-            values = values[1:]
+        has_header = ids.may_begin_with_header and not self._look_up(values[0]) and len(values) > 1
+        values = values[has_header:]
         once = [*dict.fromkeys(values)]
         places = {value: self._look_up(value) for value in once}
         found = {place: value for value, some in places.items() for place in some}
         missing = [value for value, some in places.items() if not some]
-        return Found({place: found[place] for place in sorted(found)}, missing, len(values) - len(once))
+        repeated = len(values) - len(once)
+        return Found({place: found[place] for place in sorted(found)}, missing, repeated, has_header)
 
     def _look_up(self, value: Hashable) -> list[int]:
         if self._is_by_position:
             place = other_key(value) if isinstance(value, str) else value
             return [place] if isinstance(place, int) and 0 <= place < self._size else []
-        return self._places.get(value) or self._places.get(other_key(value)) or []
+        # Both: the Datasets of a union may write their ids one as numbers, the other as text.
+        return [place for key in {value, other_key(value)} for place in self._places.get(key, ())]
 
     def _read_mask(self, values: list[Hashable]) -> Found:
         if len(values) != self._size:

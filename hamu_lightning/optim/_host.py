@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from typing_extensions import override
 
@@ -39,7 +39,6 @@ _LEAST, _MOST = 1e-30, 1e30
 
 _Array = NDArray[np.float64]
 _is_sparse = attrgetter("is_sparse")
-_STEP = SGD.step
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,13 +196,17 @@ def can_move_directly(optimizer: Optimizer) -> bool:
     hooks = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     step = vars(optimizer).get("step")  # schedulers put a function there that notes the call
-    is_own = (step is None or hasattr(step, "_wrapped_by_lr_sched")) and _is_torchs(SGD.step)
-    return is_plain_sgd(optimizer) and is_own and not any((*hooks, *own))
+    is_own = step is None or hasattr(step, "_wrapped_by_lr_sched")
+    return is_plain_sgd(optimizer) and is_own and not any((*hooks, *own)) and _is_of_torch(type(optimizer).step)
 
 
-def _is_torchs(step: Any) -> bool:
-    """Whether a function is SGD's own, as it is or in the wrapper that torch puts around it at the first optimizer."""
-    return step is _STEP or (getattr(step, "hooked", False) and step.__wrapped__ is _STEP)
+def _is_of_torch(step: Any) -> bool:
+    """Whether a function is torch's, and all that is wrapped around it: people patch `SGD.step` to see each step."""
+    while step is not None:
+        if getattr(step, "__globals__", {}).get("__name__", "").partition(".")[0] != "torch":
+            return False
+        step = getattr(step, "__wrapped__", None)
+    return True
 
 
 def _pack_equal(tensors: Sequence[tuple[int, int]]) -> list[tuple[Callable[[Sequence[Any]], Any], list[int], int]]:

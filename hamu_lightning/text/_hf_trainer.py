@@ -203,7 +203,7 @@ class HAMUTrainerMixin:
             passes += 1
 
     def _clip_forget(self) -> None:
-        if self.args.max_grad_norm:
+        if self.args.max_grad_norm > 0:  # 0 and below: no clipping, as in the Trainer
             with self.hamu.forget():
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +141,21 @@ def test_the_base_steps_itself_where_it_does_more(change: Callable[[Optimizer], 
     change(base)
     assert can_move_directly(base) is moves
     assert not can_move_directly(SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9))
+
+
+def test_a_patch_of_the_class_sees_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that looks like what it wraps."""
+    own, seen = SGD.step, []
+
+    @wraps(own)
+    def patched(*args: Any) -> Any:
+        seen.append(args[0])
+        return own(*args)
+
+    monkeypatch.setattr(SGD, "step", patched)
+    weights, optimizer = make(RULES["tensors"], is_general=False)
+    step(weights, optimizer, draw(1), draw(2))
+    assert len(seen) == 1
 
 
 def test_other_weights_and_gradients_go_the_general_way() -> None:

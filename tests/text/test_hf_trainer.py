@@ -115,6 +115,16 @@ def test_steps_are_those_of_a_loop(
     assert all({"forget_loss", "hamu/kappa", "hamu/cosine", "hamu/forget_improvement"} <= set(log) for log in logs)
 
 
+@pytest.mark.parametrize("none", [0.0, -1.0])
+def test_no_clipping(model: Any, data: QAData, tmp_path: Path, none: float) -> None:
+    """0 and below mean none to the Trainer: clipped to -1 the forget gradient would point the other way."""
+    twin = copy.deepcopy(model)
+    for module, most in ((model, none), (twin, 1e6)):
+        options = {"max_grad_norm": most, "max_steps": 1}
+        make_trainer(Unlearner, module, data, tmp_path, options, forget_dataset=data.forget, rule=RULE).train()
+    assert torch.equal(weights_of(model), weights_of(twin))
+
+
 def test_it_forgets(model: Any, data: QAData, tmp_path: Path) -> None:
     make_trainer(Trainer, model, data, tmp_path, {"max_steps": 20, "learning_rate": 0.1}).train()
     ours = {"forget_dataset": data.forget, "rule": HAMUQ(0.05, radius=FixedRadius(0.05))}

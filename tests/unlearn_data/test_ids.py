@@ -120,6 +120,32 @@ def test_numbers_and_text_are_the_same_id(values: Any, ids: Any) -> None:
     assert forgotten(Records(number=values), ids, by="number") == [1, 2, 5]
 
 
+def test_an_id_is_found_as_number_and_as_text() -> None:
+    """In a union each Dataset has its own way to write ids."""
+    union = ConcatDataset([Records(3, number=[7, 8, 9]), Records(3, number=["7", "8", "007"])])
+    for id_ in (7, "7"):
+        assert forgotten(union, [id_], by="number") == [0, 3]
+    text = Records(4, number=["007", "7", " 7 ", "07"])
+    assert forgotten(text, ["007"], by="number") == [0]
+    assert forgotten(text, [7], by="number") == [1, 2]
+
+
+def test_a_gap_is_no_id() -> None:
+    gaps = Records(3, number=[1.0, float("nan"), None])
+    assert forgotten(gaps, [1], by="number") == [0]
+    for gap in (float("nan"), None):
+        with pytest.raises(HAMUValueError, match=r"but 1 are not: (nan|None)\."):
+            forgotten(gaps, [1, gap], by="number")
+
+
+def test_samples_that_stand_in_the_data_twice_are_said() -> None:
+    base = Records(4, who=["a", "b", "c", "d"])
+    union = ConcatDataset([Subset(base, [0, 1]), Subset(base, [1, 2, 3])])
+    with pytest.warns(UserWarning, match="^1 of the samples to forget stand in the training data more than once"):
+        assert forgotten(union, [1, 4]) == [1, 4]
+    assert forgotten(union, ["b"], by="who") == [1, 2]
+
+
 def test_a_tensor_of_a_tensor_dataset_and_samples_that_are_dicts() -> None:
     assert forgotten(TensorDataset(torch.arange(6), torch.tensor(NUMBERS)), [7], by=1) == [0, 4]
     assert forgotten(Rows(), ["c1"], by="who") == [2, 3]
@@ -153,6 +179,17 @@ def test_files_of_ids(name: str, text: str, tmp_path: Path) -> None:
 def test_a_file_of_positions(tmp_path: Path) -> None:
     (tmp_path / "ids.csv").write_text("row\n1\n4\n")
     assert forgotten(Records(), str(tmp_path / "ids.csv")) == [1, 4]
+
+
+@pytest.mark.parametrize("first", ["z9", "9", "z@x.org", "z/1.png"])
+def test_an_unknown_id_in_the_first_line_is_no_header(first: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.csv").write_text(f"{first}\nb\n")
+    with pytest.raises(HAMUValueError, match=f"but 1 are not: {first}"):
+        forgotten(Records(who=WHO), tmp_path / "ids.csv", by="who")
+    if first == "9":
+        (tmp_path / "ids.csv").write_text("9\n4\n")
+        with pytest.raises(HAMUValueError, match="but 1 are not: 9. Positions"):
+            forgotten(Records(), tmp_path / "ids.csv")
 
 
 def test_ids_that_do_not_exist_are_listed() -> None:

@@ -14,7 +14,7 @@ from hamu_lightning.callbacks.goals._confirmation import Confirm, Confirmation
 from hamu_lightning.callbacks.goals._evidence import gather_evidence
 from hamu_lightning.callbacks.goals._forget_level import MEASURE_EVERY, ForgetLevel
 from hamu_lightning.callbacks.goals._gauge import Gauge
-from hamu_lightning.callbacks.goals._landing import Landing
+from hamu_lightning.callbacks.goals._landing import Landing, tell_distance
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
 from hamu_lightning.callbacks.goals._planning import plan_steps
 from hamu_lightning.callbacks.goals._reading import Reader, read_beside
@@ -30,23 +30,21 @@ if TYPE_CHECKING:
 _NEAR = 0.7
 # A step that ends beyond this is tried again, where steps are verified.
 _TOO_FAR = 1.1
-# And from here on, advice is due.
-_FAR_BEYOND = 1.5
 _MORE = "Give it more steps, or a larger radius (docs/troubleshooting.md#a-larger-radius-with-a-target)."
 
 
 class Approach:
     """Measures the target, follows the forget loss, and tells when the one has reached the other.
 
-    Levels are the module's own loss in evaluation mode, whatever is raised (`Gauge`), or what is raised where the target
-    is one of that. They are measured on the forget set itself every 10 steps, and where what was measured last and what
-    steps have promised since could have come to the end, on as few of its batches as it takes (`ForgetLevel`); in
-    between the optimizer's `Aim` adds what the steps promise. Batches run in the mode that the module trains in, where
-    dropout makes their losses higher: their rise only tells when to measure (`Trail`). The target counts as reached only where the loss of the whole set has come there, and, with
-    held-out data, where the ranks of single samples do not speak against it (`Evidence`): then the mean is held. A set
-    that cannot be read beside the fit is judged by what was seen of it in a whole pass, in evaluation mode. A step that
-    ends more than a tenth beyond the target is taken back (`Landing`), and the next one is half as long; where steps
-    are not verified, the nearer of the last two counts.
+    Levels are the module's own loss in evaluation mode, whatever is raised (`Gauge`), or what is raised where the
+    target is one of that. They are measured on the forget set itself every 10 steps, and where what was measured last
+    and what steps have promised since could have come to the end, on as few of its batches as it takes (`ForgetLevel`);
+    in between the optimizer's `Aim` adds what the steps promise. Batches run in the mode that the module trains in,
+    where dropout makes their losses higher: their rise only tells when to measure (`Trail`). The target counts as
+    reached only where the loss of the whole set has come there, and, with held-out data, where the ranks of single
+    samples do not speak against it (`Evidence`): then the mean is held. A set that cannot be read beside the fit is
+    judged by what was seen of it in a whole pass, in evaluation mode. A step that ends more than a tenth beyond the
+    target is taken back, the next is half as long (`Landing`); of steps that are not verified the nearer of two counts.
 
     Args:
         trainer: The trainer, with its loaders set up.
@@ -136,7 +134,7 @@ class Approach:
         elif is_due:
             self._look_at_forget_set(self._forget, goal, step, args, kwargs)
         self.evidence.begin(step, args, kwargs)
-        is_there = not self.is_lost and self.is_at_target
+        is_there = not self.is_lost and self.is_at_target and self._is_still_at_target(step, args, kwargs)
         is_believed = is_there and self.evidence.confirms(aim.taken, step, args, kwargs)
         self.is_reached = is_believed and self._is_confirmed(args[0])
         if is_there and aim.taken == 0:
@@ -144,7 +142,8 @@ class Approach:
         if not lands:
             return
         target = self._end * self._confirmation.further
-        if self.is_reached or (is_there and self._is_too_far(target)):
+        is_verified = self._optimizer.referee is not None
+        if self.is_reached or (is_there and is_verified and bool(self._known > _TOO_FAR * target)):
             self._land(self._known, target)
         elif is_due and aim.level is not None:
             is_near = aim.exchange is not None or bool(aim.level >= _NEAR * target)
@@ -167,14 +166,9 @@ class Approach:
     def _warn_at_the_start(self, target: Tensor) -> None:
         found = f"The {self._what} is {float(self._known):.4g} before the first step, and the target only "
         found += f"{float(target):.4g}{self.evidence.intervals()}: "
-        if self.is_reached:
-            rank_zero_warn(f"{found}there is nothing to forget. Check the forget set, or choose a higher target.")
-        else:
-            why = self._confirmation.describe() or f"single samples are remembered: {self.evidence.advice}"
-            rank_zero_warn(f"{found}the mean has nothing to rise, but {why}.")
-
-    def _is_too_far(self, target: Tensor) -> bool:
-        return self._optimizer.referee is not None and bool(self._known > _TOO_FAR * target)
+        nothing = "there is nothing to forget. Check the forget set, or choose a higher target."
+        why = self._confirmation.describe() or f"single samples are remembered: {self.evidence.advice}"
+        rank_zero_warn(found + (nothing if self.is_reached else f"the mean has nothing to rise, but {why}."))
 
     def observe(self, loss: Tensor) -> None:
         """Take the loss of a forget batch in: that of this process, weighted by its share of the samples."""
@@ -214,7 +208,8 @@ class Approach:
             self._know(level)
             self._aim.mark(level)
             self._check(level, f"the {self._what}", self._given, step)
-        self.is_reached = not self.is_lost and self.is_at_target and self._is_confirmed(None)
+        is_there = not self.is_lost and self.is_at_target and (not step or self._is_still_at_target(*step))
+        self.is_reached = is_there and self._is_confirmed(None)
 
     def start_over(self) -> None:
         """The weights went back to an earlier step: what was measured since says nothing of them."""
@@ -267,8 +262,7 @@ class Approach:
             return "no step towards the target" if self._forget is not None else "no whole pass towards the target"
         level, target = float(self._level), float(self._end)
         how = "" if self._forget is not None else " (the mean that was seen in the last whole pass)"
-        beyond = ", far beyond it: verified steps or a smaller radius prevent that"
-        advice = "" if level <= _FAR_BEYOND * float(self._aim.target) else beyond
+        advice = tell_distance(level, float(self._aim.target), may_be_short=not self.is_reached)
         return (
             f"{self._what} {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
             f"{self.evidence.intervals()}"
@@ -293,11 +287,17 @@ class Approach:
     def _know(self, level: Tensor | None) -> None:
         self._level, self._level_at = level, self._aim.taken
 
-    def _look_at_target(self, *step: Any) -> Tensor:
+    def _is_still_at_target(self, *step: Any) -> bool:
+        """Whether the level has come to the target at the present weights: one that follows them is measured again."""
+        if isinstance(self._target, Target) and self._target.every and self._aim.taken % self._target.every:
+            self._look_at_target(*step, anew=True)
+        return self.is_at_target
+
+    def _look_at_target(self, *step: Any, anew: bool = False) -> Tensor:
         aim, target = self._aim, self._target
         if isinstance(target, float):
             aim.target = torch.tensor(target) * self._confirmation.further
-        elif aim.target is None or (target.every and aim.taken % target.every == 0):
+        elif aim.target is None or anew or (target.every and aim.taken % target.every == 0):
             level, held_out = self._gauge.measure_target(self._given, *step)
             if held_out is not None:
                 self.evidence.take_held_out(held_out)
@@ -334,7 +334,7 @@ class Approach:
         referee = self._optimizer.referee
         goes_on = referee is not None and self._landing.level is not None and bool(level > _TOO_FAR * target)
         # What was checked is what is kept.
-        may_go = goes_on or not self._confirmation.is_there
+        may_go = goes_on or (bool(level > _TOO_FAR * target) and not self._confirmation.is_there)
         before = self._landing.go_back(level, target, in_any_case=goes_on) if may_go else None
         if before is not None:
             self.evidence.clear()

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from hamu_lightning.checks import describe
+from hamu_lightning.errors import HAMUStateError
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -66,7 +69,7 @@ class Confirmation:
 
         def ask() -> str:
             with torch.no_grad(), self._trainer.precision_plugin.forward_context():
-                return confirm(module) or ""
+                return _as_words(confirm(module))
 
         self._asked_at = taken
         self.objection = self._trainer.strategy.broadcast(self._forget_pass.measuring(ask, batch))
@@ -100,3 +103,17 @@ class Confirmation:
         if self._confirm is None:
             return {}
         return {"further": self.further, "objection": self.objection, "asked_at": self._asked_at}
+
+
+def _as_words(found: object) -> str:
+    """What a check returned.
+
+    Raises:
+        HAMUStateError: If it is neither words nor None: a False that means "not gone" must not pass.
+    """
+    if found is not None and not isinstance(found, str):
+        raise HAMUStateError(
+            "Expected `confirm` to return in words what speaks against the target, or None, but got "
+            f"{describe(found)}. Return '' where nothing does."
+        )
+    return (found or "").strip()

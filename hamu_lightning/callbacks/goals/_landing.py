@@ -8,7 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
+from hamu_lightning.callbacks.goals._targets import REACHED
 from hamu_lightning.optim import HAMUOptimizer
+
+# From so many times the target on, advice is due.
+_FAR_BEYOND = 1.5
 
 
 class Landing:
@@ -62,3 +66,12 @@ class Landing:
         """Go on with what `state_dict` returned, among other things."""
         self._kept.load_state_dict(state.get("kept", {}))
         self.level, self.is_known = state.get("kept_level"), state.get("kept_is_known", False)
+
+
+def tell_distance(level: float, target: float, *, may_be_short: bool) -> str:
+    """What is to be said where a fit has ended far from its target, with the cure; empty elsewhere."""
+    if level > _FAR_BEYOND * target:
+        return ", far beyond it: verified steps or a smaller radius prevent that"
+    if level < REACHED * target and not may_be_short:
+        return ", short of it: the next step went further beyond; verified steps or a smaller radius come nearer"
+    return ""

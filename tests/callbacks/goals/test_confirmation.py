@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks import StopReason
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.errors import HAMUStateError, HAMUValueError
 from hamu_lightning.rules import HAMUQ, RelativeRadius, TargetQuota
 from tests.callbacks.goals.test_targets import FORGET, loss_on, trained
 from tests.callbacks.modules import Base, fit
@@ -62,6 +63,17 @@ def test_a_check_that_fails_does_not_let_an_end_be_said() -> None:
     module = trained()
     with pytest.warns(UserWarning, match="The mean has reached its target, but no"):
         assert reach(module, lambda _: "no", max_epochs=6).stop_reason is None
+
+
+@pytest.mark.parametrize("answer", [False, True, 0, ["a"], torch.ones(2)])
+def test_an_answer_that_is_no_words_is_refused(answer: Any) -> None:
+    """False could mean that it is not gone."""
+    with pytest.raises(HAMUStateError, match="Expected `confirm` to return in words"):
+        reach(trained(), lambda _: answer)
+
+
+def test_blanks_speak_against_nothing() -> None:
+    assert reach(trained(), lambda _: "  ").stop_reason is StopReason.TARGET_REACHED
 
 
 def test_without_a_target_there_is_nothing_to_confirm() -> None:
