@@ -108,7 +108,8 @@ class HAMUTrainerMixin:
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """Wrap what the Trainer makes, or was given."""
         made = super().create_optimizer(*args, **options)  # type: ignore[misc]
-        if not isinstance(made, HAMUOptimizer):
+        # A second train() finds what Accelerate put around ours in the first.
+        if not isinstance(getattr(made, "optimizer", made), HAMUOptimizer):
             adapters = find_adapters(self.model)
             made = HAMUOptimizer(made, self.rule, self.model.named_parameters, exact=self._exact, adapters=adapters)
             self.optimizer = made

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hamu_lightning.checks import store
 from hamu_lightning.errors import HAMUValueError
 
 
@@ -18,7 +19,8 @@ class QARecord:
         answer: The right answer, or the text.
         paraphrased: The right answer in other words; None where there is none.
         perturbed: Wrong answers.
-        spans: The words that must not come out any more, such as a name or a year.
+        spans: The words that must not come out any more, such as a name or a year; one text is one span, and blank
+            ones, which every answer holds, are left out.
     """
 
     question: str | None
@@ -26,6 +28,11 @@ class QARecord:
     paraphrased: str | None = None
     perturbed: tuple[str, ...] = ()
     spans: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Bring the spans into one form."""
+        spans = (self.spans,) if isinstance(self.spans, str) else self.spans
+        store(self, spans=tuple(span for span in spans if span.strip()))
 
 
 def parse_record(row: Mapping[str, Any]) -> QARecord:

@@ -125,6 +125,14 @@ def test_no_clipping(model: Any, data: QAData, tmp_path: Path, none: float) -> N
     assert torch.equal(weights_of(model), weights_of(twin))
 
 
+def test_it_trains_again(model: Any, data: QAData, tmp_path: Path) -> None:
+    trainer: Any = make_trainer(Unlearner, model, data, tmp_path, forget_dataset=data.forget, rule=RULE)
+    trainer.train()
+    first = trainer.hamu
+    trainer.train()
+    assert trainer.hamu is first and first.steps == 6
+
+
 def test_it_forgets(model: Any, data: QAData, tmp_path: Path) -> None:
     make_trainer(Trainer, model, data, tmp_path, {"max_steps": 20, "learning_rate": 0.1}).train()
     ours = {"forget_dataset": data.forget, "rule": HAMUQ(0.05, radius=FixedRadius(0.05))}

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from hamu_lightning import HAMUCallback
 from hamu_lightning.callbacks import StopReason
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.text import CausalLMModule, QAData, SpansGone, TextSettings, evaluate_text
+from hamu_lightning.text import CausalLMModule, QAData, QARecord, SpansGone, TextSettings, evaluate_text
 from tests.text.world import make_trained_model
 
 
@@ -75,3 +75,9 @@ def test_the_target_is_not_reached_while_a_span_comes_out(module: CausalLMModule
     assert plain is StopReason.TARGET_REACHED and left
     assert (reason is StopReason.TARGET_REACHED) == (gone == "")
     assert gone == "" or f"Not gone: {gone}" in summary
+
+
+def test_one_text_is_one_span_and_blanks_are_none() -> None:
+    """A text would be taken letter by letter, and found nowhere; a blank would be found in each answer."""
+    assert QARecord("Where?", "In Rome", spans="Rome").spans == ("Rome",)  # type: ignore[arg-type]
+    assert QARecord("Where?", "In Rome", spans=("", " ", "Rome")).spans == ("Rome",)
