@@ -11,12 +11,12 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hamu_lightning import __version__
 from hamu_lightning.callbacks import ForgottenSamples
 from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.evidence._rows import AttackRow, Finding
@@ -170,7 +170,8 @@ def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
         try:
-            found[name] = __version__ if name == "hamu_lightning" else version(name)
+            # What is installed may be another version of us than what runs.
+            found[name] = import_module(name).__version__ if name == "hamu_lightning" else version(name)
         except PackageNotFoundError:
             continue
     return found
