@@ -35,11 +35,19 @@ from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hamu_lightning import HAMUCallback, Unseen
+from hamu_lightning import HAMUCallback, Holdout
 from hamu_lightning.evidence.attacks import round_weights
 from hamu_lightning.objectives import NPO, RMU, UNDIAL, WGA, ReferenceKL, RMURetain, SimNPO
 from hamu_lightning.rules import GRU, GradAscent, GradDiff, PCGrad, Rule
-from hamu_lightning.text import CausalLMModule, QAData, TextDataset, TextEvaluation, TextSettings, evaluate_text
+from hamu_lightning.text import (
+    CausalLMModule,
+    QAData,
+    SpansGone,
+    TextDataset,
+    TextEvaluation,
+    TextSettings,
+    evaluate_text,
+)
 
 # Epochs and learning rates of AdamW: of the base model, and of the training on the authors.
 BASE_EPOCHS, BASE_LR, EPOCHS, LR, LORA_LR = 25, 2e-3, 18, 1e-3, 3e-3
@@ -75,9 +83,9 @@ class Entry(NamedTuple):
     settings: tuple[float, ...]
 
 
-def aim_at_answers(data: QAData, setting: float) -> HAMUCallback:
-    """HAMU with nothing tuned."""
-    return HAMUCallback(target=Unseen(data.val_dataloader()))
+def aim(data: QAData, setting: float) -> HAMUCallback:
+    """HAMU with nothing tuned: to the loss of authors that were never seen, and until no span comes out any more."""
+    return HAMUCallback(objective=WGA(), target=Holdout(data.val_dataloader()), confirm=SpansGone(data.forget))
 
 
 def combine(rule: Rule, objective: Callable[[], Any] = lambda: None, kept: Callable[[], Any] = lambda: None) -> Entry:
@@ -91,7 +99,7 @@ def combine(rule: Rule, objective: Callable[[], Any] = lambda: None, kept: Calla
 
 LAYER = "model.model.layers.2"
 METHODS = {
-    "HAMU": Entry(aim_at_answers, (LR,)),
+    "HAMU": Entry(aim, (LR,)),
     "gradient ascent": combine(GradAscent()),
     "GradDiff": combine(GradDiff()),
     "KL": combine(GradDiff(), kept=ReferenceKL),
