@@ -51,7 +51,7 @@ def test_all_questions_about_an_author_are_forgotten_together() -> None:
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval:UserWarning")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The fit has ended before the target:UserWarning")
-@pytest.mark.filterwarnings("ignore:The progress to the answer:UserWarning")  # after an epoch nothing is known by heart
+@pytest.mark.filterwarnings("ignore:The forget loss is:UserWarning")  # after an epoch nothing is known by heart
 def test_a_run_from_nothing_to_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
