@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -80,9 +81,17 @@ def _environment() -> Any:
             "Expected Jinja2 for the report, but it is not installed. Run: pip install hamu_lightning[report]"
         ) from error
     loader = jinja2.PackageLoader("hamu_lightning.evidence", "templates")
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["with_code"] = _with_code
+    return environment
+
+
+def _with_code(text: str) -> Any:
+    """The text, escaped, with what stands between backticks as code."""
+    markupsafe = import_module("markupsafe")
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def _encode(figure: Drawable) -> str:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from typing_extensions import override
 
+from hamu_lightning.evidence._page import _with_code
 from hamu_lightning.evidence import make_record, render_page
 from hamu_lightning.evidence._words import KINDS
 from hamu_lightning.report import plot_promises
@@ -100,3 +101,7 @@ def test_a_record_that_knows_nothing_says_so() -> None:
         "not signed",
     ):
         assert words in text
+
+
+def test_names_in_advice_are_code_and_stay_text() -> None:
+    assert str(_with_code("Call `f(<b>)` & go.")) == "Call <code>f(&lt;b&gt;)</code> &amp; go."
