@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from typing_extensions import override
 
-from hamu_lightning.evidence._page import _with_code
 from hamu_lightning.evidence import make_record, render_page
+from hamu_lightning.evidence._page import _with_code
 from hamu_lightning.evidence._words import KINDS
 from hamu_lightning.report import plot_promises
 from tests.evidence.test_record import EVIL, full_record
