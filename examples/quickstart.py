@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -99,17 +99,18 @@ def train(dataset: Dataset[Any], args: argparse.Namespace, name: str) -> DigitsC
     return module
 
 
-def train_all(data: Data, args: argparse.Namespace) -> list[DigitsClassifier]:
-    """Train the original, and the models without the forget set, some at once."""
+def train_all(data: Data, args: argparse.Namespace) -> Iterator[DigitsClassifier]:
+    """Train the original, then the models without the forget set, some at once; yield each when it is there."""
     seeds = [args.seed + SEEDS_APART * number for number in range(RETRAINED)]
     jobs = [
         (data.train, args, "original"),
         *((data.retain, argparse.Namespace(**{**vars(args), "seed": s}), f"retrained-{s}") for s in seeds),
     ]
     if args.workers == 1:
-        return [train(*job) for job in jobs]
+        yield from (train(*job) for job in jobs)
+        return
     with ProcessPoolExecutor(args.workers, get_context("spawn"), initializer=prepare) as pool:
-        return list(pool.map(train, *zip(*jobs, strict=True)))
+        yield from pool.map(train, *zip(*jobs, strict=True))
 
 
 class PathRecorder(Callback):
@@ -158,8 +159,10 @@ def unlearn(
 def run(args: argparse.Namespace) -> Result:
     """Train, retrain without the forget set, unlearn, and evaluate all models."""
     data = load_data(args.forget, args.seed)
-    original, *retrained = train_all(data, args)
-    unlearned, hamu, path, steps = unlearn(original, data, args)
+    models = train_all(data, args)
+    original = next(models)
+    unlearned, hamu, path, steps = unlearn(original, data, args)  # while the others are trained
+    retrained = [*models]
     names = ("original", "unlearned", "retrained", *["another retrained"] * (RETRAINED - 1))
     rows = []
     for name, model in zip(names, (original, unlearned, *retrained), strict=True):
