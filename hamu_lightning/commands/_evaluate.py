@@ -35,7 +35,7 @@ def evaluate(
         raise HAMUValueError(
             "Expected to know what is forgotten, but got no ids. Give --forget-ids, or UnlearnData as --data."
         )
-    project.set_up(data)
+    project.introduce(data)
     parts = data.parts()
     load_weights(project.module, weights)
     after = measure(project.module, parts, datamodule=data)

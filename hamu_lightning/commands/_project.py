@@ -86,12 +86,10 @@ class Project(LightningCLI):
         trainer.callbacks.insert(0, callback)
         return callback
 
-    def set_up(self, data: Any) -> None:
-        """Let the data prepare themselves as for a fit, and module and data know the Trainer."""
+    def introduce(self, data: Any) -> None:
+        """Let module and data know the Trainer, as in a fit. `data.parts()` has them prepare themselves."""
         trainer: Any = self.trainer
         self.module.trainer, trainer.datamodule, data.trainer = trainer, data, trainer
-        data.prepare_data()
-        data.setup("fit")
 
 
 def run_in_project(command: Callable[..., int], words: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from hamu_lightning.errors import HAMUValueError
-from hamu_lightning.loaders import load_like
+from hamu_lightning.loaders import batch_size_of, load_like
 
 
 class Sieve(IterableDataset[Any]):
@@ -119,6 +119,4 @@ def _refuse(name: str, sampler: Any) -> HAMUValueError:
 
 def load_in_order(dataset: Dataset[Any], loader: DataLoader[Any], **options: Any) -> DataLoader[Any]:
     """Return a loader of other data without a shuffle, by default in batches as those of training."""
-    has_ready = loader.batch_size is None and loader.batch_sampler is None
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-    return load_like(dataset, loader, **{"batch_size": None if has_ready else size, **options})
+    return load_like(dataset, loader, **{"batch_size": batch_size_of(loader, 1), **options})
