@@ -12,6 +12,7 @@ from hamu_lightning.text._extra import MissingTextExtraError, check_installed
 from hamu_lightning.text._hf_trainer import HAMUTrainerMixin
 from hamu_lightning.text._layouts import QARecord, parse_record
 from hamu_lightning.text._module import CausalLMModule
+from hamu_lightning.text._open_unlearning import read_open_unlearning, write_open_unlearning
 from hamu_lightning.text._records import Records
 from hamu_lightning.text._scores import TextEvaluation, TextRow, TextScores
 from hamu_lightning.text._spans import find_spans
@@ -42,6 +43,8 @@ __all__ = [
     "find_spans",
     "is_gibberish",
     "parse_record",
+    "read_open_unlearning",
     "rouge_l_recall",
     "write_answers",
+    "write_open_unlearning",
 ]

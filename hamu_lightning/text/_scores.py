@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,10 @@ class TextEvaluation:
         if not self.parts:
             raise HAMUValueError("Expected at least one part of the data, but got none. Give {'forget': dataset}.")
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made anew: a view of a dict cannot be one."""
+        return TextEvaluation, (dict(self.parts), self.k)
 
     def numbers(self, reference: TextEvaluation | None = None) -> dict[str, Estimate]:
         """Return all numbers by name; NaN with its reason where something is missing.
