@@ -85,7 +85,7 @@ def read_open_unlearning(path: str | Path) -> dict[str, float]:
         if value is not None:  # it writes null where a reference was missing
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise _refuse(path, f"no number for {theirs!r}")
-            found[ours_of.get(theirs, theirs)] = float(value)
+            found[ours_of.get(theirs) or theirs] = float(value)
     return found
 
 
