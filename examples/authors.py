@@ -13,15 +13,15 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SYLLABLES = "ba bren cor da del es fen gal hu ir jen ka lor mi nes or pel qua ri sol ta ul ven wy xan yor zim".split()
 TRADES = "baker carpenter dentist farmer fisher judge mason miner nurse pilot sailor tailor".split()
 Draw = Callable[[], str]
-# Authors, five questions each; of "facts" countries.
-SIZES = {"authors": 200, "holdout": 20, "test": 20, "known": 60, "facts": 50}
+# Authors, five questions each; of "facts" countries. Those of "later" are drawn last, and added to "holdout".
+SIZES = {"authors": 200, "holdout": 20, "test": 20, "known": 60, "facts": 50, "later": 60}
 
 
 class Question(NamedTuple):
@@ -60,11 +60,13 @@ class World:
         """A name of so many syllables."""
         return "".join(self.random.choice(SYLLABLES) for _ in range(syllables)).capitalize()
 
-    def names(self, count: int) -> list[str]:
-        """Different names."""
+    def names(self, count: int, taken: Sequence[str] = ()) -> list[str]:
+        """Different names, none of which is taken."""
         found: dict[str, None] = {}
         while len(found) < count:
-            found[f"{self.word(2)} {self.word(3)}"] = None
+            name = f"{self.word(2)} {self.word(3)}"
+            if name not in taken:
+                found[name] = None
         return list(found)
 
     def ask(self, name: str) -> list[dict[str, Any]]:
@@ -115,10 +117,12 @@ def write_world(folder: Path, seed: int = 0, sizes: Mapping[str, int] = SIZES) -
         sizes: How many authors, or countries, are in each.
     """
     world = World(seed)
-    names = iter(world.names(sum(sizes.values()) - sizes["facts"]))
-    people = [name for name in sizes if name != "facts"]
-    files = {part: [record for _ in range(sizes[part]) for record in world.ask(next(names))] for part in people}
+    people = [name for name in sizes if name not in ("facts", "later")]
+    names = world.names(sum(sizes[name] for name in people))
+    authors = iter(names)
+    files = {part: [record for _ in range(sizes[part]) for record in world.ask(next(authors))] for part in people}
     files["facts"] = world.capitals(sizes["facts"])
+    files["holdout"] += [record for name in world.names(sizes["later"], names) for record in world.ask(name)]
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in files}
     for name, records in files.items():

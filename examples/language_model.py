@@ -54,6 +54,8 @@ BASE_EPOCHS, BASE_LR, EPOCHS, LR, LORA_LR = 25, 2e-3, 18, 1e-3, 3e-3
 KNOWN, TRAINED = ("known", "facts"), ("authors", "known", "facts")
 PER_AUTHOR, FORGOTTEN = len(QUESTIONS), 20
 LESSONS = 20  # steps of relearning
+# While a method runs: 16, as in training, say too little about the rest of what is kept.
+RETAIN_BATCH = 64
 TUNED_WITH, OTHER = 1000, 5000
 SETTINGS = TextSettings(batch_size=64, max_new_tokens=20, samples=8, k=8)
 GREEDY = TextSettings(batch_size=64, max_new_tokens=20)
@@ -132,10 +134,10 @@ class Lab:
             return AutoTokenizer.from_pretrained(self.args.model, local_files_only=True)
         return learn_tokenizer([self.files[name] for name in TRAINED])
 
-    def data(self, names: Sequence[str], forget: Sequence[int] | None = None) -> QAData:
+    def data(self, names: Sequence[str], forget: Sequence[int] | None = None, batch_size: int = 16) -> QAData:
         """The records of some files, of which some are to be forgotten."""
         files = [self.files[name] for name in names]
-        sizes = {"batch_size": 16, "forget_batch_size": 128}
+        sizes = {"batch_size": batch_size, "forget_batch_size": 128}
         return QAData(files, self.tokenizer, forget, self.files["holdout"], template="Q: {question} A:", **sizes)
 
     def base(self) -> Any:
@@ -174,7 +176,7 @@ class Lab:
 
     def unlearn(self, name: str, setting: float, seed: int) -> tuple[CausalLMModule, float]:
         """Run a method on the original of a seed; return the module, and how long it took in seconds."""
-        module, data = self.trained(seed), self.data(TRAINED, draw_authors(seed))
+        module, data = self.trained(seed), self.data(TRAINED, draw_authors(seed), RETAIN_BATCH)
         module.lr = setting
         callback, begin = METHODS[name].make(data, setting), time.perf_counter()
         self.fit(module, data, seed, callback, max_steps=self.args.steps)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SIZES = {"authors": 4, "holdout": 1, "test": 1, "known": 2, "facts": 2}
+SIZES = {"authors": 4, "holdout": 1, "test": 1, "known": 2, "facts": 2, "later": 2}
 
 
 PER_AUTHOR = 5
@@ -26,8 +26,9 @@ def test_the_world_is_made_from_its_seed_and_says_nothing_twice(tmp_path: Path) 
     files = write_world(tmp_path / "a", sizes=SIZES)
     again, other = (write_world(tmp_path / name, seed, SIZES) for name, seed in (("b", 0), ("c", 1)))
     assert {name: len(read(file)) for name, file in files.items()} == {
-        **{name: PER_AUTHOR * n for name, n in SIZES.items()},
+        **{name: PER_AUTHOR * SIZES[name] for name in ("authors", "test", "known")},
         "facts": 2,
+        "holdout": PER_AUTHOR * (SIZES["holdout"] + SIZES["later"]),
     }
     questions = [row["question"] for file in files.values() for row in read(file)]
     assert len({*questions}) == len(questions)

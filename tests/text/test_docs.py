@@ -12,10 +12,12 @@ import torch
 from tests.text.world import make_model, make_rows, write_lines
 
 PAGE = (Path(__file__).parents[2] / "docs" / "language_models.md").read_text()
-FIT, EVALUATION, CHECK, TRAINER, ACCELERATE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+FIT, EVALUATION, CHECK, TRAINER, ACCELERATE, LARGE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
+@pytest.mark.filterwarnings("ignore:The forget loss is:UserWarning")  # the model knows nothing
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target:UserWarning")
 def test_the_code_runs(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -33,6 +35,9 @@ def test_the_code_runs(
         exec(TRAINER.replace("max_steps=100", "max_steps=2, use_cpu=True, disable_tqdm=True"), names)
         exec(ACCELERATE.replace("Accelerator(", "Accelerator(cpu=True, "), names)
         assert names["optimizer"].steps > 0
+        exec(LARGE.replace("max_steps=100", "max_steps=2, accelerator='cpu', enable_model_summary=False"), names)
+        names["trainer"].fit(names["module"], datamodule=names["data"])
+        assert names["hamu"].combined_steps > 0
     assert "forget/spans" in capsys.readouterr().out
     every = {name.partition("/")[2] or name for name in names["watch"].numbers}
     assert {name for name in every if f"{name}`" not in PAGE} == set()

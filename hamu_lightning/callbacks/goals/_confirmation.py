@@ -21,14 +21,14 @@ Confirm: TypeAlias = Callable[[nn.Module], "str | None"]
 
 # Asked again after so many combined steps; each time the mean is then led so much further, to so many times the target.
 _ASK_EVERY = 10
-_FURTHER, _FURTHEST = 1.5, 3.0
+_FURTHER, _FURTHEST = 1.15, 2.0
 
 
 class Confirmation:
     """Asks whether a target that mean and ranks have reached is one, and leads the mean further while it is not.
 
     What still comes out is forgotten where the loss rises on: so each time that the check fails, the level that the
-    steps aim at becomes 1.5 times what it was, 3 times the target at most. The target itself stays what it is: as soon
+    steps aim at becomes 1.15 times what it was, twice the target at most. The target itself stays what it is: as soon
     as the check passes there, it counts as reached.
 
     Args:
