@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from hamu_lightning.commands._weights import load_weights
@@ -41,6 +42,8 @@ def preflight(project: Project, weights: str, forget_ids: str | None = None, by:
         )
     trainer: Any = project.trainer
     trainer.callbacks = [callback, _End()]
+    # Loggers make their folders as a fit begins; what the module asks of one still has an answer.
+    trainer.loggers = [DummyLogger() for _ in trainer.loggers]
     with suppress(PreflightDone), _quiet():
         trainer.fit(project.module, datamodule=project.load_data(forget_ids, by))
     print(callback.preflight_report)

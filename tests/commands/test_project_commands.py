@@ -69,7 +69,10 @@ def test_the_exit_code_of_a_rule_and_of_a_target_that_is_reached() -> None:
     assert main([*words, "--hamu.target", "1.45"]) == 0
 
 
-def test_preflight_changes_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("logger", ["false", "true", "lightning.pytorch.loggers.CSVLogger"])
+def test_preflight_changes_and_writes_nothing(logger: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logger if "." not in logger else f"{{class_path: {logger}, init_args: {{save_dir: .}}}}"
+    (folder / "config.yaml").write_text(CONFIG.replace("logger: false", f"log_every_n_steps: 1\n  logger: {logger}"))
     before = sorted(folder.iterdir())
     assert main(["preflight", "--config", "config.yaml", "--weights", "best.pt", *IDS, "--hamu.target=1.5"]) == 0
     assert "The target of 1.5 is about" in capsys.readouterr().out
