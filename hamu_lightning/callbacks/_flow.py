@@ -55,7 +55,8 @@ class Flow:
         """Prepare for the first batch; the loaders of all groups are there now."""
         parts = self._parts
         if parts.settings.preflight:
-            self._preflight = FitPreflight(parts.trainer, parts.optimizer, parts.groups.loader, parts.settings.seed)
+            around = parts.trainer, parts.optimizer, parts.groups.loader, parts.settings.seed
+            self._preflight = FitPreflight(*around, parts.raised)
         self._watchdog = Watchdog(parts.trainer, parts.optimizer)
         self._applied = parts.optimizer.applied_steps
         self._is_first = not parts.is_resumed and parts.settings.retain_objective is None

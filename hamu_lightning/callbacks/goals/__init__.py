@@ -22,6 +22,7 @@ from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_gua
 from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
 from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._stopper import Stopper
+from hamu_lightning.callbacks.goals._surroundings import AnswerTarget
 from hamu_lightning.callbacks.goals._targets import ByObjective, Chance, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._transforms import explain_difference, with_transforms_of
 from hamu_lightning.callbacks.goals._turns import Turns
@@ -31,6 +32,7 @@ from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
 __all__ = [
     "CEILINGS",
     "ByObjective",
+    "AnswerTarget",
     "Approach",
     "Chance",
     "CollateralDamage",
