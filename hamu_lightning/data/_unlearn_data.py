@@ -18,7 +18,7 @@ from hamu_lightning.data._forwarding import Forwarding, find_base
 from hamu_lightning.data._ids import Ids, read_ids
 from hamu_lightning.data._loaders import check_is_one_loader, load_in_order, load_retained
 from hamu_lightning.data._parting import Parting, Wish, count_named, part
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.errors import HAMUError, HAMUValueError
 from hamu_lightning.loaders import even_batch_size, length_of, load_like
 
 # The largest batch to forget, as where the callback loads a Dataset for a target.
@@ -94,9 +94,23 @@ class UnlearnData(Forwarding):
         self._holdout_wish = self._read("holdout", holdout) if is_chosen else None
         if holdout is not None and find_base(datamodule) is None:
             self.__dict__["val_dataloader"] = self.holdout_dataloader
-        # The training loader as the project made it last, and its parts.
+        # The training loader as the project made it last, what nobody has taken yet of that, and its parts.
         self._loader: DataLoader[Any] | None = None
+        self._ready: DataLoader[Any] | None = None
         self._parting: Parting | None = None
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Set the project's data up, and find the ids in them: what is wrong is said before a fit says anything."""
+        if find_base(self.datamodule) is not None:
+            self.datamodule.setup(stage)
+        if stage == "fit":
+            try:
+                self._ready = self._load()[0]
+            except HAMUError:
+                raise
+            except Exception:  # of a loader that cannot be made yet; the Trainer asks again
+                self._ready = None
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -154,7 +168,7 @@ class UnlearnData(Forwarding):
 
     def _load(self) -> tuple[DataLoader[Any], Parting]:
         """Ask the project for its training loader, and part its data."""
-        loader = self._ask()
+        loader, self._ready = self._ask() if self._ready is None else self._ready, None
         is_known = self._loader is not None and self._loader.dataset is loader.dataset
         self._loader = loader
         if not is_known or self._parting is None:

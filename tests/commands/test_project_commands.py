@@ -97,6 +97,35 @@ def test_errors_are_one_line(words: list[str], message: str, capsys: pytest.Capt
     assert said.startswith("hamu-lightning: ") and message in said
 
 
+@pytest.mark.parametrize("command", ["unlearn", "preflight", "evaluate"])
+def test_ids_are_checked_before_anything_else(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [command, "--config", "config.yaml", "--weights", "best.pt", "--by", "client"]
+    (folder / "ids.csv").write_text("client\nc3\nc999\n")
+    assert main([*words, "--trainer.enable_model_summary=true", "--forget-ids", "ids.csv"]) == 2
+    told = capsys.readouterr()
+    assert "1 are not: c999." in told.err and "`--missing warn`" in told.err
+    assert told.out == "" and "Trainable params" not in caplog.text
+
+
+def test_absent_ids_that_are_rightly_absent(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "ids.csv").write_text("client\nc3\nc999\n")
+    words = ["evaluate", "--config", "config.yaml", "--weights", "best.pt", *IDS, "--missing", "warn"]
+    with pytest.warns(UserWarning, match="1 are not: c999. The others"):
+        assert main(words) == 0
+    assert "forget_loss" in capsys.readouterr().out
+    assert main([*words[:-1], "ignore"]) == 2
+
+
+@pytest.mark.parametrize("text", ["UnlearnData", "hamu_lightning.UnlearnData", "{class_path: UnlearnData}"])
+def test_unlearn_data_needs_a_datamodule(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.yaml").write_text(CONFIG.partition("data:")[0] + f"data: {text}\n")
+    assert main(["unlearn", "--config", "config.yaml", "--weights", "best.pt"]) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("hamu-lightning: Expected `data` to be a DataModule, but got UnlearnData without one. Give")
+
+
 TARGETS: dict[str, Any] = {
     "{class_path: hamu_lightning.Holdout}": Holdout(),
     "{class_path: hamu_lightning.Unseen}": Unseen(),

@@ -155,6 +155,25 @@ def test_the_state_of_the_project_is_loaded(tmp_path: Path) -> None:
     assert "load {'seen': 7}" in project.calls
 
 
+@pytest.mark.parametrize("needs_module", [False, True])
+def test_ids_are_looked_up_as_soon_as_the_training_loader_can_be_made(needs_module: bool) -> None:
+    class Asked(Project):
+        def train_dataloader(self) -> Any:
+            self.calls.append("train_dataloader")
+            assert "module" in self.calls or not needs_module
+            return super().train_dataloader()
+
+    class SetUp(Net):
+        def setup(self, stage: str) -> None:
+            self.trainer.datamodule.calls.append("module")  # type: ignore[attr-defined]
+
+    project = Asked()
+    trainer = Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
+    trainer.fit(SetUp(), datamodule=UnlearnData(project, ["c3"], by="client"))
+    found = [call for call in project.calls if call in ("train_dataloader", "module")]
+    assert found == ["train_dataloader", "module", *(["train_dataloader"] if needs_module else [])]
+
+
 def test_validation_data_that_hold_the_samples_are_said() -> None:
     class Same(Project):
         def val_dataloader(self) -> Any:
@@ -162,8 +181,8 @@ def test_validation_data_that_hold_the_samples_are_said() -> None:
 
     data = UnlearnData(Same(), ["c3"], by="client")
     data.trainer = Trainer(**QUIET)
-    data.setup("fit")
     with pytest.warns(UserWarning, match="share 2 samples of one Dataset: they get worse"):
+        data.setup("fit")
         data.train_dataloader()
 
 
@@ -174,8 +193,8 @@ def test_validation_data_with_the_same_ids_are_said() -> None:
 
     data = UnlearnData(Alike(), ["c3", "c20"], by="client")  # the validation data go to c14
     data.trainer = Trainer(**QUIET)
-    data.setup("fit")
     with pytest.warns(UserWarning, match="^2 samples of the validation data have ids that are to be forgotten") as said:
+        data.setup("fit")
         data.train_dataloader()
     assert len(said) == 1
 

@@ -44,7 +44,8 @@ class PreflightReport:
     All predictions are to first order, from the weights as they are. Improvements, costs and quotas are in loss units
     per step. The names of the estimates, each a mean over batch pairs (one retain, one forget batch):
 
-    - `retain_loss`, `forget_loss` (of what is `raised`, if that is not the module's loss), `retain_norm`, `forget_norm`: losses and lengths of the gradients.
+    - `retain_loss`, `forget_loss`, `retain_norm`, `forget_norm`: losses and lengths of the gradients; those of the
+      forget data of what is `raised`, where that is not the module's loss.
     - `kappa`, `cosine`: hardness `g_r·g_f` and cosine of the whole model, positive in conflict; `conflicting_blocks`:
       the share of blocks with a positive cosine.
     - `kappa_1`, `kappa_2`: the thresholds of docs/method.md#closed-form, eq. 3.3, for the whole model as one block,
