@@ -257,20 +257,22 @@ class Approach:
         return {name: level for name, level in levels.items() if level is not None}
 
     def describe(self) -> str:
+        """How far the forget loss came, in words, and what single samples say; reads the host."""
+        return f"{self.describe_level()}{self.evidence.intervals()}"
+
+    def describe_level(self) -> str:
         """How far the forget loss came, in words: where it was measured last on the whole set; reads the host."""
         if self._level is None or self._aim.target is None:
             return "no step towards the target" if self._forget is not None else "no whole pass towards the target"
         level, target = float(self._level), float(self._end)
         how = "" if self._forget is not None else " (the mean that was seen in the last whole pass)"
         advice = tell_distance(level, float(self._aim.target), may_be_short=not self.is_reached)
-        return (
-            f"{self._what} {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
-            f"{self.evidence.intervals()}"
-        )
+        return f"{self._what} {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
 
-    def describe_evidence(self) -> str:
-        """What single samples show at the end, in words."""
-        return self.evidence.describe(is_reached=self.is_at_target) + self._confirmation.describe(" Not gone: {}.")
+    def describe_evidence(self) -> list[str]:
+        """What single samples show at the end, in lines."""
+        lines = self.evidence.describe(is_reached=self.is_at_target)
+        return [*lines, *filter(None, [self._confirmation.describe("Not gone: {}.")])]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the way back needs, and what was measured and seen of the set."""
