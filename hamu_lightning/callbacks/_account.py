@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat, _compat_bar
 from hamu_lightning.callbacks._ending import describe_ending
-from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts
-from hamu_lightning.callbacks.goals import CEILINGS, StopReason
+from hamu_lightning.callbacks.goals import CEILINGS, Movement, StopReason
 from hamu_lightning.errors import HAMUStateError
 
 if TYPE_CHECKING:

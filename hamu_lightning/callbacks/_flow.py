@@ -166,7 +166,9 @@ class Flow:
         """Let the coming step not pass where the targets are reached; the message has the levels that were measured."""
         groups, stopper = self._parts.groups, self._parts.stopper
         if groups.are_all_reached:
-            stopper.stop(StopReason.TARGET_REACHED, f"{groups.describe()}.")
+            # The weights may have gone back to where they were nearer.
+            reason = StopReason.LANDED_SHORT if groups.describe_short() else StopReason.TARGET_REACHED
+            stopper.stop(reason, f"{groups.describe()}.")
         if groups.are_lost:
             stopper.stop(StopReason.NOT_FINITE, f"{groups.describe()}. Verified steps or a smaller radius prevent it.")
 

@@ -285,7 +285,7 @@ class Groups:
     @property
     def target(self) -> Tensor | None:
         """Where the loss of the only group should end, 0-d; None where there are several."""
-        return self._optimizer.aim_of(next(iter(self._groups))).target if self._is_single else None
+        return self._optimizer.aim_of(next(iter(self._groups))).goal if self._is_single else None
 
     @property
     def level(self) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Literal
 
+from hamu_lightning.callbacks import StopReason
 from hamu_lightning.commands._weights import load_weights
 from hamu_lightning.evidence import EvaluateUnlearning
 from hamu_lightning.evidence import report as write_report
@@ -61,4 +62,4 @@ def unlearn(
             names=getattr(data, "names", None),
         )
         print(page)
-    return 0 if callback.stop_reason is not None or not callback.settings.has_target else 1
+    return 0 if callback.stop_reason is StopReason.TARGET_REACHED or not callback.settings.has_target else 1

@@ -67,6 +67,8 @@ def test_the_exit_code_of_a_rule_and_of_a_target_that_is_reached() -> None:
     words = ["unlearn", "--config", "config.yaml", "--weights", "best.pt", *IDS]
     assert main([*words, "--hamu.rule", "hamu_lightning.HAMUQ", "--hamu.rule.quota", "1e-3"]) == 0
     assert main([*words, "--hamu.target", "1.45"]) == 0
+    guard = ["--hamu.guard", "hamu_lightning.RetainGuard", "--hamu.guard.rise", "0", "--hamu.guard.factor", "1"]
+    assert main([*words, "--hamu.target", "3.0", *guard, "--hamu.guard.every=1", "--hamu.guard.max_returns=1"]) == 1
 
 
 @pytest.mark.parametrize("logger", ["false", "true", "lightning.pytorch.loggers.CSVLogger"])

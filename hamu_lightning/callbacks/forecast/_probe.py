@@ -59,8 +59,9 @@ class Probe:
     def take_aim(self, aim: Aim) -> None:
         """Ask for the same target, in the same number of steps, as the optimizer of the run."""
         own = self.optimizer.aim
-        own.target, own.steps, own.taken, own.level, own.exchange = (
+        own.target, own.further, own.steps, own.taken, own.level, own.exchange = (
             aim.target,
+            aim.further,
             aim.steps,
             aim.taken,
             aim.level,
@@ -94,7 +95,8 @@ class Probe:
         bound = "forget" if step.constrained == 1 else "retain"
         # Nothing says yet in how many steps it is reached where something else than the loss is raised.
         if target is None and self._quota is not None and self.optimizer.aim.exchange is None:
-            target = float(self._quota.target if self.optimizer.aim.target is None else self.optimizer.aim.target)
+            goal = self.optimizer.aim.goal
+            target = float(self._quota.target if goal is None else goal)
         finite = [row for row in rows if row.pop("is_finite")]
         numbers_of_all = {"left_out": pairs - len(finite), "blocks": len(report.labels)}
         return make_report(finite, **numbers_of_all, target=target, bound=bound, raised=raised)

@@ -16,6 +16,7 @@ from hamu_lightning.callbacks.goals._conditions import (
 )
 from hamu_lightning.callbacks.goals._confirmation import Confirm
 from hamu_lightning.callbacks.goals._loss_forms import FORMS, SampleRead, agrees, find_form
+from hamu_lightning.callbacks.goals._movement import Movement
 from hamu_lightning.callbacks.goals._planning import warn_about_budget
 from hamu_lightning.callbacks.goals._reading import Reader, one_by_one, read_as_held_out
 from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
@@ -42,6 +43,7 @@ __all__ = [
     "ForgottenSamples",
     "Holdout",
     "Infeasible",
+    "Movement",
     "NotFinite",
     "RETAIN",
     "Reader",
