@@ -128,11 +128,12 @@ class UnlearnData(Forwarding):
         Where the Datasets have an attribute `transform`, it has that of the held-out data: augmentation makes losses
         higher, and a target is reached before anything is forgotten.
         """
-        return self._load_forgotten(self._parted.forget)
+        return self._load_forgotten(self._parted.forget, self._find_held_out())
 
     def forget_dataloaders(self) -> dict[str, DataLoader[Any]]:
         """Return one for each request, by name."""
-        return {name: self._load_forgotten(data) for name, data in self._parted.requests.items()}
+        held_out = self._find_held_out()
+        return {name: self._load_forgotten(data, held_out) for name, data in self._parted.requests.items()}
 
     def holdout_dataloader(self) -> Any:
         """Return a loader of what was never trained on; None where only the Trainer knows the validation loader."""
@@ -158,8 +159,10 @@ class UnlearnData(Forwarding):
         if self._loader is None and find_base(self.datamodule) is not None:
             self.prepare_data()
             self.setup("fit")
-        parts = {"retain": self._as_held_out(self.train_dataloader()), "forget": self.forget_dataloader()}
-        more = {"holdout": self._find_held_out(), "test": self._only("test_dataloader")}
+        retain, held_out = self.train_dataloader(), self._find_held_out()
+        forget = self._load_forgotten(self._parted.forget, held_out)
+        parts = {"retain": _as_held_out(retain, held_out), "forget": forget}
+        more = {"holdout": held_out, "test": self._only("test_dataloader")}
         return parts | {name: loader for name, loader in more.items() if loader is not None}
 
     @property
@@ -187,10 +190,10 @@ class UnlearnData(Forwarding):
         check_is_one_loader(source)
         return source  # type: ignore[no-any-return]
 
-    def _load_forgotten(self, data: Dataset[Any]) -> DataLoader[Any]:
+    def _load_forgotten(self, data: Dataset[Any], held_out: Any) -> DataLoader[Any]:
         loader, size = self._loader, length_of(data)
         assert loader is not None
-        data = self._as_held_out(data)
+        data = _as_held_out(data, held_out)
         if loader.batch_size is None and loader.batch_sampler is None:  # samples are ready batches
             return load_like(data, loader, batch_size=None, shuffle=size is not None)
         if size is None:
@@ -248,14 +251,6 @@ class UnlearnData(Forwarding):
         held_out = self.holdout_dataloader()
         return self._only("val_dataloader") if held_out is None else held_out
 
-    def _as_held_out(self, data: Any) -> Any:
-        """Data under the transforms of the held-out ones, if both have an attribute for it."""
-        held_out = self._find_held_out()
-        if held_out is not None and explain_difference(data, held_out):
-            with suppress(HAMUValueError):
-                return with_transforms_of(data, held_out, "forget set")
-        return data
-
     def _only(self, name: str) -> Any:
         """The one loader of a hook; None where it gives several, or none as yet, as for tests in a fit."""
         try:
@@ -265,6 +260,14 @@ class UnlearnData(Forwarding):
         if isinstance(loaders, list | tuple) and len(loaders) == 1:
             return loaders[0]
         return None if isinstance(loaders, list | tuple | Mapping) else loaders
+
+
+def _as_held_out(data: Any, held_out: Any) -> Any:
+    """Data under the transforms of the held-out ones, if both have an attribute for it."""
+    if held_out is not None and explain_difference(data, held_out):
+        with suppress(HAMUValueError):
+            return with_transforms_of(data, held_out, "forget set")
+    return data
 
 
 def _named(forget: Any) -> Mapping[str, Any]:

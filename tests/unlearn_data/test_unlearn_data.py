@@ -122,6 +122,26 @@ def test_a_fit_from_a_file_of_ids_to_a_report(tmp_path: Path) -> None:
     assert "c17" in page
 
 
+def test_the_evaluation_asks_once_for_held_out_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, original = [], UnlearnData.holdout_dataloader
+
+    def ask(self: UnlearnData) -> Any:
+        asked.append(original(self))
+        return asked[-1]
+
+    class Begins(EvaluateUnlearning):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            before = len(asked)
+            super().on_train_start(trainer, pl_module)
+            self.asked = len(asked) - before
+
+    monkeypatch.setattr(UnlearnData, "holdout_dataloader", ask)
+    data = UnlearnData(Project(), ["c3"], by="client", holdout=Clients(24, 2, "v"))
+    callbacks = [HAMUCallback(rule=HAMUQ(1e-3)), numbers := Begins()]
+    Trainer(max_epochs=1, callbacks=callbacks, enable_checkpointing=False, **QUIET).fit(Net(), data)
+    assert numbers.asked == 1 and numbers.after is not None and len(numbers.after.parts["holdout"]) == 24
+
+
 def test_several_requests_in_one_fit(tmp_path: Path) -> None:
     data = UnlearnData(Project(), {"a": ["c3"], "b": ["c17", "c4"]}, by="client")
     rule = FeasibleDirection(quota={"a": 1e-3, "b": 1e-3})
