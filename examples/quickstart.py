@@ -259,7 +259,7 @@ def main() -> None:
     prepare()
     result = run(args)
     draw(result, args.out)
-    print(f"\n{textwrap.fill(result.summary, WIDTH)}\n")
+    print(f"\n{result.summary}\n")
     print(f"{format_table(result.rows[:4], result.retrained, result.gone)}\n\n{explain(result)}\n")
     print(f"{textwrap.fill(f'The report says: {result.verdict}', WIDTH)}\n")
     files = "report.html, tradeoff.png, hardness.png, logs (TensorBoard)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from hamu_lightning.callbacks import _compat, _compat_bar
 from hamu_lightning.callbacks._ending import describe_ending
-from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts
-from hamu_lightning.callbacks.goals import CEILINGS
+from hamu_lightning.callbacks.goals import CEILINGS, Movement, StopReason
 from hamu_lightning.errors import HAMUStateError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+
+# A terminal's.
+_WIDTH = 80
 
 
 class Account:
@@ -101,9 +105,9 @@ class Account:
         stopped, warnings = self._parts.stopper.told, [*self._warnings]
 
         def say() -> None:
-            for line in (stopped, summary):
-                if line:
-                    rank_zero_info(line)
+            for text in (stopped, summary):
+                if text:
+                    rank_zero_info(wrap(text))
             for warning in warnings:
                 rank_zero_warn(warning)
 
@@ -144,47 +148,68 @@ class Account:
         return {f"hamu/{name}": torch.tensor(float(number)) for name, number in numbers.items()}
 
     def summary(self) -> str:
-        """What was done by this fit, and by the run that it continues; a table where there are several groups."""
-        parts, done = self._parts, self._done()
+        """What was done by this fit, and by the run that it continues: a line for each subject.
+
+        What was reached comes first; a table where there are several groups comes last.
+        """
+        parts = self._parts
         protected, requests = parts.groups.names_by_role()
         means = parts.groups.means()
-        return (
-            f"HAMU: {done['combined_steps']} combined steps ({done['left_out_steps']} left out), "
-            f"{parts.journal.summary(means)}."
-            + ("" if parts.verifier is None or parts.is_resumed else f" {parts.verifier.describe()}.")
-            + ("" if parts.turns is None else f" {parts.turns.describe()}.")
-            + parts.journal.describe_promises(requests)
-            + parts.groups.describe_unseen()
-            + parts.groups.describe_evidence()
-            + ("" if parts.guarding is None else parts.guarding.describe())
-            + (f" {self._still}." if self._still else "")
-            + self._describe_ending()
-            + (self._describe_run() if parts.is_resumed else "")
-            + "".join(
-                f" {name} then puts another model in place, an average: no number here is of it."
-                for name in self.averages
-            )
-            + parts.prices.format(lambda n: means[n] if n in means else parts.journal.path(n), protected, requests)
-        )
+        lines = [
+            self._describe_result(),
+            self._describe_ending(),
+            *parts.groups.describe_levels(),
+            *parts.journal.summary(means),
+            "" if parts.verifier is None or parts.is_resumed else f"{parts.verifier.describe()}.",
+            "" if parts.turns is None else f"{parts.turns.describe()}.",
+            parts.journal.describe_promises(requests),
+            parts.groups.describe_unseen(),
+            *parts.groups.describe_evidence(),
+            "" if parts.guarding is None else parts.guarding.describe(),
+            f"{self._still}." if self._still else "",
+            *(self._describe_run() if parts.is_resumed else ()),
+            *(f"{n} then puts another model in place, an average: no number here is of it." for n in self.averages),
+        ]
+        table = parts.prices.format(lambda n: means[n] if n in means else parts.journal.path(n), protected, requests)
+        return "\n  ".join(line for line in lines if line) + table
+
+    def _describe_result(self) -> str:
+        """How many steps there were, and what is reached."""
+        done, reason = self._done(), self._parts.stopper.reason
+        result = ""
+        if reason is not None:
+            is_begun = done["combined_steps"] or reason is not StopReason.TARGET_REACHED
+            result = f", {reason.value}" + ("" if is_begun else " before the first step")
+        elif self._parts.optimizer.rule.target_quotas:
+            result = ", short of the target" if self._parts.groups.describe_short() else ", at the target"
+        return f"HAMU: {done['combined_steps']} combined steps ({done['left_out_steps']} left out){result}."
 
     def _describe_ending(self) -> str:
         """Who ended the fit: somebody else, or (on the way to a target) a limit of the Trainer."""
         parts, trainer = self._parts, self._parts.trainer
         if parts.stopper.reason is not None or not (trainer.should_stop or parts.optimizer.rule.target_quotas):
             return ""
-        told = describe_ending(trainer)
-        return f" {told}" if told else ""
+        return describe_ending(trainer)
 
-    def _describe_run(self) -> str:
+    def _describe_run(self) -> list[str]:
         """What was done by the whole run, of which this fit is a part."""
         parts, counts = self._parts, self._parts.counts()
         way = parts.journal.describe_run()
-        return (
-            f" With the run that this fit continues: {counts['combined_steps']} combined steps "
-            f"({counts['left_out_steps']} left out)"
-            + (f", {way}" if way else "")
-            + ("." if parts.verifier is None else f". {parts.verifier.describe()}.")
-        )
+        return [
+            f"With the run that this fit continues: {counts['combined_steps']} combined steps "
+            f"({counts['left_out_steps']} left out)" + (f", {way}." if way else "."),
+            "" if parts.verifier is None else f"{parts.verifier.describe()}.",
+        ]
+
+
+def wrap(text: str) -> str:
+    """Break lines that are too long for a terminal; what follows is indented."""
+    return "\n".join(_break(line) for line in text.splitlines())
+
+
+def _break(line: str) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def explain_no_batch(trainer: Trainer) -> str:

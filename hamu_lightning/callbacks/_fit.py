@@ -9,9 +9,9 @@ from hamu_lightning.callbacks import _compat, _compat_bar
 from hamu_lightning.callbacks._account import Account
 from hamu_lightning.callbacks._checks import best_checkpoints, warn_about_averages, warn_about_stale_best
 from hamu_lightning.callbacks._flow import Flow
-from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts, Past
 from hamu_lightning.callbacks._settings import FitSettings
+from hamu_lightning.callbacks.goals import Movement
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

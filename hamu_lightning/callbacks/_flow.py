@@ -55,7 +55,8 @@ class Flow:
         """Prepare for the first batch; the loaders of all groups are there now."""
         parts = self._parts
         if parts.settings.preflight:
-            self._preflight = FitPreflight(parts.trainer, parts.optimizer, parts.groups.loader, parts.settings.seed)
+            around = parts.trainer, parts.optimizer, parts.groups.loader, parts.settings.seed
+            self._preflight = FitPreflight(*around, parts.raised)
         self._watchdog = Watchdog(parts.trainer, parts.optimizer)
         self._applied = parts.optimizer.applied_steps
         self._is_first = not parts.is_resumed and parts.settings.retain_objective is None
@@ -165,7 +166,9 @@ class Flow:
         """Let the coming step not pass where the targets are reached; the message has the levels that were measured."""
         groups, stopper = self._parts.groups, self._parts.stopper
         if groups.are_all_reached:
-            stopper.stop(StopReason.TARGET_REACHED, f"{groups.describe()}.")
+            # The weights may have gone back to where they were nearer.
+            reason = StopReason.LANDED_SHORT if groups.describe_short() else StopReason.TARGET_REACHED
+            stopper.stop(reason, f"{groups.describe()}.")
         if groups.are_lost:
             stopper.stop(StopReason.NOT_FINITE, f"{groups.describe()}. Verified steps or a smaller radius prevent it.")
 

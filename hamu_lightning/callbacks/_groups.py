@@ -242,16 +242,18 @@ class Groups:
 
     def evidence_numbers(self) -> dict[str, Tensor]:
         """What single samples show at the end, in numbers for the log."""
-        return {
-            name if self._is_single else f"{group}_{name}": number
-            for group, approach in self._approaches.items()
-            for name, number in approach.evidence.numbers().items()
-        }
+        return self._name_numbers({name: approach.evidence.numbers() for name, approach in self._approaches.items()})
 
-    def describe_evidence(self) -> str:
-        """The same in words."""
-        told = {name: approach.describe_evidence() for name, approach in self._approaches.items()}
-        return "".join(text if self._is_single else f" {name}:{text}" for name, text in told.items() if text)
+    def describe_evidence(self) -> list[str]:
+        """The same in lines."""
+        return self._name_lines({name: approach.describe_evidence() for name, approach in self._approaches.items()})
+
+    def describe_levels(self) -> list[str]:
+        """How far the losses came on the way to their targets, in lines."""
+        return self._name_lines({name: [f"{a.describe_level()}."] for name, a in self._approaches.items()})
+
+    def _name_lines(self, told: Mapping[str, list[str]]) -> list[str]:
+        return [line if self._is_single else f"{name}: {line}" for name, lines in told.items() for line in lines]
 
     @property
     def _active(self) -> list[Group]:
@@ -283,7 +285,7 @@ class Groups:
     @property
     def target(self) -> Tensor | None:
         """Where the loss of the only group should end, 0-d; None where there are several."""
-        return self._optimizer.aim_of(next(iter(self._groups))).target if self._is_single else None
+        return self._optimizer.aim_of(next(iter(self._groups))).goal if self._is_single else None
 
     @property
     def level(self) -> Tensor | None:
@@ -292,10 +294,14 @@ class Groups:
 
     def levels(self) -> dict[str, Tensor]:
         """The losses as they are followed, and their targets, for the log."""
+        return self._name_numbers({name: approach.levels() for name, approach in self._approaches.items()})
+
+    def _name_numbers(self, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Numbers by name, with the name of their group before it where there are several."""
         return {
-            name if self._is_single else f"{group}_{name}": level
-            for group, approach in self._approaches.items()
-            for name, level in approach.levels().items()
+            name if self._is_single else f"{group}_{name}": number
+            for group, numbers in found.items()
+            for name, number in numbers.items()
         }
 
     def names_by_role(self) -> tuple[list[str], list[str]]:
@@ -305,18 +311,12 @@ class Groups:
 
     def describe(self) -> str:
         """How far the losses came, in words; reads the host."""
-        return "; ".join(
-            approach.describe() if self._is_single else f"{name}: {approach.describe()}"
-            for name, approach in self._approaches.items()
-        )
+        return "; ".join(self._name_lines({name: [approach.describe()] for name, approach in self._approaches.items()}))
 
     def describe_short(self) -> str:
         """The same of what has not reached its target, with the cure; empty where all have."""
-        return " ".join(
-            approach.describe_short() if self._is_single else f"{name}: {approach.describe_short()}"
-            for name, approach in self._approaches.items()
-            if not self._groups[name].is_done and approach.is_short
-        )
+        short = {n: a for n, a in self._approaches.items() if not self._groups[n].is_done and a.is_short}
+        return " ".join(self._name_lines({name: [approach.describe_short()] for name, approach in short.items()}))
 
     @property
     def without_target(self) -> list[str]:
@@ -326,7 +326,7 @@ class Groups:
     def describe_unseen(self) -> str:
         """Which batches have never gone through the module, in words."""
         told = [found for group in self._groups.values() if (found := group.describe_unseen())]
-        return f" {'; '.join(told)}." if told else ""
+        return f"{'; '.join(told)}." if told else ""
 
     def close(self) -> None:
         """Let the workers of the loaders go, and those that read for measurements."""

@@ -92,7 +92,7 @@ class Guarding:
 
     def describe(self) -> str:
         """What was measured, in words."""
-        return "" if self._watch is None else f" {self._watch.describe()}"
+        return "" if self._watch is None else self._watch.describe()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the watch."""

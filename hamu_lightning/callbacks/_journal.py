@@ -225,8 +225,8 @@ class Journal:
         rows = torch.stack([self._courses[name].numbers() for name in names])
         return dict(zip(names, self._trainer.strategy.reduce(rows, reduce_op="mean").tolist(), strict=True))
 
-    def summary(self, means: Mapping[str, tuple[float, float]]) -> str:
-        """The way of the losses in this fit, in words.
+    def summary(self, means: Mapping[str, tuple[float, float]]) -> list[str]:
+        """The way of the losses in this fit, in lines.
 
         Args:
             means: Of groups whose loss was measured on the whole set before and after, in evaluation mode: both. Of
@@ -236,9 +236,9 @@ class Journal:
             if course.windows.update_called:
                 course.windows.close_window()
         retain, *others = self._courses
-        told = [f"{name} loss {a:.4g} -> {b:.4g}" for name, (a, b) in means.items()]
+        told = [f"{name} loss {a:.4g} -> {b:.4g}." for name, (a, b) in means.items()]
         seen = [f"{self._what[name]} {self._describe(name)}" for name in (*others, retain) if name not in means]
-        return ", ".join((*told, *seen)) + " on training batches"
+        return [*told, *(f"{way} on training batches." for way in seen)]
 
     def describe_run(self) -> str:
         """The way of the losses in the run that this fit continues, in words: means between logging steps."""
@@ -251,7 +251,7 @@ class Journal:
         seen = [name for name in groups if self._courses[name].batches]
         found = {name: numbers for name, numbers in self._numbers(seen).items() if numbers[-1]}
         told = [f"{self._what[n]} {p:+.3g} (measured {end - start:+.3g})" for n, (start, end, *_, p) in found.items()]
-        return f" Promised in sum: {', '.join(told)}." if told else ""
+        return f"Promised in sum: {', '.join(told)}." if told else ""
 
     def _describe(self, group: str) -> str:
         start, end = self.path(group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
@@ -20,25 +20,39 @@ def find_hamu(trainer: Trainer) -> HAMUCallback | None:
     return next((c for c in trainer.callbacks if isinstance(c, HAMUCallback)), None)  # type: ignore[attr-defined]
 
 
-def find_parts(trainer: Trainer) -> dict[str, Any]:
+def find_parts(trainer: Trainer, known: Collection[str] = ()) -> dict[str, Any]:
     """The data of a fit that has started, as far as they are known.
+
+    Args:
+        trainer: The trainer.
+        known: The names of parts that need not be looked for: others may have to make their loaders.
 
     Returns:
         "retain", the training data; with a `HAMUCallback` "forget", the data to forget of all requests, if their
         loaders can be joined, and "holdout", the held-out data of a target; without these "holdout" is what the
         datamodule's `holdout_dataloader()` gives, or the validation loader, where there is one.
     """
+    finders = {"retain": _find_retain, "forget": _find_forget, "holdout": _find_held_out}
+    parts = {name: find(trainer) for name, find in finders.items() if name not in known}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _find_retain(trainer: Trainer) -> Any:
     train = _compat_loaders.train_loader_parts(trainer)
     retain = train.get("retain") if isinstance(train, Mapping) else train
+    return retain if isinstance(retain, DataLoader) else _compat_loaders.train_batches(trainer)
+
+
+def _find_forget(trainer: Trainer) -> Any:
     hamu = find_hamu(trainer)
-    forget, of_target = (None, None) if hamu is None else hamu.find_data()
-    held_out = (of_target, _compat_loaders.held_out_loader(trainer), _validation_loader(trainer))
-    parts = {
-        "retain": retain if isinstance(retain, DataLoader) else _compat_loaders.train_batches(trainer),
-        "forget": _join(forget or {}),
-        "holdout": next((x for x in held_out if x is not None), None),
-    }
-    return {name: part for name, part in parts.items() if part is not None}
+    return None if hamu is None else _join(hamu.find_data()[0])
+
+
+def _find_held_out(trainer: Trainer) -> Any:
+    hamu = find_hamu(trainer)
+    of_target = None if hamu is None else hamu.find_data()[1]
+    of_data = _compat_loaders.held_out_loader(trainer) if of_target is None else of_target
+    return _validation_loader(trainer) if of_data is None else of_data
 
 
 def _validation_loader(trainer: Trainer) -> Any:

@@ -23,7 +23,7 @@ from hamu_lightning.callbacks._identity import is_same_request, is_same_run
 from hamu_lightning.callbacks._journal import Journal
 from hamu_lightning.callbacks._prices import Prices
 from hamu_lightning.callbacks._settings import FitSettings
-from hamu_lightning.callbacks.goals import RetainWatch, Stopper, StopReason, Turns, Verifier
+from hamu_lightning.callbacks.goals import AnswerTarget, RetainWatch, Stopper, StopReason, Turns, Verifier
 from hamu_lightning.errors import HAMUError
 from hamu_lightning.objectives import ModuleLoss
 
@@ -193,6 +193,14 @@ class Parts:
         given = {"retain": self.settings.retain_objective, **self.groups.given}
         is_loss = {name: isinstance(objective, ModuleLoss | None) for name, objective in given.items()}
         return {name: "loss" if is_loss[name] else "objective" for name in self.optimizer.rule.groups}
+
+    @property
+    def raised(self) -> str:
+        """What is raised on the first group besides retain, in words."""
+        name = self.optimizer.rule.groups[1]
+        quota = self.optimizer.rule.target_quotas.get(name)
+        target = quota and quota.target
+        return target.what if isinstance(target, AnswerTarget) else f"forget {self._name_values()[name]}"
 
     def release(self) -> None:
         """Let go of what only a running fit needs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hamu_lightning.commands._weights import load_weights
 from hamu_lightning.errors import HAMUValueError
@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    project: Project, weights: str, forget_ids: str | None = None, by: str | None = None, before: str | None = None
+    project: Project,
+    weights: str,
+    forget_ids: str | None = None,
+    by: str | None = None,
+    missing: Literal["raise", "warn"] = "raise",
+    before: str | None = None,
 ) -> int:
     """Measure what a model says of retained, forgotten and held-out samples.
 
@@ -25,12 +30,13 @@ def evaluate(
         weights: Checkpoint or state dict of the model; weights alone are read.
         forget_ids: Text or CSV file of ids. Default: those of an UnlearnData in --data.
         by: Column or attribute that holds the ids. Default: ids are positions.
+        missing: What to do about ids that no sample has.
         before: The model before unlearning, to say what has changed.
 
     Returns:
         0.
     """
-    data: Any = project.load_data(forget_ids, by)
+    data: Any = project.load_data(forget_ids, by, missing)
     if not hasattr(data, "parts"):
         raise HAMUValueError(
             "Expected to know what is forgotten, but got no ids. Give --forget-ids, or UnlearnData as --data."

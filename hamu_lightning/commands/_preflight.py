@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from hamu_lightning.commands._weights import load_weights
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from hamu_lightning.commands._project import Project
 
 
-def preflight(project: Project, weights: str, forget_ids: str | None = None, by: str | None = None) -> int:
+def preflight(
+    project: Project,
+    weights: str,
+    forget_ids: str | None = None,
+    by: str | None = None,
+    missing: Literal["raise", "warn"] = "raise",
+) -> int:
     """Say what unlearning would cost, and whether it can be had.
 
     Nothing is changed or written. The words are those of the command unlearn. Example: hamu-lightning preflight
@@ -28,6 +35,7 @@ def preflight(project: Project, weights: str, forget_ids: str | None = None, by:
         weights: Checkpoint or state dict of the trained model; weights alone are read.
         forget_ids: Text or CSV file of ids. Default: what the data themselves forget.
         by: Column or attribute that holds the ids. Default: ids are positions.
+        missing: What to do about ids that no sample has.
 
     Returns:
         0.
@@ -41,8 +49,10 @@ def preflight(project: Project, weights: str, forget_ids: str | None = None, by:
         )
     trainer: Any = project.trainer
     trainer.callbacks = [callback, _End()]
+    # Loggers make their folders as a fit begins; what the module asks of one still has an answer.
+    trainer.loggers = [DummyLogger() for _ in trainer.loggers]
     with suppress(PreflightDone), _quiet():
-        trainer.fit(project.module, datamodule=project.load_data(forget_ids, by))
+        trainer.fit(project.module, datamodule=project.load_data(forget_ids, by, missing))
     print(callback.preflight_report)
     return 0
 

@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -53,7 +53,7 @@ class Project(LightningCLI):
         """The module of `--model`."""
         return self.model  # type: ignore[no-any-return]
 
-    def load_data(self, forget_ids: str | None, by: str | None) -> Any:
+    def load_data(self, forget_ids: str | None, by: str | None, missing: Literal["raise", "warn"]) -> Any:
         """Return the data of `--data`, parted by ids where there are any.
 
         Raises:
@@ -63,7 +63,7 @@ class Project(LightningCLI):
             return self.datamodule
         if self.datamodule is None:
             raise HAMUValueError("Expected a DataModule whose samples the ids name, but got none. Give --data.")
-        return UnlearnData(self.datamodule, forget=forget_ids, by=_as_number(by))
+        return UnlearnData(self.datamodule, forget=forget_ids, by=_as_number(by), missing=missing)
 
     def find_callback(self, **settings: Any) -> HAMUCallback:
         """Return the HAMUCallback: that of the Trainer's configuration, or one of `--hamu`, by default to `Unseen()`.
@@ -101,8 +101,17 @@ def run_in_project(command: Callable[..., int], words: Sequence[str]) -> int:
     try:
         project = Project(command, words)
     except ArgumentError as error:
-        raise HAMUValueError(f"{error} See hamu-lightning {command.__name__} --help.") from error
+        raise HAMUValueError(f"{_explain(str(error))} See hamu-lightning {command.__name__} --help.") from error
     return command(project, **project.given)
+
+
+def _explain(fault: str) -> str:
+    if "UnlearnData'" in fault and "required: datamodule" in fault:
+        return (
+            "Expected `data` to be a DataModule, but got UnlearnData without one. Give your own as `data`, and the "
+            "ids as --forget-ids ids.csv --by COLUMN."
+        )
+    return fault
 
 
 def _options(command: Callable[..., int]) -> list[str]:

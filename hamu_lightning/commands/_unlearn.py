@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from hamu_lightning.callbacks import StopReason
 from hamu_lightning.commands._weights import load_weights
 from hamu_lightning.evidence import EvaluateUnlearning
 from hamu_lightning.evidence import report as write_report
@@ -18,6 +19,7 @@ def unlearn(
     weights: str,
     forget_ids: str | None = None,
     by: str | None = None,
+    missing: Literal["raise", "warn"] = "raise",
     out: str = "unlearned.ckpt",
     report: str | None = None,
 ) -> int:
@@ -33,6 +35,7 @@ def unlearn(
         weights: Checkpoint or state dict of the trained model; weights alone are read.
         forget_ids: Text or CSV file of ids. Default: what the data themselves forget.
         by: Column or attribute that holds the ids. Default: ids are positions.
+        missing: What to do about ids that no sample has.
         out: Where the weights go.
         report: Folder for a report.
 
@@ -41,7 +44,7 @@ def unlearn(
     """
     load_weights(project.module, weights)
     before = copy.deepcopy(project.module.state_dict())
-    data, callback = project.load_data(forget_ids, by), project.find_callback()
+    data, callback = project.load_data(forget_ids, by, missing), project.find_callback()
     numbers = EvaluateUnlearning()
     if report is not None:
         project.trainer.callbacks.append(numbers)  # type: ignore[attr-defined]
@@ -59,4 +62,4 @@ def unlearn(
             names=getattr(data, "names", None),
         )
         print(page)
-    return 0 if callback.stop_reason is not None or not callback.settings.has_target else 1
+    return 0 if callback.stop_reason is StopReason.TARGET_REACHED or not callback.settings.has_target else 1

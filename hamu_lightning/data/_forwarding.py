@@ -8,7 +8,6 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 _HOOKS = (
     "prepare_data",
-    "setup",
     "teardown",
     "on_exception",
     "state_dict",

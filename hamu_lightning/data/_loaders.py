@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -82,31 +81,52 @@ def load_retained(loader: DataLoader[Any], part: Subset[Any]) -> DataLoader[Any]
     return load_like(part, loader, sampler=_sample_part(batches.sampler, part), **options)
 
 
-def _sample_part(sampler: Any, part: Subset[Any]) -> Sampler[int] | None:
+def _sample_part(sampler: Any, part: Subset[Any]) -> Iterable[int] | None:
     """The same sampler for a part; None for the order of the data.
 
     Raises:
-        HAMUValueError: If it is of a kind that is not known.
+        HAMUValueError: If it is of a kind that is not known, or draws nothing of the part.
     """
-    kind, size = type(sampler), len(part)
+    kind, size, total = type(sampler), len(part), len(part.dataset)  # type: ignore[arg-type]
     if kind is SequentialSampler:
-        return None
-    if kind is RandomSampler:
+        return None if len(sampler) == total else _keep(range(len(sampler)), part)
+    if kind is RandomSampler and len(sampler.data_source) == total:
         return RandomSampler(part, sampler.replacement, sampler._num_samples, sampler.generator)
+    if kind is RandomSampler and not sampler.replacement and sampler._num_samples is None:
+        return SubsetRandomSampler(_keep(range(len(sampler)), part), sampler.generator)
     if kind is SubsetRandomSampler:
-        places = {int(position): place for place, position in enumerate(part.indices)}
-        kept = [places[int(i)] for i in sampler.indices if int(i) in places]
-        return SubsetRandomSampler(kept, sampler.generator)
+        return SubsetRandomSampler(_keep(sampler.indices, part), sampler.generator)
     if kind is WeightedRandomSampler:
         is_pass = sampler.num_samples == len(sampler.weights)
-        weights = sampler.weights[torch.as_tensor(part.indices)].tolist()
+        weights = torch.zeros(total, dtype=sampler.weights.dtype)
+        weights[: len(sampler.weights)] = sampler.weights
+        weights = weights[torch.as_tensor(part.indices)]
+        _check_draws(bool(weights.any()))
         number = size if is_pass else sampler.num_samples
-        return WeightedRandomSampler(weights, number, sampler.replacement, sampler.generator)
-    if kind is DistributedSampler:
+        number = number if sampler.replacement else min(number, int(weights.count_nonzero()))
+        return WeightedRandomSampler(weights.tolist(), number, sampler.replacement, sampler.generator)
+    if kind is DistributedSampler and len(sampler.dataset) == total:
         return DistributedSampler(
             part, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
         )
     raise _refuse("sampler", sampler)
+
+
+def _keep(positions: Iterable[Any], part: Subset[Any]) -> list[int]:
+    """Where positions in the whole are in a part, as far as they are there."""
+    places = {int(position): place for place, position in enumerate(part.indices)}
+    kept = [places[int(position)] for position in positions if int(position) in places]
+    _check_draws(bool(kept))
+    return kept
+
+
+def _check_draws(draws: bool) -> None:
+    if not draws:
+        raise HAMUValueError(
+            "Expected the sampler of the training loader to draw some of what is retained, but all that it draws is to "
+            "be forgotten. Say how the retained data are loaded: UnlearnData(..., make_loader=lambda dataset: "
+            "DataLoader(dataset, batch_size=64, shuffle=True))."
+        )
 
 
 def _refuse(name: str, sampler: Any) -> HAMUValueError:

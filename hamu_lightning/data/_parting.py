@@ -126,7 +126,10 @@ def _tell_faults(found: Mapping[str, Found], strict: bool, by: Any) -> None:
         told = f"all {what} of {name!r} to be in the training data, but {len(request.missing)} are not: "
         told += show(request.missing)
         if strict or not request.ids:
-            cure = "If they are rightly absent, UnlearnData(..., missing='warn') goes on with the others."
+            cure = (
+                "If they are rightly absent, go on with the others: UnlearnData(..., missing='warn'), of the command "
+            )
+            cure += "`--missing warn`."
             cure = cure if by is not None else "Positions count from 0; other ids need `by`, the name of their column."
             raise HAMUValueError(f"Expected {told}. {cure}")
         rank_zero_warn(f"Expected {told}. The others are to be forgotten.")

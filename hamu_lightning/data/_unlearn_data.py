@@ -18,7 +18,7 @@ from hamu_lightning.data._forwarding import Forwarding, find_base
 from hamu_lightning.data._ids import Ids, read_ids
 from hamu_lightning.data._loaders import check_is_one_loader, load_in_order, load_retained
 from hamu_lightning.data._parting import Parting, Wish, count_named, part
-from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.errors import HAMUError, HAMUValueError
 from hamu_lightning.loaders import even_batch_size, length_of, load_like
 
 # The largest batch to forget, as where the callback loads a Dataset for a target.
@@ -94,9 +94,23 @@ class UnlearnData(Forwarding):
         self._holdout_wish = self._read("holdout", holdout) if is_chosen else None
         if holdout is not None and find_base(datamodule) is None:
             self.__dict__["val_dataloader"] = self.holdout_dataloader
-        # The training loader as the project made it last, and its parts.
+        # The training loader as the project made it last, what nobody has taken yet of that, and its parts.
         self._loader: DataLoader[Any] | None = None
+        self._ready: DataLoader[Any] | None = None
         self._parting: Parting | None = None
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Set the project's data up, and find the ids in them: what is wrong is said before a fit says anything."""
+        if find_base(self.datamodule) is not None:
+            self.datamodule.setup(stage)
+        if stage == "fit":
+            try:
+                self._ready = self._load()[0]
+            except HAMUError:
+                raise
+            except Exception:  # of a loader that cannot be made yet; the Trainer asks again
+                self._ready = None
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -114,11 +128,12 @@ class UnlearnData(Forwarding):
         Where the Datasets have an attribute `transform`, it has that of the held-out data: augmentation makes losses
         higher, and a target is reached before anything is forgotten.
         """
-        return self._load_forgotten(self._parted.forget)
+        return self._load_forgotten(self._parted.forget, self._find_held_out())
 
     def forget_dataloaders(self) -> dict[str, DataLoader[Any]]:
         """Return one for each request, by name."""
-        return {name: self._load_forgotten(data) for name, data in self._parted.requests.items()}
+        held_out = self._find_held_out()
+        return {name: self._load_forgotten(data, held_out) for name, data in self._parted.requests.items()}
 
     def holdout_dataloader(self) -> Any:
         """Return a loader of what was never trained on; None where only the Trainer knows the validation loader."""
@@ -144,8 +159,10 @@ class UnlearnData(Forwarding):
         if self._loader is None and find_base(self.datamodule) is not None:
             self.prepare_data()
             self.setup("fit")
-        parts = {"retain": self._as_held_out(self.train_dataloader()), "forget": self.forget_dataloader()}
-        more = {"holdout": self._find_held_out(), "test": self._only("test_dataloader")}
+        retain, held_out = self.train_dataloader(), self._find_held_out()
+        forget = self._load_forgotten(self._parted.forget, held_out)
+        parts = {"retain": _as_held_out(retain, held_out), "forget": forget}
+        more = {"holdout": held_out, "test": self._only("test_dataloader")}
         return parts | {name: loader for name, loader in more.items() if loader is not None}
 
     @property
@@ -154,7 +171,7 @@ class UnlearnData(Forwarding):
 
     def _load(self) -> tuple[DataLoader[Any], Parting]:
         """Ask the project for its training loader, and part its data."""
-        loader = self._ask()
+        loader, self._ready = self._ask() if self._ready is None else self._ready, None
         is_known = self._loader is not None and self._loader.dataset is loader.dataset
         self._loader = loader
         if not is_known or self._parting is None:
@@ -173,10 +190,10 @@ class UnlearnData(Forwarding):
         check_is_one_loader(source)
         return source  # type: ignore[no-any-return]
 
-    def _load_forgotten(self, data: Dataset[Any]) -> DataLoader[Any]:
+    def _load_forgotten(self, data: Dataset[Any], held_out: Any) -> DataLoader[Any]:
         loader, size = self._loader, length_of(data)
         assert loader is not None
-        data = self._as_held_out(data)
+        data = _as_held_out(data, held_out)
         if loader.batch_size is None and loader.batch_sampler is None:  # samples are ready batches
             return load_like(data, loader, batch_size=None, shuffle=size is not None)
         if size is None:
@@ -234,14 +251,6 @@ class UnlearnData(Forwarding):
         held_out = self.holdout_dataloader()
         return self._only("val_dataloader") if held_out is None else held_out
 
-    def _as_held_out(self, data: Any) -> Any:
-        """Data under the transforms of the held-out ones, if both have an attribute for it."""
-        held_out = self._find_held_out()
-        if held_out is not None and explain_difference(data, held_out):
-            with suppress(HAMUValueError):
-                return with_transforms_of(data, held_out, "forget set")
-        return data
-
     def _only(self, name: str) -> Any:
         """The one loader of a hook; None where it gives several, or none as yet, as for tests in a fit."""
         try:
@@ -251,6 +260,14 @@ class UnlearnData(Forwarding):
         if isinstance(loaders, list | tuple) and len(loaders) == 1:
             return loaders[0]
         return None if isinstance(loaders, list | tuple | Mapping) else loaders
+
+
+def _as_held_out(data: Any, held_out: Any) -> Any:
+    """Data under the transforms of the held-out ones, if both have an attribute for it."""
+    if held_out is not None and explain_difference(data, held_out):
+        with suppress(HAMUValueError):
+            return with_transforms_of(data, held_out, "forget set")
+    return data
 
 
 def _named(forget: Any) -> Mapping[str, Any]:

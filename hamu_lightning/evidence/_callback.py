@@ -131,7 +131,7 @@ class EvaluateUnlearning(HoldsData, Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         # Under one transform for all parts, as `evaluate(module, data.parts())` measures other models.
         own = data.parts() if isinstance(data, UnlearnData) else {}
-        parts = {**find_parts(trainer), **own, **self._given}
+        parts = {**find_parts(trainer, {*own, *self._given}), **own, **self._given}
         if FORGET not in parts:
             raise HAMUMisconfigurationError(
                 "Expected to find the data to forget, but none was passed, and no HAMUCallback of this trainer has "

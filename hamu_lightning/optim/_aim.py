@@ -76,6 +76,7 @@ class Aim:
         observed: The number of observations.
         taken: The number of steps.
         exchange: Where the level is of something else than what the steps raise: what it gains by them.
+        further: How many times the target the steps go to. Not in the state: whoever sets it knows.
     """
 
     target: Tensor | None = None
@@ -85,6 +86,12 @@ class Aim:
     observed: int = 0
     taken: int = 0
     exchange: Exchange | None = None
+    further: float = 1.0
+
+    @property
+    def goal(self) -> Tensor | None:
+        """Where the steps go: the target, or further; 0-d."""
+        return None if self.target is None else self.target * self.further
 
     def follow(self, *, is_raised: bool) -> None:
         """Say whether the level is of what the steps raise; else what it gains by them is learnt."""
@@ -126,7 +133,7 @@ class Aim:
             )
         # A number becomes a tensor by a fill on the device: a copy from the host would wait for it.
         place = target.to(self.level) if isinstance(target, Tensor) else self.level.new_full((), target)
-        gain = quota.resolve(self.level, place, step=self.taken, steps=steps)
+        gain = quota.resolve(self.level, place * self.further, step=self.taken, steps=steps)
         return gain if self.exchange is None else self.exchange.ask(gain)
 
     def advance(self, promised: Tensor) -> None:

@@ -13,6 +13,7 @@ from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.text._encoding import Encoder, PadCollator
 from hamu_lightning.text._extra import check_installed
 from hamu_lightning.text._layouts import QARecord
+from hamu_lightning.text._spans import find_spans
 
 
 def contains_spans(answer: str, spans: Sequence[str]) -> bool:
@@ -29,8 +30,7 @@ def contains_spans(answer: str, spans: Sequence[str]) -> bool:
         >>> contains_spans("She was born in  New\nYork.", ["new york"]), contains_spans("in 1970", ["70"])
         (True, False)
     """
-    text = _plain(answer)
-    return any(re.search(rf"(?<!\w){re.escape(_plain(span))}(?!\w)", text) is not None for span in spans)
+    return bool(find_spans(answer, spans))
 
 
 def is_gibberish(answer: str) -> bool:
@@ -145,7 +145,3 @@ def _ends(generator: Any, tokenizer: Any) -> list[int] | None:
 
 def _decode(tokenizer: Any, row: torch.Tensor) -> str:
     return str(tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip()
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +13,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from hamu_lightning.checks import check_count, check_flag, check_optional, check_type, describe
 from hamu_lightning.errors import HAMUStateError, HAMUValueError
+from hamu_lightning.files import read_tensors, write_whole
 from hamu_lightning.objectives import BatchPass, Objective
 from hamu_lightning.optim import HAMUOptimizer
 from hamu_lightning.randomness import RandomStream
 from hamu_lightning.rules import Rule, find_adapters
 
+# In the folder of a checkpoint.
+_STATE = "hamu_state.pt"
 # Strategies that hold gradients where two of them cannot be kept apart.
 _REFUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
@@ -32,7 +37,11 @@ class HAMUTrainerMixin:
     `hamu/kappa`, `hamu/cosine`, `hamu/forget_improvement` and `hamu/retain_improvement` (docs/logged.md).
 
     There are no targets, verified steps and guards here: those belong to `HAMUCallback`; `evaluate_text` measures any
-    model. A resumed run begins the forget data anew.
+    model.
+
+    The Trainer's checkpoints get a file `hamu_state.pt`: the place in the forget data and its random numbers, the
+    counters, and what the objective keeps, such as the model before. `train(resume_from_checkpoint=...)` goes on with
+    it; where there is none, a warning says what begins anew.
 
     Args:
         *args: For the Trainer.
@@ -90,12 +99,14 @@ class HAMUTrainerMixin:
         self._window: list[Any] = []
         self._items: Any = None
         self._seen: list[Tensor] = []
-        self._windows = 0
+        self._windows = self._passes = 0
         self._is_forgetting = False
+        self._resumes: str | bool | None = None
         super().__init__(*args, **options)
         self._check_set_up()
         self._stream = RandomStream(self.args.seed, self.args.process_index)
-        self.add_callback(_make_clipper(self._clip_forget))  # type: ignore[attr-defined]
+        events = _make_events(self._clip_forget, self._save_state, self._load_state)
+        self.add_callback(events)  # type: ignore[attr-defined]
 
     @property
     def hamu(self) -> HAMUOptimizer:
@@ -104,6 +115,11 @@ class HAMUTrainerMixin:
         if not isinstance(inner, HAMUOptimizer):
             raise HAMUStateError(f"Expected an optimizer of ours, but got {describe(inner)}. Call train() first.")
         return inner
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """Train as ever, and go on with our state where a run is resumed."""
+        self._resumes = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **options)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """Wrap what the Trainer makes, or was given."""
@@ -118,7 +134,7 @@ class HAMUTrainerMixin:
     def get_train_dataloader(self) -> Any:
         """Return the Trainer's own loader, and load the forget data alike."""
         loader = super().get_train_dataloader()  # type: ignore[misc]
-        self._forget_batches, self._window = self._load_forget(loader), []
+        self._forget_batches, self._window, self._passes = self._load_forget(loader), [], 0
         return loader
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -131,6 +147,7 @@ class HAMUTrainerMixin:
             finally:
                 self._is_forgetting = False
         self._stream.draw += 1
+        self._passes += 1
         self._seen.append(loss)
         with self.hamu.retain():
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc,no-any-return]
@@ -203,21 +220,60 @@ class HAMUTrainerMixin:
             yield from loader
             passes += 1
 
+    def _save_state(self, step: int) -> None:
+        """Put our state into the checkpoint that was written after so many steps."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if not (self.args.should_save and folder.is_dir()):
+            return
+        objective = {} if self.objective is None else self.objective.state_dict()
+        counts = {"draw": self._stream.draw, "passes": self._passes}
+        state = {"optimizer": self.hamu.hamu_state_dict(), "objective": objective, **counts}
+        write_whole(folder / _STATE, lambda file: torch.save(state, file))
+
+    def _load_state(self) -> None:
+        """Go on with the state of the checkpoint that the run is resumed from."""
+        from transformers.trainer_utils import get_last_checkpoint
+
+        resumes, self._resumes = self._resumes, None
+        folder = get_last_checkpoint(self.args.output_dir) if resumes is True else resumes
+        if not folder:
+            return
+        if not (path := Path(folder) / _STATE).exists():
+            warnings.warn(
+                f"The checkpoint {str(folder)!r} has no {_STATE}: the forget data, their random numbers, the counters "
+                "and the reference of the objective begin anew, with the weights of the checkpoint.",
+                stacklevel=2,
+            )
+            return
+        state = read_tensors(path, "the state of unlearning", "Take it out to begin the forget data anew.")
+        self.hamu.load_hamu_state_dict(state["optimizer"])
+        if self.objective is not None:
+            self.objective.load_state_dict(state["objective"])
+        self._stream.draw, self._passes = state["draw"], state["passes"]
+        for _ in range(self._passes):
+            next(self._forget_batches)
+
     def _clip_forget(self) -> None:
         if self.args.max_grad_norm > 0:  # 0 and below: no clipping, as in the Trainer
             with self.hamu.forget():
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
 
 
-def _make_clipper(clip: Callable[[], None]) -> Any:
-    """A callback that clips the forget gradient when the other one has been clipped."""
+def _make_events(clip: Callable[[], None], save: Callable[[int], None], load: Callable[[], None]) -> Any:
+    """A callback: clips the forget gradient when the other one has been clipped; saves and loads with checkpoints."""
     from transformers import TrainerCallback
 
-    class ClipForget(TrainerCallback):  # type: ignore[misc]
+    class Events(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *args: Any, **options: Any) -> None:
+            load()
+
         def on_pre_optimizer_step(self, *args: Any, **options: Any) -> None:
             clip()
 
-    return ClipForget()
+        def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+            save(state.global_step)
+
+    return Events()
 
 
 def _with_columns_of(like: Any, dataset: Any) -> Any:

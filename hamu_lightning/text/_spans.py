@@ -8,7 +8,7 @@ from typing import Any
 
 
 def find_spans(text: str, spans: Sequence[str]) -> list[tuple[int, int]]:
-    r"""Find given words in a text: as whole words, whatever the case and the white space.
+    r"""Find given words in a text: as whole words, whatever the case (`str.casefold`) and the white space.
 
     Args:
         text: Where to look.
@@ -20,10 +20,15 @@ def find_spans(text: str, spans: Sequence[str]) -> list[tuple[int, int]]:
     Example:
         >>> find_spans("In new\nYork, not New Yorkshire", ["New York"])
         [(3, 11)]
+        >>> find_spans("Er wohnt in der Talstraße 7", ["TALSTRASSE"])
+        [(16, 25)]
     """
-    words = [r"\s+".join(map(re.escape, span.split())) for span in spans]
-    patterns = [re.compile(rf"(?<!\w){word}(?!\w)", re.IGNORECASE) for word in words]
-    return [found.span() for pattern in patterns for found in pattern.finditer(text)]
+    # A letter may become two: the place in the text of each that is searched.
+    folded = [(letter, place) for place, char in enumerate(text) for letter in char.casefold()]
+    searched = "".join(letter for letter, _ in folded)
+    words = [r"\s+".join(map(re.escape, span.casefold().split())) for span in spans]
+    found = [match for word in words if word for match in re.finditer(rf"(?<!\w){word}(?!\w)", searched)]
+    return [(folded[match.start()][1], folded[match.end() - 1][1] + 1) for match in found]
 
 
 def mark_tokens(text: str, places: Sequence[tuple[int, int]], spans: Sequence[str]) -> list[int]:

@@ -134,7 +134,7 @@ def test_a_fit_whose_steps_are_rounded_away_is_told() -> None:
 
 
 def test_large_tensors_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hamu_lightning.callbacks._movement._MOST", 10)
+    monkeypatch.setattr("hamu_lightning.callbacks.goals._movement._MOST", 10)
     with pytest.warns(UserWarning, match=r"None of 31 weights, spread over all 227, has moved"):
         fit(trained_on(FORGET, 60, Base), callback(HAMUQ(0.1, radius=FixedRadius(1e-12))), max_epochs=-1, max_steps=2)
 

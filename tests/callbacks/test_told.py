@@ -315,3 +315,24 @@ def test_the_message_has_the_level_that_was_measured(caplog: pytest.LogCaptureFi
     with torch.no_grad():
         level = float(cross_entropy(module(x), y))
     assert callback.stop_message == f"forget loss {level:.4g} for a target of 2."
+
+
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target", "ignore:The number of training batches")
+@pytest.mark.parametrize(
+    ("first", "arguments", "steps"),
+    [
+        ("HAMU: 2 combined steps (0 left out).", {"rule": HAMUQ(1e-3)}, 2),
+        ("HAMU: 2 combined steps (0 left out), short of the target.", {"target": 9.0}, 2),
+    ],
+)
+def test_the_summary_is_a_block(
+    first: str, arguments: dict[str, Any], steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    hamu = HAMUCallback(DataLoader(make_data(), batch_size=16), **arguments)
+    with caplog.at_level("INFO"):
+        fit(build(Base), hamu, max_steps=steps)
+    head, *lines = (hamu.summary or "").splitlines()
+    assert head == first and len(lines) >= 2
+    assert all(line.startswith("  ") and line.endswith((".", ":")) for line in lines)
+    (told,) = (record.message for record in caplog.records if record.message.startswith("HAMU: 2 combined"))
+    assert max(map(len, told.splitlines())) <= 80 and told.split() == (hamu.summary or "").split()

@@ -67,9 +67,14 @@ def test_the_exit_code_of_a_rule_and_of_a_target_that_is_reached() -> None:
     words = ["unlearn", "--config", "config.yaml", "--weights", "best.pt", *IDS]
     assert main([*words, "--hamu.rule", "hamu_lightning.HAMUQ", "--hamu.rule.quota", "1e-3"]) == 0
     assert main([*words, "--hamu.target", "1.45"]) == 0
+    guard = ["--hamu.guard", "hamu_lightning.RetainGuard", "--hamu.guard.rise", "0", "--hamu.guard.factor", "1"]
+    assert main([*words, "--hamu.target", "3.0", *guard, "--hamu.guard.every=1", "--hamu.guard.max_returns=1"]) == 1
 
 
-def test_preflight_changes_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("logger", ["false", "true", "lightning.pytorch.loggers.CSVLogger"])
+def test_preflight_changes_and_writes_nothing(logger: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logger if "." not in logger else f"{{class_path: {logger}, init_args: {{save_dir: .}}}}"
+    (folder / "config.yaml").write_text(CONFIG.replace("logger: false", f"log_every_n_steps: 1\n  logger: {logger}"))
     before = sorted(folder.iterdir())
     assert main(["preflight", "--config", "config.yaml", "--weights", "best.pt", *IDS, "--hamu.target=1.5"]) == 0
     assert "The target of 1.5 is about" in capsys.readouterr().out
@@ -92,6 +97,35 @@ def test_errors_are_one_line(words: list[str], message: str, capsys: pytest.Capt
     assert main(["unlearn", "--config", "config.yaml", *words]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("hamu-lightning: ") and message in said
+
+
+@pytest.mark.parametrize("command", ["unlearn", "preflight", "evaluate"])
+def test_ids_are_checked_before_anything_else(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [command, "--config", "config.yaml", "--weights", "best.pt", "--by", "client"]
+    (folder / "ids.csv").write_text("client\nc3\nc999\n")
+    assert main([*words, "--trainer.enable_model_summary=true", "--forget-ids", "ids.csv"]) == 2
+    told = capsys.readouterr()
+    assert "1 are not: c999." in told.err and "`--missing warn`" in told.err
+    assert told.out == "" and "Trainable params" not in caplog.text
+
+
+def test_absent_ids_that_are_rightly_absent(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "ids.csv").write_text("client\nc3\nc999\n")
+    words = ["evaluate", "--config", "config.yaml", "--weights", "best.pt", *IDS, "--missing", "warn"]
+    with pytest.warns(UserWarning, match="1 are not: c999. The others"):
+        assert main(words) == 0
+    assert "forget_loss" in capsys.readouterr().out
+    assert main([*words[:-1], "ignore"]) == 2
+
+
+@pytest.mark.parametrize("text", ["UnlearnData", "hamu_lightning.UnlearnData", "{class_path: UnlearnData}"])
+def test_unlearn_data_needs_a_datamodule(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.yaml").write_text(CONFIG.partition("data:")[0] + f"data: {text}\n")
+    assert main(["unlearn", "--config", "config.yaml", "--weights", "best.pt"]) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("hamu-lightning: Expected `data` to be a DataModule, but got UnlearnData without one. Give")
 
 
 TARGETS: dict[str, Any] = {

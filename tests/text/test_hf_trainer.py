@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,31 @@ def test_it_trains_again(model: Any, data: QAData, tmp_path: Path) -> None:
     first = trainer.hamu
     trainer.train()
     assert trainer.hamu is first and first.steps == 6
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_resumed_run_goes_on(model: Any, data: QAData, tmp_path: Path, is_named: bool) -> None:
+    """With a shuffled second pass over the forget data, and the reference of before the first step."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    ours = {"forget_dataset": data.forget, "rule": RULE, "forget_batch_size": len(data.forget)}
+    runs = []
+    for start in (copy.deepcopy(model), None):
+        again: Any = copy.deepcopy(model) if start is None else start
+        trainer: Any = make_trainer(Unlearner, again, data, tmp_path, options, objective=NPO(0.1), **ours)
+        checkpoint = str(tmp_path / "checkpoint-3") if is_named else True
+        if start is None and not is_named:
+            shutil.rmtree(tmp_path / "checkpoint-4", ignore_errors=True)
+        trainer.train(resume_from_checkpoint=checkpoint if start is None else None)
+        runs.append((weights_of(again), trainer.hamu.steps, trainer.hamu.applied_steps.item()))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:] == (4, 4)
+
+
+def test_a_checkpoint_without_our_state_is_told(model: Any, data: QAData, tmp_path: Path) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(Trainer, copy.deepcopy(model), data, tmp_path, {**options, "max_steps": 1}).train()
+    trainer = make_trainer(Unlearner, model, data, tmp_path, options, forget_dataset=data.forget, rule=RULE)
+    with pytest.warns(UserWarning, match=r"has no hamu_state.pt: the forget data, .* begin anew"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_it_forgets(model: Any, data: QAData, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.objectives import WGA, BatchPass, CoreTokens
-from hamu_lightning.text import CausalLMModule, Encoder, PadCollator, QAData, QARecord, find_spans
+from hamu_lightning.text import CausalLMModule, Encoder, PadCollator, QAData, QARecord, contains_spans, find_spans
 from tests.text.test_data import Slow
 from tests.text.world import CHAT, make_model, make_rows, make_tokenizer, write_lines
 
@@ -50,6 +50,23 @@ def test_pieces_of_words() -> None:
 def test_spans_are_whole_words() -> None:
     assert find_spans("In 1970, not 19701.", ["1970"]) == [(3, 7)]
     assert find_spans("a.b axb", ["a.b"]) == [(0, 3)] and find_spans("", ["x"]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "places"),
+    [
+        ("Die Straße, die STRASSE.", "straße", [(4, 10), (16, 23)]),
+        ("Die Straße, die STRASSE.", "Strasse", [(4, 10), (16, 23)]),
+        ("ß ss s", "s", [(5, 6)]),  # a letter that becomes two is not found by one of them
+        ("Maß", "Ma", []),
+        ("(Ada), Ada's Adam_Ada", "ada", [(1, 4), (7, 10)]),  # at the edge of a word, and beside an underscore
+        ("Ada\n Lor", "ada lor", [(0, 8)]),
+        ("anything", " ", []),
+    ],
+)
+def test_what_is_marked_is_what_counts_as_coming_out(text: str, span: str, places: list[tuple[int, int]]) -> None:
+    assert find_spans(text, [span]) == places
+    assert contains_spans(text, [span]) == bool(places)
 
 
 def test_batches_of_both_kinds(tokenizer: Any) -> None:

@@ -83,6 +83,38 @@ def test_samplers_of_torch_are_made_for_the_part(sampler: Any, seen: set[int]) -
     assert {*sum(read(loader), [])} == seen
 
 
+@pytest.mark.parametrize(
+    ("sampler", "seen"),
+    [
+        (SequentialSampler(range(5)), [0, 1, 2, 4]),
+        (RandomSampler(range(5)), [0, 1, 2, 4]),
+        (WeightedRandomSampler([1.0, 0, 1, 1, 1], 5, replacement=False), [0, 2, 4]),
+    ],
+)
+def test_what_a_sampler_leaves_out_is_not_trained_on_now(sampler: Any, seen: list[int]) -> None:
+    assert sorted(sum(read(retained(DataLoader(DATA, batch_size=4, sampler=sampler))), [])) == seen
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SubsetRandomSampler([3, 8]),
+        WeightedRandomSampler([0, 0, 0, 1, 0, 0, 0, 0, 1, 0], 10),
+    ],
+)
+def test_a_sampler_that_draws_nothing_of_what_is_retained_is_refused(sampler: Any) -> None:
+    with pytest.raises(HAMUValueError, match="Expected the sampler of the training loader to draw some"):
+        retained(DataLoader(DATA, batch_size=4, sampler=sampler))
+
+
+@pytest.mark.parametrize(
+    "sampler", [RandomSampler(range(5), replacement=True), DistributedSampler(TensorDataset(torch.arange(5)), 2, 0)]
+)
+def test_others_over_a_part_are_refused(sampler: Any) -> None:
+    with pytest.raises(HAMUValueError, match="Expected a `sampler` of torch's own"):
+        retained(DataLoader(DATA, batch_size=4, sampler=sampler))
+
+
 class Own(Sampler[int]):
     def __init__(self, data: Any) -> None:
         self.data = data

@@ -122,6 +122,26 @@ def test_a_fit_from_a_file_of_ids_to_a_report(tmp_path: Path) -> None:
     assert "c17" in page
 
 
+def test_the_evaluation_asks_once_for_held_out_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, original = [], UnlearnData.holdout_dataloader
+
+    def ask(self: UnlearnData) -> Any:
+        asked.append(original(self))
+        return asked[-1]
+
+    class Begins(EvaluateUnlearning):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            before = len(asked)
+            super().on_train_start(trainer, pl_module)
+            self.asked = len(asked) - before
+
+    monkeypatch.setattr(UnlearnData, "holdout_dataloader", ask)
+    data = UnlearnData(Project(), ["c3"], by="client", holdout=Clients(24, 2, "v"))
+    callbacks = [HAMUCallback(rule=HAMUQ(1e-3)), numbers := Begins()]
+    Trainer(max_epochs=1, callbacks=callbacks, enable_checkpointing=False, **QUIET).fit(Net(), data)
+    assert numbers.asked == 1 and numbers.after is not None and len(numbers.after.parts["holdout"]) == 24
+
+
 def test_several_requests_in_one_fit(tmp_path: Path) -> None:
     data = UnlearnData(Project(), {"a": ["c3"], "b": ["c17", "c4"]}, by="client")
     rule = FeasibleDirection(quota={"a": 1e-3, "b": 1e-3})
@@ -155,6 +175,25 @@ def test_the_state_of_the_project_is_loaded(tmp_path: Path) -> None:
     assert "load {'seen': 7}" in project.calls
 
 
+@pytest.mark.parametrize("needs_module", [False, True])
+def test_ids_are_looked_up_as_soon_as_the_training_loader_can_be_made(needs_module: bool) -> None:
+    class Asked(Project):
+        def train_dataloader(self) -> Any:
+            self.calls.append("train_dataloader")
+            assert "module" in self.calls or not needs_module
+            return super().train_dataloader()
+
+    class SetUp(Net):
+        def setup(self, stage: str) -> None:
+            self.trainer.datamodule.calls.append("module")  # type: ignore[attr-defined]
+
+    project = Asked()
+    trainer = Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
+    trainer.fit(SetUp(), datamodule=UnlearnData(project, ["c3"], by="client"))
+    found = [call for call in project.calls if call in ("train_dataloader", "module")]
+    assert found == ["train_dataloader", "module", *(["train_dataloader"] if needs_module else [])]
+
+
 def test_validation_data_that_hold_the_samples_are_said() -> None:
     class Same(Project):
         def val_dataloader(self) -> Any:
@@ -162,8 +201,8 @@ def test_validation_data_that_hold_the_samples_are_said() -> None:
 
     data = UnlearnData(Same(), ["c3"], by="client")
     data.trainer = Trainer(**QUIET)
-    data.setup("fit")
     with pytest.warns(UserWarning, match="share 2 samples of one Dataset: they get worse"):
+        data.setup("fit")
         data.train_dataloader()
 
 
@@ -174,8 +213,8 @@ def test_validation_data_with_the_same_ids_are_said() -> None:
 
     data = UnlearnData(Alike(), ["c3", "c20"], by="client")  # the validation data go to c14
     data.trainer = Trainer(**QUIET)
-    data.setup("fit")
     with pytest.warns(UserWarning, match="^2 samples of the validation data have ids that are to be forgotten") as said:
+        data.setup("fit")
         data.train_dataloader()
     assert len(said) == 1
 

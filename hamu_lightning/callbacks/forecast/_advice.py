@@ -12,9 +12,14 @@ _HARMONY = 0.99
 
 
 def advise(
-    estimates: Mapping[str, Estimate], left_out: int, target: float | None = None, bound: str = "forget"
+    estimates: Mapping[str, Estimate],
+    left_out: int,
+    target: float | None = None,
+    bound: str = "forget",
+    raised: str = "forget loss",
 ) -> list[str]:
     """Say in words what the numbers mean for the run."""
+    names = {"forget": raised, "retain": "retain loss"}
     advice = []
     if left_out:
         advice.append(
@@ -25,14 +30,14 @@ def advise(
         return advice
     mean = {name: estimate.mean for name, estimate in estimates.items()}
     if mean[f"{bound}_norm"] == 0:
-        return [*advice, _no_signal(bound)]
+        return [*advice, _no_signal(bound, names[bound])]
     if mean["largest_quota"] == 0:
         return [*advice, _NO_RADIUS]
     advice += _on_conflict(mean, bound)
     if mean["quota"] > 0:
-        advice += _on_quota(mean, estimates["largest_quota"], bound)
+        advice += _on_quota(mean, estimates["largest_quota"], bound, names)
     if target is not None:
-        advice.append(_on_target(mean, estimates["steps_to_target"], target))
+        advice.append(_on_target(mean, estimates["steps_to_target"], target, raised))
     return advice
 
 
@@ -43,10 +48,10 @@ _NO_RADIUS = (
 )
 
 
-def _no_signal(bound: str) -> str:
+def _no_signal(bound: str, name: str) -> str:
     return (
         f"There is no {bound} signal: the {bound} gradient is 0 in every batch, so that to first order no step changes "
-        f"the {bound} loss. Check that `training_step` uses the {bound} samples and that the weights they pass through "
+        f"the {name}. Check that `training_step` uses the {bound} samples and that the weights they pass through "
         "require gradients."
     )
 
@@ -69,7 +74,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _on_quota(mean: Mapping[str, float], largest: Estimate, bound: str) -> list[str]:
+def _on_quota(mean: Mapping[str, float], largest: Estimate, bound: str, names: Mapping[str, str]) -> list[str]:
     quota = mean["quota"]
     if quota > mean["largest_quota"]:
         return [
@@ -85,7 +90,7 @@ def _on_quota(mean: Mapping[str, float], largest: Estimate, bound: str) -> list[
         )
     other, harm = ("retain", mean["retain_cost"]) if bound == "forget" else ("forget", -mean["forget_improvement"])
     verb = "raise" if (harm > 0) == (bound == "forget") else "lower"
-    step = f"each step is predicted to {verb} the {other} loss by {abs(harm):.2g}"
+    step = f"each step is predicted to {verb} the {names[other]} by {abs(harm):.2g}"
     if quota > mean["free_quota"]:
         advice.append(f"The quota of {quota:.3g} is above what is free of damage: {step}.")
     else:
@@ -94,8 +99,8 @@ def _on_quota(mean: Mapping[str, float], largest: Estimate, bound: str) -> list[
     return advice
 
 
-def _on_target(mean: Mapping[str, float], steps: Estimate, target: float) -> str:
-    now = f"the forget loss is {mean['forget_loss']:.3g} now, on training batches"
+def _on_target(mean: Mapping[str, float], steps: Estimate, target: float, raised: str) -> str:
+    now = f"the {raised} is {mean['forget_loss']:.3g} now, on training batches"
     if steps.mean == 0:
         return f"The target of {target:.3g} is reached already: {now}."
     if math.isinf(steps.mean):

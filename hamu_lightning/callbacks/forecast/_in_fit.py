@@ -31,12 +31,13 @@ class FitPreflight:
         optimizer: The optimizer of the fit; it is only asked for its rule, its mask and its learning rates.
         forget_loader: The loader of forget batches; None where the training loader brings them.
         seed: Of the random numbers.
+        raised: What is raised on the forget data, in words.
 
     Raises:
         HAMUMisconfigurationError: With several processes, or where a loader can be iterated only once.
     """
 
-    def __init__(self, trainer: Trainer, optimizer: HAMUOptimizer, forget_loader: Any, seed: int) -> None:
+    def __init__(self, trainer: Trainer, optimizer: HAMUOptimizer, forget_loader: Any, seed: int, raised: str) -> None:
         if trainer.world_size > 1:
             raise HAMUMisconfigurationError(
                 f"Expected one process with `preflight=True`, but the Trainer has {trainer.world_size}: the batches of "
@@ -44,7 +45,7 @@ class FitPreflight:
                 "in one process before the fit, with the joint batch size."
             )
         check_two_groups(optimizer.rule)
-        self._trainer, self._aim = trainer, optimizer.aim
+        self._trainer, self._aim, self._raised = trainer, optimizer.aim, raised
         randoms = RandomStream(seed), RandomStream(seed, rank=1)
         try:
             divisor, module = trainer.accumulate_grad_batches, trainer.lightning_module
@@ -72,7 +73,7 @@ class FitPreflight:
         pairs = int(min(BATCHES, self._trainer.num_training_batches))
         self._probe.take_aim(self._aim)
         return self._probe.measure(
-            partial(self._run_forget, forget_step), partial(self._run_retain, retain_step), pairs
+            partial(self._run_forget, forget_step), partial(self._run_retain, retain_step), pairs, raised=self._raised
         )
 
     def _run_forget(self, step: Callable[..., Any]) -> Tensor:

@@ -59,8 +59,9 @@ class Probe:
     def take_aim(self, aim: Aim) -> None:
         """Ask for the same target, in the same number of steps, as the optimizer of the run."""
         own = self.optimizer.aim
-        own.target, own.steps, own.taken, own.level, own.exchange = (
+        own.target, own.further, own.steps, own.taken, own.level, own.exchange = (
             aim.target,
+            aim.further,
             aim.steps,
             aim.taken,
             aim.level,
@@ -68,7 +69,12 @@ class Probe:
         )
 
     def measure(
-        self, forget: Callable[[], Tensor], retain: Callable[[], Tensor], pairs: int, target: float | None = None
+        self,
+        forget: Callable[[], Tensor],
+        retain: Callable[[], Tensor],
+        pairs: int,
+        target: float | None = None,
+        raised: str = "forget loss",
     ) -> PreflightReport:
         """Measure so many batch pairs, and summarise them.
 
@@ -77,6 +83,7 @@ class Probe:
             retain: Likewise, inside `self.retain()`.
             pairs: How many.
             target: The forget loss to be reached; default: that of a `TargetQuota`.
+            raised: What is raised on the forget data, in words.
         """
         rows: list[dict[str, float]] = []
         for _ in range(pairs):
@@ -88,9 +95,11 @@ class Probe:
         bound = "forget" if step.constrained == 1 else "retain"
         # Nothing says yet in how many steps it is reached where something else than the loss is raised.
         if target is None and self._quota is not None and self.optimizer.aim.exchange is None:
-            target = float(self._quota.target if self.optimizer.aim.target is None else self.optimizer.aim.target)
+            goal = self.optimizer.aim.goal
+            target = float(self._quota.target if goal is None else goal)
         finite = [row for row in rows if row.pop("is_finite")]
-        return make_report(finite, left_out=pairs - len(finite), blocks=len(report.labels), target=target, bound=bound)
+        numbers_of_all = {"left_out": pairs - len(finite), "blocks": len(report.labels)}
+        return make_report(finite, **numbers_of_all, target=target, bound=bound, raised=raised)
 
     def _measure_pair(
         self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]

@@ -15,7 +15,7 @@ from hamu_lightning.callbacks.forecast._estimates import LEVEL, Estimate, bootst
 # A terminal's, and the table's.
 _WIDTH = 80
 ROWS = {
-    "forget_loss": "forget loss",
+    "forget_loss": "{raised}",
     "retain_loss": "retain loss",
     "retain_norm": "length of the retain gradient",
     "forget_norm": "length of the forget gradient",
@@ -30,7 +30,7 @@ ROWS = {
     "largest_quota": "largest quota that the radius allows",
     "free_quota": "largest quota that is free of damage",
     "infeasible": "pairs where the quota cannot be had",
-    "forget_improvement": "rise of the forget loss per step",
+    "forget_improvement": "rise of {it} per step",
     "retain_cost": "rise of the retain loss per step",
     "steps_to_target": "steps to the target",
     "retain_cost_to_target": "rise of the retain loss on the way",
@@ -44,7 +44,8 @@ class PreflightReport:
     All predictions are to first order, from the weights as they are. Improvements, costs and quotas are in loss units
     per step. The names of the estimates, each a mean over batch pairs (one retain, one forget batch):
 
-    - `retain_loss`, `forget_loss`, `retain_norm`, `forget_norm`: losses and lengths of the gradients.
+    - `retain_loss`, `forget_loss`, `retain_norm`, `forget_norm`: losses and lengths of the gradients; those of the
+      forget data of what is `raised`, where that is not the module's loss.
     - `kappa`, `cosine`: hardness `g_r·g_f` and cosine of the whole model, positive in conflict; `conflicting_blocks`:
       the share of blocks with a positive cosine.
     - `kappa_1`, `kappa_2`: the thresholds of docs/method.md#closed-form, eq. 3.3, for the whole model as one block,
@@ -67,6 +68,7 @@ class PreflightReport:
         left_out: Number of batch pairs whose numbers were not finite.
         blocks: Number of blocks of weights.
         target: The forget loss to be reached, or None.
+        raised: What is raised on the forget data, in words.
     """
 
     estimates: Mapping[str, Estimate]
@@ -75,6 +77,7 @@ class PreflightReport:
     left_out: int
     blocks: int
     target: float | None = None
+    raised: str = "forget loss"
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything in numbers, strings, lists and dicts; what needs a target is None without one."""
@@ -82,12 +85,14 @@ class PreflightReport:
             name: {"mean": e.mean, "low": e.low, "high": e.high, "values": list(e.values)}
             for name, e in self.estimates.items()
         }
-        rest = {name: getattr(self, name) for name in ("pairs", "left_out", "blocks", "target")}
+        rest = {name: getattr(self, name) for name in ("pairs", "left_out", "blocks", "target", "raised")}
         return {**dict.fromkeys(ROWS), **estimates, **rest, "advice": list(self.advice)}
 
     def __str__(self) -> str:
-        width = max(map(len, ROWS.values()))
-        lines = [f"{ROWS[name]:<{width}}{estimate}" for name, estimate in self.estimates.items()]
+        it = "the forget loss" if self.raised == "forget loss" else "what is raised"
+        names = {name: words.format(raised=self.raised, it=it) for name, words in ROWS.items()}
+        width = max(map(len, names.values()))
+        lines = [f"{names[name]:<{width}}{estimate}" for name, estimate in self.estimates.items()]
         head = f"HAMU preflight: {self.pairs} batch pairs, {self.blocks} blocks of weights"
         title = f"{'':<{width}}{'mean':>11}   {LEVEL:.0%} interval over the pairs"
         advice = (
@@ -98,7 +103,13 @@ class PreflightReport:
 
 
 def make_report(
-    rows: Sequence[Mapping[str, float]], *, left_out: int, blocks: int, target: float | None, bound: str
+    rows: Sequence[Mapping[str, float]],
+    *,
+    left_out: int,
+    blocks: int,
+    target: float | None,
+    bound: str,
+    raised: str = "forget loss",
 ) -> PreflightReport:
     """Summarise the numbers of each batch pair.
 
@@ -108,6 +119,7 @@ def make_report(
         blocks: Number of blocks.
         target: The forget loss to be reached, or None.
         bound: The objective that the quota is about: "forget" (HAMU-Q) or "retain" (HAMU-U).
+        raised: What is raised on the forget data, in words.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
     estimates = {
@@ -118,5 +130,5 @@ def make_report(
         for name, function in (("steps_to_target", count_steps), ("retain_cost_to_target", sum_cost)):
             triple = torch.tensor([columns[n] for n in ("forget_loss", "forget_improvement", "retain_cost")])
             estimates[name] = Estimate(*bootstrap(triple.double().T, lambda means, f=function: f(means, target)))  # type: ignore[misc]
-    advice = tuple(advise(estimates, left_out, target, bound))
-    return PreflightReport(estimates, advice, len(rows), left_out, blocks, target)
+    advice = tuple(advise(estimates, left_out, target, bound, raised))
+    return PreflightReport(estimates, advice, len(rows), left_out, blocks, target, raised)

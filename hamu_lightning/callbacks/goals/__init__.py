@@ -16,12 +16,14 @@ from hamu_lightning.callbacks.goals._conditions import (
 )
 from hamu_lightning.callbacks.goals._confirmation import Confirm
 from hamu_lightning.callbacks.goals._loss_forms import FORMS, SampleRead, agrees, find_form
+from hamu_lightning.callbacks.goals._movement import Movement
 from hamu_lightning.callbacks.goals._planning import warn_about_budget
 from hamu_lightning.callbacks.goals._reading import Reader, one_by_one, read_as_held_out
 from hamu_lightning.callbacks.goals._retain_guard import RetainGuard, choose_guard
 from hamu_lightning.callbacks.goals._retain_watch import RETAIN, RetainWatch
 from hamu_lightning.callbacks.goals._samples_table import ForgottenSamples
 from hamu_lightning.callbacks.goals._stopper import Stopper
+from hamu_lightning.callbacks.goals._surroundings import AnswerTarget
 from hamu_lightning.callbacks.goals._targets import ByObjective, Chance, Holdout, Target, as_target
 from hamu_lightning.callbacks.goals._transforms import explain_difference, with_transforms_of
 from hamu_lightning.callbacks.goals._turns import Turns
@@ -31,6 +33,7 @@ from hamu_lightning.callbacks.goals._verification import Verifier, VerifySteps
 __all__ = [
     "CEILINGS",
     "ByObjective",
+    "AnswerTarget",
     "Approach",
     "Chance",
     "CollateralDamage",
@@ -40,6 +43,7 @@ __all__ = [
     "ForgottenSamples",
     "Holdout",
     "Infeasible",
+    "Movement",
     "NotFinite",
     "RETAIN",
     "Reader",

@@ -109,6 +109,7 @@ class Approach:
         self._last_step: tuple[Any, ...] | None = None
         self.is_reached = self.is_lost = False
         self._confirmation = Confirmation(trainer, forget_pass, confirm, state.get("confirmation", {}))
+        self._aim.further = self._confirmation.further
         known = state.get("evidence", {})
         self.evidence = gather_evidence(trainer, forget_pass, forget, self._target, self._reader, known)
 
@@ -125,8 +126,9 @@ class Approach:
         self._aim.follow(is_raised=self._gauge.judge(step) is step)
         aim, target = self._aim, self._look_at_target(step, args, kwargs)
         # While the user's own check fails, the steps aim further than the target, where it is asked again.
-        goal = self._end if self._confirmation.is_due(aim.taken) else target
-        is_due = self._forget is not None and (goal is not target or self._forget.is_due(aim, goal))
+        is_asked = self._confirmation.is_due(aim.taken)
+        goal = target if is_asked else target * aim.further
+        is_due = self._forget is not None and (is_asked or self._forget.is_due(aim, goal))
         if self._forget is None:
             self._know(self._seen.mean)
             if aim.level is not None and aim.taken % MEASURE_EVERY == 0:
@@ -141,27 +143,20 @@ class Approach:
             self._warn_at_the_start(target)
         if not lands:
             return
-        target = self._end * self._confirmation.further
+        goal = target * aim.further
         is_verified = self._optimizer.referee is not None
-        if self.is_reached or (is_there and is_verified and bool(self._known > _TOO_FAR * target)):
-            self._land(self._known, target)
+        if self.is_reached or (is_there and is_verified and bool(self._known > _TOO_FAR * goal)):
+            self._land(self._known, goal)
         elif is_due and aim.level is not None:
-            is_near = aim.exchange is not None or bool(aim.level >= _NEAR * target)
+            is_near = aim.exchange is not None or bool(aim.level >= _NEAR * goal)
             is_known = self._level_at == aim.taken
             self._landing.keep(aim.level if is_near else None, is_known=is_known)
 
     def _is_confirmed(self, batch: Any) -> bool:
         """Whether the user's own check passes; the level that the steps aim at follows it."""
-        end = self._end
         passes = self._confirmation.passes(self._aim.taken, batch)
-        self._aim.target = end * self._confirmation.further
+        self._aim.further = self._confirmation.further
         return passes
-
-    @property
-    def _end(self) -> Tensor:
-        """The target; the steps may aim further."""
-        assert self._aim.target is not None
-        return self._aim.target / self._confirmation.further
 
     def _warn_at_the_start(self, target: Tensor) -> None:
         found = f"The {self._what} is {float(self._known):.4g} before the first step, and the target only "
@@ -234,7 +229,7 @@ class Approach:
         """Whether the forget loss on all of the set, where it was measured last, has reached the target."""
         if self._level is None or self._aim.target is None or self._level_at != self._aim.taken:
             return False
-        return bool(self._level >= REACHED * self._end)
+        return bool(self._level >= REACHED * self._aim.target)
 
     @property
     def is_short(self) -> bool:
@@ -253,24 +248,26 @@ class Approach:
 
     def levels(self) -> dict[str, Tensor]:
         """The forget loss as it is followed, and the target, for the log."""
-        levels = {"forget_level": self._aim.level, "target": self._aim.target}
+        levels = {"forget_level": self._aim.level, "target": self._aim.goal}
         return {name: level for name, level in levels.items() if level is not None}
 
     def describe(self) -> str:
+        """How far the forget loss came, in words, and what single samples say; reads the host."""
+        return f"{self.describe_level()}{self.evidence.intervals()}"
+
+    def describe_level(self) -> str:
         """How far the forget loss came, in words: where it was measured last on the whole set; reads the host."""
         if self._level is None or self._aim.target is None:
             return "no step towards the target" if self._forget is not None else "no whole pass towards the target"
-        level, target = float(self._level), float(self._end)
+        level, target = float(self._level), float(self._aim.target)
         how = "" if self._forget is not None else " (the mean that was seen in the last whole pass)"
-        advice = tell_distance(level, float(self._aim.target), may_be_short=not self.is_reached)
-        return (
-            f"{self._what} {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
-            f"{self.evidence.intervals()}"
-        )
+        advice = tell_distance(level, target * self._aim.further, may_be_short=not self.is_reached)
+        return f"{self._what} {level:.4g}{how} for a target of {target:.4g}{advice}{self._not_finite}"
 
-    def describe_evidence(self) -> str:
-        """What single samples show at the end, in words."""
-        return self.evidence.describe(is_reached=self.is_at_target) + self._confirmation.describe(" Not gone: {}.")
+    def describe_evidence(self) -> list[str]:
+        """What single samples show at the end, in lines."""
+        lines = self.evidence.describe(is_reached=self.is_at_target)
+        return [*lines, *filter(None, [self._confirmation.describe("Not gone: {}.")])]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the way back needs, and what was measured and seen of the set."""
@@ -296,12 +293,12 @@ class Approach:
     def _look_at_target(self, *step: Any, anew: bool = False) -> Tensor:
         aim, target = self._aim, self._target
         if isinstance(target, float):
-            aim.target = torch.tensor(target) * self._confirmation.further
+            aim.target = torch.tensor(target)
         elif aim.target is None or anew or (target.every and aim.taken % target.every == 0):
             level, held_out = self._gauge.measure_target(self._given, *step)
             if held_out is not None:
                 self.evidence.take_held_out(held_out)
-            aim.target = level * self._confirmation.further
+            aim.target = level
             self._check(level, f"the target {target}", target.data if target.has_held_out else (), step)
             if target.every:
                 self.evidence.watch(level, *step)

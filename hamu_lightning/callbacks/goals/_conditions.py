@@ -21,6 +21,8 @@ class StopReason(str, Enum):
 
     TARGET_REACHED = "target reached"
     """The forget loss has come to its target."""
+    LANDED_SHORT = "landed short of the target"
+    """A step went beyond the target, and the weights before it were nearer: they count, with less than 95 % of it."""
     COLLATERAL_DAMAGE = "collateral damage"
     """No step inside the trust region can give the quota without harm to the retain loss."""
     INFEASIBLE = "infeasible"

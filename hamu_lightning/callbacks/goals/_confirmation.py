@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from hamu_lightning.callbacks.goals._movement import is_same, look_at
 from hamu_lightning.checks import describe
 from hamu_lightning.errors import HAMUStateError
 
@@ -62,7 +63,11 @@ class Confirmation:
         return not self.objection
 
     def ask(self, taken: int, batch: Any) -> None:
-        """Ask at the present weights; all processes get the same answer."""
+        """Ask at the present weights; all processes get the same answer.
+
+        Raises:
+            HAMUStateError: If the check has moved weights, or says something else than words.
+        """
         if self._confirm is None:
             return
         confirm, module = self._confirm, self._trainer.lightning_module
@@ -71,8 +76,13 @@ class Confirmation:
             with torch.no_grad(), self._trainer.precision_plugin.forward_context():
                 return _as_words(confirm(module))
 
-        self._asked_at = taken
+        self._asked_at, before = taken, [look_at(p) for p in module.parameters()]
         self.objection = self._trainer.strategy.broadcast(self._forget_pass.measuring(ask, batch))
+        if not all(is_same(was, look_at(p)) for was, p in zip(before, module.parameters(), strict=True)):
+            raise HAMUStateError(
+                "Expected `confirm` to leave the weights as they are, but it has moved some. Let it work on a copy: "
+                "copy.deepcopy(module)."
+            )
 
     def is_due(self, taken: int) -> bool:
         """Whether to ask again a check that has failed."""

@@ -198,8 +198,8 @@ class Evidence:
         told += [] if self._auc is None else [f"AUC {tell(self._auc)}"]
         return f"; 95 % intervals over samples: {', '.join(told)}" if told else ""
 
-    def describe(self, *, is_reached: bool) -> str:
-        """What single samples show at the end, in words; `is_reached`: whether the mean is at its target."""
+    def describe(self, *, is_reached: bool) -> list[str]:
+        """What single samples show at the end, in lines; `is_reached`: whether the mean is at its target."""
         told = [] if self.table is None else [_describe_table(self.table, is_part=self._is_excerpt)]
         if self._auc is not None:
             before = "" if self._auc_before is None else f", before {tell(self._auc_before)}"
@@ -208,8 +208,7 @@ class Evidence:
             told.append(f"AUC against {held_out} held-out samples{which} {tell(self._auc)}{before}")
         verdict = self.judge() if is_reached else ""
         unknown = "" if told or not self._is_begun else self._explain_unknown()
-        parts = "; ".join(told), verdict, unknown, self.doubt, self._runaway
-        return "".join(f" {part.rstrip('.')}." for part in parts if part)
+        return [f"{part.rstrip('.')}." for part in (*told, verdict, unknown, self.doubt, self._runaway) if part]
 
     def judge(self) -> str:
         """Where the mean is at its target, and the samples are not, in words; empty where nothing speaks against it."""
@@ -301,6 +300,6 @@ def _mean_of(losses: Tensor) -> Estimate:
 
 def _describe_table(table: ForgottenSamples, *, is_part: bool) -> str:
     known = table.recognised == table.recognised
-    recognised = f" and {100 * table.recognised:.0f} % are still recognised" if known else ""
+    recognised = f", {100 * table.recognised:.0f} % still recognised" if known else ""
     what = f"{len(table)} forgotten samples, a part of them," if is_part else f"{len(table)} forgotten samples"
     return f"Of {what} {100 * table.surer:.0f} % are surer than before{recognised}"

@@ -23,10 +23,11 @@ class Reading:
     accuracy: float = math.nan
     samples: float = math.nan
 
-    def describe(self) -> str:
-        """The numbers in words."""
-        accuracy = "" if math.isnan(self.accuracy) else f", accuracy {100 * self.accuracy:.1f} %"
-        return f"loss {self.loss:.4g}{accuracy}"
+    def describe_way(self, now: Reading) -> str:
+        """The way from here to another reading, in words."""
+        accuracy = f", accuracy {100 * self.accuracy:.1f} % -> {100 * now.accuracy:.1f} %"
+        samples = "" if math.isnan(self.samples) else f" ({self.samples:.0f} samples)"
+        return f"loss {self.loss:.4g} -> {now.loss:.4g}{'' if math.isnan(self.accuracy) else accuracy}{samples}"
 
 
 @dataclass(frozen=True)

@@ -141,15 +141,15 @@ class RetainWatch:
         if self.absent is not None:
             return f"No guard over the retain data: {self.absent}"
         told = [
-            f"{_word(name)} {start.describe()} -> {self._now[name].describe()}{_describe_samples(start.samples)}"
+            f"{_word(name)} {start.describe_way(self._now[name])}."
             for name, start in self._start.items()
             if name in self._now
         ]
         if not told:
             return "The retain data were never measured."
-        back = f"; went back {_times(self.returns)}" if self.returns else ""
         region = f", the trust region is at most {self.limit:.3g} times the rule's" if self.limit < 1 else ""
-        return f"In evaluation mode: {'; '.join(told)}{back}{region}."
+        back = [f"went back {_times(self.returns)}{region}."] if self.returns else []
+        return "\n    ".join(("In evaluation mode:", *told, *back))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the places of the excerpts, what was measured, and the weights to go back to, in plain values."""
@@ -267,7 +267,3 @@ def _word(name: str) -> str:
 
 def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
-
-
-def _describe_samples(samples: float) -> str:
-    return "" if math.isnan(samples) else f" ({samples:.0f} samples)"

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Sampler
 from typing_extensions import override
 
-from hamu_lightning import HAMUQ, HAMUCallback, preflight
+from hamu_lightning import HAMUQ, HAMUCallback, SecondChoice, preflight
+from hamu_lightning.objectives import NPO
 from hamu_lightning.rules import FineTune, RelativeRadius, TargetQuota
 from tests.callbacks.forecast.setups import (
     RULE,
@@ -131,6 +132,25 @@ def test_a_target_is_measured_and_divided_among_the_steps() -> None:
         ):
             assert quota == pytest.approx(min((math.log(3) - loss) / 8, 0.9 * largest), abs=1e-6)  # float32 losses
     assert reports[0].as_dict()["steps_to_target"] is not None
+
+
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target")
+@pytest.mark.parametrize(
+    ("raised", "arguments"),
+    [
+        ("forget loss", {"target": 2.0}),
+        ("forget objective", {"target": 2.0, "objective": NPO()}),
+        ("progress to the answer (nats)", {"target": SecondChoice()}),
+    ],
+)
+def test_what_is_raised_is_called_what_it_is(raised: str, arguments: dict[str, Any]) -> None:
+    callback = HAMUCallback(forget_loader(), preflight=True, **arguments)
+    fit(build(Base, "sgd"), callback, max_epochs=1)
+    report = callback.preflight_report
+    assert report is not None and report.raised == report.as_dict()["raised"] == raised
+    told = str(report)
+    assert f"\n{raised} " in told and max(map(len, told.splitlines())) <= 80
+    assert (raised == "forget loss") == ("forget loss" in told)
 
 
 def test_limited_batches() -> None:

@@ -72,6 +72,17 @@ def test_an_answer_that_is_no_words_is_refused(answer: Any) -> None:
         reach(trained(), lambda _: answer)
 
 
+def test_a_check_that_moves_weights_is_refused() -> None:
+    """The fit would be said to have reached what the check has done."""
+
+    def attack(module: nn.Module) -> str:
+        next(module.parameters()).data.add_(1.0)
+        return ""
+
+    with pytest.raises(HAMUStateError, match="Expected `confirm` to leave the weights as they are"):
+        reach(trained(), attack)
+
+
 def test_blanks_speak_against_nothing() -> None:
     assert reach(trained(), lambda _: "  ").stop_reason is StopReason.TARGET_REACHED
 

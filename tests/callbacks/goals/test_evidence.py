@@ -234,7 +234,7 @@ def test_the_table_has_each_sample(tmp_path: Path) -> None:
 def test_the_summary_has_the_losses_of_the_whole_set() -> None:
     hamu, module, _ = reach(DataLoader(FORGET, batch_size=20, shuffle=True), target=0.8)
     before, after = (float(losses_of(m, FORGET).mean()) for m in (trained(), module))
-    assert f"forget loss {before:.4g} -> {after:.4g}, retain loss" in (hamu.summary or "")
+    assert f"forget loss {before:.4g} -> {after:.4g}.\n  retain loss" in (hamu.summary or "")
     assert "on training batches" in (hamu.summary or "") and "AUC" not in (hamu.summary or "")
 
 

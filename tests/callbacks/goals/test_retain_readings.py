@@ -86,7 +86,7 @@ def test_held_out_data_is_reported_at_both_ends() -> None:
     module, hamu, trainer, _ = run(rule=TOWARDS, log_every_n_steps=1)
     assert readings(hamu)["holdout"] == pytest.approx([*start, 30])
     assert readings(hamu, "now")["holdout"] == pytest.approx([*measure(module, HELD_OUT), 30])
-    assert "; held-out loss " in (hamu.summary or "") and "(30 samples)" in (hamu.summary or "")
+    assert "\n    held-out loss " in (hamu.summary or "") and "(30 samples)" in (hamu.summary or "")
     assert "hamu/holdout_level" in trainer.callback_metrics
 
 

@@ -47,7 +47,7 @@ def test_samples_are_compared_by_the_own_loss_of_the_module() -> None:
     table, summary = hamu.forgotten_samples["forget"], hamu.summary or ""
     torch.testing.assert_close(table.loss_before, before, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(table.loss_after, after, rtol=1e-4, atol=1e-6)
-    assert f"forget loss {before.mean():.4g} -> {after.mean():.4g}, retain loss" in summary
+    assert f"forget loss {before.mean():.4g} -> {after.mean():.4g}.\n  retain loss" in summary
     found = re.search(r"AUC against 90 held-out samples ([\d.]+)", summary)
     assert found is not None
     assert float(found[1]) == pytest.approx(share_of_pairs(after, losses(module, HELD_OUT)), abs=6e-4)  # three digits

@@ -1,4 +1,4 @@
-"""Notices at the end of a fit that its steps have moved no weight: they were rounded away, or taken back."""
+"""Whether weights have moved: at the end of a fit (steps may be rounded away, or taken back), and by others."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def look_at(parameter: Tensor) -> Tensor:
     """Some of a tensor's weights, or of its shard of this process, as a copy in host memory."""
     tensor = getattr(parameter, "to_local", lambda: parameter)().detach().reshape(-1)
     return tensor[:: max(1, -(-tensor.numel() // _MOST))].to("cpu", copy=True)
+
+
+def is_same(before: Tensor, now: Tensor) -> bool:
+    """Whether weights are the same numbers; what was none may be any other that is none."""
+    return bool(((before == now) | ((before != before) & (now != now))).all())
 
 
 def has_moved(before: Tensor, now: Tensor) -> bool:
