@@ -41,6 +41,7 @@ class Case:
     original: Any
     retrained: Any
     seed: int
+    every: Any = 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def unlearn(
     module.lr = lr
     target = Chance(10) if data.gone else Holdout(data.val)
     rule = HAMUQ(TargetQuota(target), radius=radius)
-    hamu = HAMUCallback(data.forget, rule, passes=PassOptions(batch_size=64), seed=case.seed, verify=VerifySteps())
+    verify = VerifySteps(every=case.every)
+    hamu = HAMUCallback(data.forget, rule, passes=PassOptions(batch_size=64), seed=case.seed, verify=verify)
     with noted_promises(verifies) as promises:
         fit(module, data.retain, args, "unlearned", max_epochs=-1, max_steps=args.steps, callbacks=[hamu])
     rows = [
@@ -114,7 +116,7 @@ def unlearn(
     return Run(*rows, level, hamu.combined_steps, state["verifier"], hamu.stop_reason, promises)
 
 
-def prepare_cases(seeds: int, trainings: int, out: str) -> dict[str, list[list[Case]]]:
+def prepare_cases(seeds: int, trainings: int, out: str, every: Any) -> dict[str, list[list[Case]]]:
     """For each set and seed (which draws the forget set): train the original, and retrain it without the set.
 
     Each of them several times: a model's AUC depends on the training's own random numbers, too.
@@ -127,7 +129,7 @@ def prepare_cases(seeds: int, trainings: int, out: str) -> dict[str, list[list[C
             for name, kind in SETS.items():
                 data = load_data(kind, seed)
                 original = original or train(data.train, args, "original")
-                cases[name][seed].append(Case(data, original, train(data.retain, args, "retrained"), own_seed))
+                cases[name][seed].append(Case(data, original, train(data.retain, args, "retrained"), own_seed, every))
     return cases
 
 
@@ -255,11 +257,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trainings", type=int, default=4, help="trainings of each seed, for the first table")
     parser.add_argument("--tables", nargs="*", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--every", default=1, type=lambda given: given if given == "auto" else int(given))
     args = parser.parse_args()
     start = time.perf_counter()
     prepare()
     with tempfile.TemporaryDirectory() as out:
-        cases = prepare_cases(args.seeds, args.trainings, out)
+        cases = prepare_cases(args.seeds, args.trainings, out, args.every)
         for name in args.tables:
             TABLES[name](cases, out)
             print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

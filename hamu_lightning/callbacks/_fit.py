@@ -70,6 +70,19 @@ class Fit:
         if self.flow.end_batch():
             self._best = best_checkpoints(self._trainer)
 
+    def conclude(self) -> None:
+        """At the end of training, judge and measure what has not been."""
+        parts = self.parts
+        self.flow.settle()  # others may have ended the fit
+        parts.journal.publish_again()
+        parts.journal.log_last()
+        self.account.check_it_happened()
+        if parts.guarding is not None:
+            parts.guarding.conclude()
+        self.account.conclude()
+        self.flow.publish_levels()
+        self.flow.batchnorm.thaw()
+
     def warn_about_stale_best(self) -> None:
         """Warn, after the fit, about a best checkpoint from before the last step."""
         if self._unlearns:

@@ -60,6 +60,7 @@ class Flow:
         self._watchdog = Watchdog(parts.trainer, parts.optimizer)
         self._applied = parts.optimizer.applied_steps
         self._is_first = not parts.is_resumed and parts.settings.retain_objective is None
+        self.settle()  # steps that waited when a checkpoint was saved
 
     def start_epoch(self) -> None:
         """Open a new window, as Lightning does, and compare the whole module again at the next forget pass."""
@@ -103,7 +104,7 @@ class Flow:
             skipped = self._run_groups(steps, args, kwargs, batches)
             if self._heeds_retain_loss:
                 self._ceiling_losses += parts.groups.present[0].run.see(step, args, kwargs)
-        if parts.verifier is not None and self._combines and parts.verifier.is_due:
+        if parts.verifier is not None and self._combines:
             output = parts.verifier.run_retain(retain_step, args, kwargs)
         else:
             output = retain_step(*args, **kwargs)
@@ -141,6 +142,8 @@ class Flow:
         parts, groups = self._parts, self._parts.groups
         if self._window == 1:
             assert parts.guarding is not None
+            if parts.guarding.is_due:
+                self.settle()
             moved = parts.guarding.open_window(steps, args, kwargs)
             self._stop_where_it_is_over()
             for group in moved:
@@ -237,6 +240,7 @@ class Flow:
             parts.turns.close_window()
         if self._combines:
             self._close_window()
+        self._settle_at_end_of_batch()
         parts.stopper.end_fit()
         if parts.guarding is not None:
             parts.guarding.close_window(was_combined=self._combines)
@@ -255,8 +259,10 @@ class Flow:
         is_new = report is not self._reported
         if report is not None and is_new:
             applied = parts.optimizer.applied_steps
-            parts.journal.add_promises(report, applied - self._applied, parts.groups.without_target)
-            self._applied = applied
+            moved, self._applied = applied - self._applied, applied
+            parts.journal.add_promises(report, moved, parts.groups.without_target)
+            if parts.verifier is not None:
+                parts.verifier.note(report, moved)
             if isinstance(report.coefficients, GroupCoefficients):
                 parts.prices.add(report.coefficients)
         turn = {} if parts.turns is None else parts.turns.numbers()
@@ -279,6 +285,28 @@ class Flow:
         parts = self._parts
         guarded = {} if parts.guarding is None else parts.guarding.numbers()
         return parts.stopper.numbers() | parts.groups.levels() | guarded
+
+    def settle(self, *, judges: bool = True) -> None:
+        """Judge steps that wait for it, or take them back in any case; what was seen since they began goes as well."""
+        parts = self._parts
+        if parts.verifier is None:
+            return
+        undone = parts.verifier.settle() if judges else parts.verifier.take_back()
+        if undone is None:
+            return
+        parts.journal.take_promises_back({name: undone.promised[name] for name in undone.forgotten})
+        parts.groups.start_over()
+        parts.stopper.start_over(goes_on=True)
+        self._applied = parts.optimizer.applied_steps
+
+    def _settle_at_end_of_batch(self) -> None:
+        """Where enough steps wait, or somebody may look at the weights: at the end of an epoch, or of the fit."""
+        parts = self._parts
+        if parts.verifier is None or parts.verifier.waiting is None:
+            return
+        ends = parts.stopper.reason is not None or parts.trainer.is_last_batch or _compat.has_ended(parts.trainer)
+        if ends or parts.verifier.are_enough:
+            self.settle()
 
     def _close_window(self) -> None:
         parts = self._parts

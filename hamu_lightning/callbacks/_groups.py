@@ -41,8 +41,7 @@ class Groups:
         self._groups = {name: self._make(name) for name in self._sources}
         self._loaders: dict[str, Any] = {}
         self._state: Mapping[str, Any] = {}
-        self._turn = 0
-        self._has_begun = False
+        self._turn, self._has_begun = 0, False
         self.present: list[Group] = []
 
     def _make(self, name: str) -> Group:
@@ -105,8 +104,7 @@ class Groups:
         """Take one more group in; `settings` and the optimizer's rule know of it already."""
         self._settings = settings
         self._sources = name_sources(self._optimizer.rule, settings.forget, settings.protect)
-        made = {**self._groups, name: self._make(name)}
-        self._groups = {known: made[known] for known in self._sources}
+        self._groups = {known: self._groups.get(known) or self._make(known) for known in self._sources}
         self._find_loader(name)
         self._check_disjoint()
         self._start_group(name)
@@ -175,6 +173,11 @@ class Groups:
         for group in self.present:
             group.losses.clear()
         return leaving + back
+
+    @property
+    def are_due(self) -> bool:
+        """Whether a level is to be measured before the next step."""
+        return any(group.approach is not None and group.approach.is_due for group in self._active)
 
     def _look_after_done(self, steps: Mapping[str, Callable[..., Any]] | None = None, *args: Any) -> list[Group]:
         """Measure the groups again that have left; return those whose loss has fallen since, to be forgotten again."""

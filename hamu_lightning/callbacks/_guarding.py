@@ -52,6 +52,11 @@ class Guarding:
             sources = find_sources(trainer, optimizer)
             self._watch = RetainWatch(trainer, optimizer, settings.guard, run, sources, settings.seed, state)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether something is to be measured before the next step."""
+        return self._groups.are_due or (self._watch is not None and self._watch.is_due)
+
     def open_window(
         self, steps: Mapping[str, Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Group]:

@@ -263,14 +263,7 @@ class HAMUCallback(Record, Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit, account = self._running, self._running.account
-        fit.parts.journal.publish_again()
-        fit.parts.journal.log_last()
-        account.check_it_happened()
-        if fit.parts.guarding is not None:
-            fit.parts.guarding.conclude()
-        account.conclude()
-        fit.flow.publish_levels()
-        fit.flow.batchnorm.thaw()
+        fit.conclude()
         # Where processes were spawned, nothing but this comes back to the first one.
         trainer.callback_metrics.update(account.totals())
         account.log_evidence()
@@ -340,6 +333,7 @@ class HAMUCallback(Record, Callback):
         """Take back everything that was changed; what was counted stays readable."""
         if self._fit is not None:
             fit, parts = self._fit, self._fit.parts
+            fit.flow.settle(judges=False)  # after an error nobody can
             self._state, self._last_step = parts.state_dict(), parts.optimizer.last_step
             self._preflight_report = fit.flow.preflight_report or self._preflight_report
             self._fit, self._is_loaded = None, False

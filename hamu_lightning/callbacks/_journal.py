@@ -82,6 +82,11 @@ class Journal:
         if self._promises % _COMPARED_EVERY == 0 and not self._is_warned:
             self._compare(watched)
 
+    def take_promises_back(self, promised: Mapping[str, Tensor]) -> None:
+        """Steps were taken back that had promised so much to those that they forget."""
+        for name, promise in promised.items():
+            self._courses[name].add_promise(-promise, moved=torch.ones_like(promise))
+
     @property
     def has_warned(self) -> bool:
         """Whether it was said that promises and losses have parted."""

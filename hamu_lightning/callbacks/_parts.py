@@ -132,7 +132,7 @@ class Parts:
         stopped = state.get("stop", {}) if state.get("stopped_under") == self._stopping_settings() else {}
         self.stopper = Stopper(self.trainer, self.optimizer, self.settings.stop_on, stopped)
         if self.settings.verify is not None:
-            self.verifier = self.optimizer.referee = Verifier(self.trainer, self.settings.verify)
+            self.verifier = self.optimizer.referee = Verifier(self.trainer, self.optimizer, self.settings.verify)
             if state.get("verifier"):
                 self.verifier.load_state_dict(state["verifier"])
 

@@ -156,6 +156,13 @@ class Engine:
             self.find_aim(name).load_state_dict(state)
         self.rule.load_state_dict(state_dict.get("rule", {}))
 
+    def undo_steps(self, number: int, then: dict[str, Any]) -> None:
+        """Count so many steps as undone that were applied since `state_dict` returned `then`."""
+        self.counters.undone_steps += number
+        for name, state in then["aims"].items():
+            self.find_aim(name).taken = state["taken"]
+        self.rule.load_state_dict(then["rule"])
+
     @torch.no_grad()
     def step(self) -> None:
         """Do what is planned, and let the gradients go."""

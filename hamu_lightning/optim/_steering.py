@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hamu_lightning.optim._engine import Engine, Plan
 from hamu_lightning.optim._report import StepReport
@@ -65,6 +66,13 @@ class SteeredSteps:
         self._core.region_limit = limit
         if self._core.referee is not None:
             self._core.referee.region = self._core.region
+
+    def undo_steps(self, number: int, then: dict[str, Any]) -> None:
+        """Count so many steps as undone that were applied since `hamu_state_dict` returned `then`.
+
+        On the way to targets too. Who calls puts the weights and the base's state of that time back.
+        """
+        self._core.undo_steps(number, then)
 
     @property
     def recompute(self) -> Callable[[str], object] | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hamu_lightning.rules._closed_form import BlockProblem, is_within_capacity, label_branches, safe_divide
 from hamu_lightning.rules._coefficients import Branch
+from hamu_lightning.rules._joint_steps import JointSteps
 from hamu_lightning.rules._search import bracket_root
 
 Allocation: TypeAlias = Literal["proportional", "uniform", "softmax", "optimal"]
@@ -65,45 +66,22 @@ def solve_jointly(problem: BlockProblem, quota: Tensor, best_effort: bool) -> tu
     Returns:
         Coefficients `[B, 2]`, the codes of the branches `[B]`, and what each block gives of the quota `[B]`.
     """
-    retain, forget, cosine, radius = problem.retain_norm, problem.forget_norm, problem.cosine, problem.radius
-    unit_retain = safe_divide(retain, retain.square().sum().sqrt())  # |g_r,b| / s_r
-    unit_forget = safe_divide(forget, forget.square().sum().sqrt())
-    # |v|^2 with the rounding added, as in `safe_sine`: the radius holds next to a sign change as well.
-    bend = 2 * (1 - cosine) + problem.rounding
-
-    def directions(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [P] -> [P, B] each: v = a r/|r| - b f/|f|, and |v|
-        a, b = (1 - t).unsqueeze(1) * unit_retain, t.unsqueeze(1) * unit_forget
-        length = ((a - b).square() + a * b * bend).sqrt()
-        return a, b, torch.where(length == 0, 1, length)
-
-    def step(t: Tensor) -> Tensor:  # [P] -> [P, B, 2]
-        a, b, length = directions(t)
-        turning = torch.stack((-problem.along_retain * a / length, problem.along_forget * b / length), -1)
-        # On a line there are only two directions: written with one gradient, nothing cancels.
-        forward = problem.along_forget * torch.sign(b - a * cosine.sign())
-        flipping = torch.stack((torch.zeros_like(forward), forward), -1)
-        return torch.where(problem.is_collinear.unsqueeze(-1), flipping, turning)
-
-    def gains(values: Tensor) -> Tensor:  # g_f·d: [..., B, 2] -> [..., B]
-        return values[..., 0] * retain * forget * cosine + values[..., 1] * forget.square()
-
-    def total_gain(t: Tensor) -> Tensor:  # the same, summed: [P] -> [P]
-        a, b, length = directions(t)
-        towards = torch.where(problem.is_collinear, torch.sign(b - a * cosine.sign()), (b - a * cosine) / length)
-        return towards @ problem.capacity
-
-    values = step(bracket_root(total_gain, quota, like=radius))  # [2, B, 2]
-    below, above = gains(values).sum(dim=1)
-    meeting = torch.lerp(values[0], values[1], safe_divide(quota - below, above - below).clamp(0, 1))
-    plain = torch.stack((-problem.along_retain, torch.zeros_like(radius)), dim=1)
-    is_direct = gains(plain).sum() >= quota
-    values = torch.where(is_direct, plain, meeting)
+    blocks = JointSteps(problem)
+    along, across = blocks.step(bracket_root(blocks.total_gain, quota, blocks.excess_on_host))  # [2, B] or [1, B]
+    if len(along) == 2:
+        below, above = blocks.gains(along, across).sum(dim=1)
+        share = safe_divide(quota - below, above - below).clamp(0, 1)
+        along, across = torch.lerp(along[:1], along[1:], share), torch.lerp(across[:1], across[1:], share)
+    along, across = along[0], across[0]
+    is_direct = -(problem.capacity @ problem.cosine) >= quota
+    along = torch.where(is_direct, -problem.along_retain, along)
+    across = torch.where(is_direct, 0, across)
 
     by_capacity = _share(quota, problem.capacity)
     is_feasible = is_within_capacity(by_capacity, problem).all()
-    farthest = torch.stack((torch.zeros_like(radius), problem.along_forget), dim=1)
-    values = torch.where(is_feasible, values, farthest if best_effort else torch.zeros_like(farthest))
-    shares = torch.where(is_feasible, gains(values), by_capacity)
+    shares = torch.where(is_feasible, blocks.gains(along, across), by_capacity)
+    farthest = problem.along_forget if best_effort else torch.zeros_like(along)
+    values = torch.stack((torch.where(is_feasible, along, 0), torch.where(is_feasible, across, farthest)), dim=1)
     branch = label_branches(problem, shares)
     # Next to the quotas that the blocks end with, every block that may turn looks rectified.
     is_plain = is_direct & ((branch == int(Branch.RECTIFIED)) | (branch == int(Branch.COLLINEAR)))

@@ -40,19 +40,23 @@ def minimise_convex(function: Callable[[Tensor], Tensor], slope: Callable[[Tenso
     return values.min()
 
 
-def bracket_root(function: Callable[[Tensor], Tensor], target: Tensor, *, like: Tensor) -> Tensor:
-    """Return two neighbours in [0, 1], `[2]`, between which the increasing `function` passes `target`.
+def bracket_root(
+    function: Callable[[Tensor], Tensor],
+    target: Tensor,
+    excess_on_host: Callable[[float], tuple[Callable[[float], float], float]],
+) -> Tensor:
+    """Return the neighbours in [0, 1], `[2]`, between which an increasing function passes `target`; or one number, `[1]`.
 
     Where it is at or above the target from the start, both are near 0; where it never reaches it, the right one is 1.
 
     Args:
         function: From points `[P]` to values `[P]`.
         target: 0-d.
-        like: A tensor on the device.
+        excess_on_host: For a target the function less that, for numbers in host memory, and what it is known to.
     """
-    if is_on_host(like):
-        return like.new_tensor(interpolate(lambda t: (function(like.new_tensor([t])) - target).tolist()[0]))
-    left, right = like.new_zeros(()), like.new_ones(())
+    if is_on_host(target):
+        return target.new_tensor(sorted({*interpolate(*excess_on_host(target.tolist()))}))
+    left, right = target.new_zeros(()), target.new_ones(())
     for _ in range(_ROOT_ROUNDS):
         points = _spread(left, right)
         first_above = (function(points) < target).sum()
@@ -65,11 +69,15 @@ def is_on_host(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
-def interpolate(function: Callable[[float], float]) -> tuple[float, float]:
+def interpolate(function: Callable[[float], float], noise: float = 0.0) -> tuple[float, float]:
     """Return two neighbours in [0, 1] between which an increasing function passes 0: Chandrupatla's method.
 
     Inverse quadratic interpolation where the last three points look like a smooth function, else halving (Chandrupatla
     1997, Advances in Engineering Software 28). Both are 0 where it begins at 0 or above, and 1 where it ends below.
+
+    Args:
+        function: The function.
+        noise: What its values are known to: one that is no larger is as good as 0, and both are its place.
     """
     a, b = 1.0, 0.0
     at_a, at_b = function(a), function(b)
@@ -87,7 +95,7 @@ def interpolate(function: Callable[[float], float]) -> tuple[float, float]:
         else:
             c, at_c, b, at_b = b, at_b, a, at_a
         a, at_a = x, at_x
-        if at_a == 0:
+        if abs(at_a) <= noise:
             return a, a
         best = a if abs(at_a) < abs(at_b) else b
         least = _ULP * max(best, _ULP) / abs(b - a)

@@ -14,7 +14,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hamu_lightning.optim import HAMUOptimizer
-from hamu_lightning.rules import HAMUQ, FixedRadius, LearningRateRadius, RelativeRadius, Rule, TargetQuota
+from hamu_lightning.rules import (
+    HAMUQ,
+    HAMUU,
+    FineTune,
+    FixedRadius,
+    GradDiff,
+    LearningRateRadius,
+    NGDiff,
+    RelativeRadius,
+    Rule,
+    TargetQuota,
+)
 
 # They touch no memory.
 VIEWS = {"view", "select", "transpose", "detach", "unbind", "expand", "unsqueeze", "squeeze", "slice", "lift_fresh"}
@@ -80,6 +91,10 @@ def take_step(weights: list[nn.Parameter], optimizer: HAMUOptimizer) -> Dispatch
         HAMUQ(0.01, radius=RelativeRadius(0.1), blocks="global"),
         HAMUQ(0.01, radius=LearningRateRadius(), allocation="optimal"),
         HAMUQ(TargetQuota(2.0, steps=9)),
+        HAMUU(0.01, radius=FixedRadius(0.1)),
+        GradDiff(),
+        NGDiff(),
+        FineTune(),
     ],
     ids=repr,
 )

@@ -16,11 +16,10 @@ from hamu_lightning.callbacks.goals._forget_level import MEASURE_EVERY, ForgetLe
 from hamu_lightning.callbacks.goals._gauge import Gauge
 from hamu_lightning.callbacks.goals._landing import Landing, tell_distance
 from hamu_lightning.callbacks.goals._pass_mean import PassMean
-from hamu_lightning.callbacks.goals._planning import plan_steps
+from hamu_lightning.callbacks.goals._planning import plan_steps, warn_about_start
 from hamu_lightning.callbacks.goals._reading import Reader, read_beside
 from hamu_lightning.callbacks.goals._targets import REACHED, Target, as_target
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader
-from hamu_lightning.errors import HAMUStateError
 from hamu_lightning.optim import HAMUOptimizer
 
 if TYPE_CHECKING:
@@ -82,6 +81,7 @@ class Approach:
         self._trainer, self._optimizer, self._forget_pass = trainer, optimizer, forget_pass
         self._aim = optimizer.aim_of(group)
         self._target = as_target(quota.target)
+        self._every = self._target.every if isinstance(self._target, Target) else 0
         self._what = self._target.what if isinstance(self._target, Target) else Target.what
         self._reader = Reader(trainer)
         self._gauge = Gauge(trainer, forget_pass, self._reader, self._target, protected)
@@ -113,6 +113,14 @@ class Approach:
         known = state.get("evidence", {})
         self.evidence = gather_evidence(trainer, forget_pass, forget, self._target, self._reader, known)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `look` is going to measure something, or may find the target reached."""
+        aim, goal = self._aim, self._aim.goal
+        if self._forget is None or goal is None or (self._every and aim.taken % self._every == 0):
+            return True
+        return self._confirmation.is_due(aim.taken) or self._forget.is_due(aim, goal)
+
     def look(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, lands: bool) -> None:
         """Measure what has to be measured before the forget pass of a step; reads the host.
 
@@ -140,7 +148,9 @@ class Approach:
         is_believed = is_there and self.evidence.confirms(aim.taken, step, args, kwargs)
         self.is_reached = is_believed and self._is_confirmed(args[0])
         if is_there and aim.taken == 0:
-            self._warn_at_the_start(target)
+            doubt = self._confirmation.describe() or f"single samples are remembered: {self.evidence.advice}"
+            place = f"The {self._what} is {float(self._known):.4g}", f"{float(target):.4g}{self.evidence.intervals()}"
+            warn_about_start(*place, "" if self.is_reached else doubt)
         if not lands:
             return
         goal = target * aim.further
@@ -157,13 +167,6 @@ class Approach:
         passes = self._confirmation.passes(self._aim.taken, batch)
         self._aim.further = self._confirmation.further
         return passes
-
-    def _warn_at_the_start(self, target: Tensor) -> None:
-        found = f"The {self._what} is {float(self._known):.4g} before the first step, and the target only "
-        found += f"{float(target):.4g}{self.evidence.intervals()}: "
-        nothing = "there is nothing to forget. Check the forget set, or choose a higher target."
-        why = self._confirmation.describe() or f"single samples are remembered: {self.evidence.advice}"
-        rank_zero_warn(found + (nothing if self.is_reached else f"the mean has nothing to rise, but {why}."))
 
     def observe(self, loss: Tensor) -> None:
         """Take the loss of a forget batch in: that of this process, weighted by its share of the samples."""
@@ -286,7 +289,7 @@ class Approach:
 
     def _is_still_at_target(self, *step: Any) -> bool:
         """Whether the level has come to the target at the present weights: one that follows them is measured again."""
-        if isinstance(self._target, Target) and self._target.every and self._aim.taken % self._target.every:
+        if self._every and self._aim.taken % self._every:
             self._look_at_target(*step, anew=True)
         return self.is_at_target
 
@@ -294,7 +297,7 @@ class Approach:
         aim, target = self._aim, self._target
         if isinstance(target, float):
             aim.target = torch.tensor(target)
-        elif aim.target is None or anew or (target.every and aim.taken % target.every == 0):
+        elif aim.target is None or anew or (self._every and aim.taken % self._every == 0):
             level, held_out = self._gauge.measure_target(self._given, *step)
             if held_out is not None:
                 self.evidence.take_held_out(held_out)
@@ -319,11 +322,7 @@ class Approach:
         """Notice a level that is not finite, and find out where."""
         if bool(level.isfinite()):
             return
-        self._not_finite = self._gauge.find_not_finite(data, *step)
-        if self._aim.taken == 0:
-            raise HAMUStateError(
-                f"Expected {what} to be a finite number before the first step, but got {level}{self._not_finite}."
-            )
+        self._not_finite = self._gauge.find_not_finite(level, what, data, step, is_first=self._aim.taken == 0)
         self.is_lost = True
 
     def _land(self, level: Tensor, target: Tensor) -> None:

@@ -108,6 +108,22 @@ class Gauge:
         end = self._target.prepare(around)
         return end, around.held_out
 
-    def find_not_finite(self, data: Any, *step: Any) -> str:
-        """Which samples of some data have no finite loss, in words; empty where that is not known."""
-        return find_not_finite(self._forget_pass, self._reader.find(data), (self.judge(step[0]), *step[1:]))
+    def find_not_finite(self, level: Tensor, what: str, data: Any, step: tuple[Any, ...], *, is_first: bool) -> str:
+        """Which samples of some data have no finite loss, in words; empty where that is not known.
+
+        Args:
+            level: Their level, which is not finite.
+            what: What it is called.
+            data: The data.
+            step: What runs a batch, and the arguments of the retain batch.
+            is_first: Whether no step was taken yet.
+
+        Raises:
+            HAMUStateError: If no step was taken yet.
+        """
+        found = find_not_finite(self._forget_pass, self._reader.find(data), (self.judge(step[0]), *step[1:]))
+        if is_first:
+            raise HAMUStateError(
+                f"Expected {what} to be a finite number before the first step, but got {level}{found}."
+            )
+        return found

@@ -30,6 +30,7 @@ class KeptWeights:
 
     def keep(self) -> None:
         """Copy the present weights and state, in place of those that were kept before."""
+        self._kept = None  # first: memory holds one copy
         self._kept = Snapshot(self._optimizer, self._parameters)
 
     def release(self) -> None:

@@ -60,6 +60,13 @@ def count_least(level: float, target: float, capacity: float) -> float:
     return straight / 10 if level <= 0 else min(straight, math.log(target / level) / math.log1p(capacity / level))
 
 
+def warn_about_start(level: str, target: str, doubt: str) -> None:
+    """Warn where the level is at the target already; `doubt` says what speaks against it, if anything does."""
+    nothing = "there is nothing to forget. Check the forget set, or choose a higher target."
+    why = f"the mean has nothing to rise, but {doubt}." if doubt else nothing
+    rank_zero_warn(f"{level} before the first step, and the target only {target}: {why}")
+
+
 def warn_about_budget(trainer: Trainer, optimizer: HAMUOptimizer, report: StepReport, every_n_steps: int) -> None:
     """Warn at the first step where the trust region is too small for a target in the steps that the fit has."""
     left = _compat.count_steps_left(trainer) / every_n_steps

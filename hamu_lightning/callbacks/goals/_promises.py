@@ -19,7 +19,8 @@ class GroupOutcome:
 
     Improvements count positive where they serve: a loss to forget rises, any other one falls. `due` is what the actual
     change of the weights should do, to first order: the promise, with plain SGD. `loss` is from before the step. Where
-    the weights `follow` the rule's own step, only rounding can make less of it.
+    the weights `follow` the rule's own step, only rounding can make less of it. Of several `steps` that are judged
+    together everything is the sum, but for `loss`, from before the first of them.
     """
 
     is_forgotten: bool
@@ -28,17 +29,18 @@ class GroupOutcome:
     due: float
     measured: float
     follow: bool = False
+    steps: int = 1
 
     def is_kept(self, tolerance: float, slack: float) -> bool:
         """Whether the step kept its promise to the group; see `VerifySteps`. NaN breaks it."""
         if not self.is_forgotten:
-            return -self.measured <= 1.5 * max(-self.promised, 0.0) + 0.1 * abs(self.loss) + slack
+            return -self.measured <= 1.5 * max(-self.promised, 0.0) + 0.1 * self.steps * abs(self.loss) + slack
         if self.follow and self.promised > 0 and self.due < tolerance * self.promised:
             return False  # the weights are too coarse for the step
         due = min(self.promised, self.due)
         # Past a target less than nothing is due: the loss may fall by that much.
         least = due * (tolerance if due > 0 else 2 - tolerance) - slack
-        most = 3 * max(self.promised, 0.0) + 0.5 * abs(self.loss) + slack
+        most = 3 * max(self.promised, 0.0) + 0.5 * self.steps * abs(self.loss) + slack
         return least <= self.measured <= most
 
 

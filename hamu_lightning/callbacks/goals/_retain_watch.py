@@ -86,8 +86,7 @@ class RetainWatch:
             Whether the weights went back.
         """
         self._last_step = (step[0], (None, *step[1][1:]), step[2])
-        is_regular = self._steps % self._settings.every == 0 or not self._kept.are_there
-        if self.message is not None or not (is_due or is_regular) or not self._open(step[1][0]):
+        if self.message is not None or not (is_due or self.is_due) or not self._open(step[1][0]):
             return False
         if not self._start:
             self._measure_first()
@@ -97,6 +96,11 @@ class RetainWatch:
         if self.absent is None and harm is None:
             self._keep()
         return harm is not None and self._go_back(harm)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to measure."""
+        return self.absent is None and (self._steps % self._settings.every == 0 or not self._kept.are_there)
 
     @property
     def _held(self) -> list[str]:

@@ -96,8 +96,14 @@ class Stopper:
         if self.reason is None:
             self.reason, self.message = reason, message
 
-    def start_over(self) -> None:
-        """The weights went back to an earlier step: what was seen since, and what was kept, says nothing of them."""
+    def start_over(self, *, goes_on: bool = False) -> None:
+        """The weights went back to an earlier step: what was seen since, and what was kept, says nothing of them.
+
+        Args:
+            goes_on: Whether a reason to stop that was found since is none any more.
+        """
+        if goes_on:
+            self.reason = self.message = None
         self._kept.release()
         self._monitor = StopMonitor(self._conditions)
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from hamu_lightning.callbacks.goals._ledger import find_ledger
 from hamu_lightning.callbacks.goals._promises import GroupOutcome, Outcome
+from hamu_lightning.callbacks.goals._unverified import Batches, UnverifiedSteps
 from hamu_lightning.callbacks.passes import ForgetPass, Recording, copied, detached_loss
-from hamu_lightning.checks import check_count, check_number, check_type, store
-from hamu_lightning.gramian import widest_float
+from hamu_lightning.checks import check_choice, check_count, check_number, check_type, store
 from hamu_lightning.optim import StepReport, Verdict
 from hamu_lightning.randomness import capture_random
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    from hamu_lightning.optim import HAMUOptimizer
+
 # Below this region a step moves nothing, and still broke its promise.
 _SMALLEST_REGION = 1e-6
+# So many steps are verified together at most, with `every="auto"`.
+_MOST_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,18 @@ class VerifySteps:
     Costs two forward passes per try, and copies of the weights, of the optimizer's state, and of the step's batches. An
     interrupt or an error while a step is judged takes it back first.
 
+    With `every="auto"` steps are verified together: one, then two, four, at most eight, while promises are kept. Of
+    those since the last verified weights, the last is judged as above, and all of them at once, on the batches of the
+    first: each allows for the harm above, once for each step, and the loss to forget must not have fallen. Where either
+    is broken all of them are taken back, as if they had not been (weights, the optimizer's state, counts; levels are
+    measured anew), and the next ones are verified one by one. What is measured beside the steps, the end of an epoch or
+    a fit, and a reason to stop see verified weights only; an interrupt takes back what is not verified yet. A
+    checkpoint that is saved in between holds the last verified weights too, and a resumed run goes on from those. Costs
+    four forward passes for so many steps, and a copy of weights and state all the time. Steps that do not follow the
+    rule (other bases than plain SGD, coarse weights), or with `track_actual`, are verified one by one.
+
     Args:
-        every: Verify every so many combined steps.
+        every: Verify every so many combined steps, each by itself; "auto": all, up to eight together.
         tolerance: Share of the promised rise of the forget loss that has to come true, in [0, 1].
         shrink: Factor of the region after a broken promise, in (0, 1).
         grow: Factor after a kept one, at least 1.
@@ -68,7 +81,7 @@ class VerifySteps:
         0.5
     """
 
-    every: int = 1
+    every: int | Literal["auto"] = 1
     tolerance: float = 0.5
     shrink: float = 0.5
     grow: float = 1.5
@@ -77,9 +90,12 @@ class VerifySteps:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        if isinstance(self.every, str):
+            check_choice("every", self.every, ["auto"])
+        else:
+            store(self, every=check_count("every", self.every))
         store(
             self,
-            every=check_count("every", self.every),
             tolerance=check_number("tolerance", self.tolerance, least=0, most=1),
             shrink=check_number("shrink", self.shrink, above=0, below=1),
             grow=check_number("grow", self.grow, least=1),
@@ -93,24 +109,32 @@ class Verifier:
 
     Args:
         trainer: The trainer.
+        optimizer: Whose steps they are.
         settings: What the user asked for.
+
+    Attributes:
+        region: What the radius of the rule is multiplied by.
+        outcome: What was measured last, in the present window; None before.
+        together: How many steps are verified together.
+        waiting: The steps that nobody has judged yet; None where there are none.
     """
 
-    def __init__(self, trainer: Trainer, settings: VerifySteps) -> None:
-        self._trainer, self._settings = trainer, settings
-        self._passes: dict[str, ForgetPass] = {}
-        self._recordings: dict[str, list[Recording]] = {}
-        self._steps: Mapping[str, Callable[..., Any]] = {}
+    def __init__(self, trainer: Trainer, optimizer: HAMUOptimizer, settings: VerifySteps) -> None:
+        self._trainer, self._optimizer, self._settings = trainer, optimizer, settings
+        self._batches: Batches | None = None  # of the present window, where they are needed
         self.region = 1.0
         self.outcome: Outcome | None = None
         self.verified, self.kept, self.retried, self.dropped = 0, 0, 0, 0
         self._windows, self._tries = 0, 0
+        self.together = 1
+        self.waiting: UnverifiedSteps | None = None
         self._ledger = find_ledger(trainer, settings.ledger)
 
     @property
     def is_due(self) -> bool:
-        """Whether the step of the present window is to be judged."""
-        return self._windows % self._settings.every == 0
+        """Whether the step of the present window is to be judged by itself."""
+        every = self._settings.every
+        return self.together == 1 if every == "auto" else self._windows % every == 0
 
     def open_window(self, steps: Mapping[str, Callable[..., Any]], passes: Mapping[str, ForgetPass]) -> None:
         """Begin the window of a combined step.
@@ -119,37 +143,50 @@ class Verifier:
             steps: For each group, retain among them, what runs a batch: the strategy's `training_step` or an objective.
             passes: What runs the batches of each group other than retain, and will run them again.
         """
-        self._steps, self.outcome = steps, None
-        self._passes = dict(passes)
-        self._recordings = {"retain": []}
+        self.outcome, waiting = None, self.waiting
+        batches: Batches | None = Batches(steps, dict(passes))
+        if waiting is None and self.together > 1:
+            waiting = self.waiting = UnverifiedSteps(self._optimizer, batches)
+        elif waiting is not None and waiting.taken == self.together - 1:
+            waiting.last = batches
+        elif not self.is_due:
+            batches = None
+        if waiting is not None:
+            waiting.open_window()
         for name, one in passes.items():
-            kept = self._recordings[name] = []
-            one.records = kept.append if self.is_due else None
+            one.records = None if batches is None else batches.recordings[name].append
+        self._batches = batches
 
     def close_window(self) -> None:
-        """End it; the batches are let go."""
+        """End it; the batches are let go, unless steps wait for their judgement."""
         self._windows += 1
-        self._recordings = {}
+        self._batches = None
 
     def run_retain(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the retain pass as it is, and keep its batch and its loss."""
-        kept = copied(args[0]), capture_random(self._any_pass.generators)
+        """Run the retain pass as it is, and keep its batch and its loss where they are needed."""
+        if self._batches is None:
+            return step(*args, **kwargs)
+        kept = copied(args[0]), capture_random(self._batches.any_pass.generators)
         output = step(*args, **kwargs)
         loss = detached_loss(output)
         if loss is not None:
-            self._recordings["retain"].append(Recording(*kept, args[1:], kwargs, None, loss))
+            self._batches.recordings["retain"].append(Recording(*kept, args[1:], kwargs, None, loss))
         return output
 
     def judge(self, report: StepReport) -> Verdict:
         """Measure both losses again, and tell what is to become of the step. All processes judge alike."""
         self._tries += 1
-        outcome = self.outcome = self._measure(report)
+        assert self._batches is not None
+        outcome = self.outcome = self._measure_step(self._batches, report)
         is_kept = outcome.is_kept(self._settings.tolerance)
         is_last = self._tries >= self._settings.max_tries
         verdict: Verdict = "accept" if is_kept else "drop" if is_last else "retry"
         self._write(outcome, verdict)
         if is_kept and self._tries == 1:
-            self.region = min(1.0, self.region * self._settings.grow)
+            self._trust()
+            # Where the weights do not follow the rule, nobody knows what is due of steps that were not measured.
+            can_wait = self._settings.every == "auto" and report.follows_rule and report.actual_changes is None
+            self.together = 2 if can_wait else 1
         elif not is_kept:
             self.region *= self._settings.shrink
         if verdict != "retry":
@@ -159,6 +196,58 @@ class Verifier:
             self.dropped += not is_kept
             self._tries = 0
         return verdict
+
+    def note(self, report: StepReport, moved: Tensor) -> None:
+        """Take in what a step promised that waits for its judgement; `moved`, 0-d, is 0 where it moved nothing."""
+        if self.waiting is not None:
+            self.waiting.add(report, moved)
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether as many steps wait as are verified together."""
+        return self.waiting is not None and self.waiting.taken >= self.together
+
+    def settle(self) -> UnverifiedSteps | None:
+        """Judge the steps that wait, if any; return them if they were taken back. All processes judge alike."""
+        waiting = self.waiting
+        number = 0 if waiting is None else waiting.moved
+        if waiting is None or not number:
+            self.waiting = None
+            return None
+        if waiting.first is None or not self._are_kept(waiting, waiting.first, number):
+            return self.take_back()
+        self.verified, self.kept = self.verified + number, self.kept + number
+        self._trust()
+        if self.are_enough:
+            self.together = min(2 * self.together, _MOST_TOGETHER)
+        self.waiting = None
+        return None
+
+    def _are_kept(self, waiting: UnverifiedSteps, first: Batches, number: int) -> bool:
+        """Whether all steps together did no harm that they did not promise, and the last one kept its own promise."""
+        # A step promises for its own batches: those of the first rise by less than the sum.
+        together = self._measure(first, waiting.promised, waiting.promised, waiting.forgotten, number)
+        is_kept = together.is_kept(tolerance=0.0)
+        self._write(together, "accept" if is_kept else "back", number)
+        self.outcome, report = together, waiting.last_report
+        if is_kept and waiting.last is not None and report is not None:
+            self.outcome = self._measure_step(waiting.last, report)
+            is_kept = self.outcome.is_kept(self._settings.tolerance)
+            self._write(self.outcome, "accept" if is_kept else "back")
+        return is_kept
+
+    def take_back(self) -> UnverifiedSteps | None:
+        """Take the steps that wait back, if any; return them. The next ones are verified one by one."""
+        waiting = self.waiting
+        if waiting is not None:
+            number = waiting.take_back()
+            self.verified, self.dropped = self.verified + number, self.dropped + number
+            self.together, self.waiting = 1, None
+        return waiting
+
+    def _trust(self) -> None:
+        """A promise was kept at once: let the region grow back."""
+        self.region = min(1.0, self.region * self._settings.grow)
 
     def numbers(self) -> dict[str, Tensor]:
         """What is logged beside the step: promised and measured improvements, and the size of the region."""
@@ -183,51 +272,56 @@ class Verifier:
         return self.region < _SMALLEST_REGION
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the size of the region, the counts, and the place in the ledger."""
+        """Return the size of the region, the counts, the way back of what waits, and the place in the ledger."""
         ledger = {} if self._ledger is None else {"ledger": self._ledger.state_dict()}
-        return {name: getattr(self, name) for name in _STATE} | ledger
+        waiting = {} if self.waiting is None else self.waiting.state_dict()
+        return {name: getattr(self, name) for name in _STATE} | ledger | ({"waiting": waiting} if waiting else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what `state_dict` returned."""
+        """Go on with what `state_dict` returned; steps that wait are taken back when they are settled."""
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
+        if "waiting" in state:
+            self.waiting = UnverifiedSteps(self._optimizer, None, state["waiting"])
         if self._ledger is not None and "ledger" in state:
             self._ledger.load_state_dict(state["ledger"], self._trainer.global_step)
 
-    @property
-    def _any_pass(self) -> ForgetPass:
-        return next(iter(self._passes.values()))
-
-    def _measure(self, report: StepReport) -> Outcome:
-        """Run the batches of all groups again; one read of the host."""
+    def _measure_step(self, batches: Batches, report: StepReport) -> Outcome:
+        """What a step did, on its own batches."""
         step = report.coefficients
-        rows = []
-        for name, recordings in self._recordings.items():
-            run = self._passes.get(name, self._any_pass)
-            before = mean_of([r.loss for r in recordings])
-            after = mean_of([run.replay(self._steps[name], r) for r in recordings])
-            known = (step.improvements[name].to(before), report.improvement(name).to(before))
-            rows.append(torch.stack((before, *known, after)))
+        due = {name: report.improvement(name) for name in step.groups}
+        return self._measure(batches, step.improvements, due, step.forgotten, follows_rule=report.follows_rule)
+
+    def _measure(
+        self,
+        batches: Batches,
+        promised: Mapping[str, Tensor],
+        due: Mapping[str, Tensor],
+        forgotten: Sequence[str],
+        steps: int = 1,
+        *,
+        follows_rule: bool = True,
+    ) -> Outcome:
+        """Run the batches of all groups again; one read of the host."""
+        losses = batches.run_again()
+        rows = [
+            torch.stack((before, promised[name].to(before), due[name].to(before), after))
+            for name, (before, after) in losses.items()
+        ]
         numbers = self._trainer.strategy.reduce(torch.stack(rows), reduce_op="mean").tolist()
         outcomes = {}
-        for name, (loss, promised, due, new) in zip(self._recordings, numbers, strict=True):
-            is_forgotten = name in step.forgotten
+        for name, (loss, promise, least, new) in zip(losses, numbers, strict=True):
+            is_forgotten = name in forgotten
             change = new - loss if is_forgotten else loss - new
-            outcomes[name] = GroupOutcome(is_forgotten, loss, promised, due, change, report.follows_rule)
+            outcomes[name] = GroupOutcome(is_forgotten, loss, promise, least, change, follows_rule, steps)
         return Outcome(outcomes)
 
-    def _write(self, outcome: Outcome, verdict: Verdict) -> None:
+    def _write(self, outcome: Outcome, verdict: str, together: int = 1) -> None:
         if self._ledger is None:
             return
-        row = {"step": self._trainer.global_step, "try": self._tries, "region": self.region}
-        self._ledger.write({**row, **outcome.numbers(), "verdict": verdict})
+        row = {"step": self._trainer.global_step, "try": max(self._tries, 1), "region": self.region}
+        steps = {"steps": together} if self._settings.every == "auto" else {}
+        self._ledger.write({**row, **steps, **outcome.numbers(), "verdict": verdict})
 
 
-_STATE = ("region", "verified", "kept", "retried", "dropped", "_windows")
-
-
-def mean_of(losses: list[Tensor]) -> Tensor:
-    """The mean in float64; NaN without losses, which breaks every promise."""
-    if not losses:
-        return torch.tensor(math.nan, dtype=torch.float64)
-    return torch.stack(losses).to(widest_float(losses[0].device)).mean()
+_STATE = ("region", "verified", "kept", "retried", "dropped", "together", "_windows")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from hamu_lightning import HAMUCallback
+from hamu_lightning import HAMUCallback, VerifySteps
 from hamu_lightning.callbacks.goals._forget_level import ForgetLevel
 from hamu_lightning.optim import Aim
 from hamu_lightning.rules import HAMUQ, RelativeRadius, TargetQuota
@@ -39,11 +39,11 @@ class Counts(L.Callback):
         self.rows.append(Counting.calls)
 
 
-def count(target: Any, steps: int) -> tuple[list[int], HAMUCallback]:
+def count(target: Any, steps: int, **options: Any) -> tuple[list[int], HAMUCallback]:
     module, counts = trained_on(DATA, 100, Counting), Counts()
     Counting.calls = 0
     rule = HAMUQ(TargetQuota(target, steps=60), radius=RelativeRadius(0.01))
-    hamu = HAMUCallback(DataLoader(DATA, batch_size=8, shuffle=True), rule)
+    hamu = HAMUCallback(DataLoader(DATA, batch_size=8, shuffle=True), rule, **options)
     fit(module, hamu, counts, max_epochs=-1, max_steps=steps)
     return [after - before for before, after in zip(counts.rows, counts.rows[1:], strict=False)], hamu
 
@@ -53,6 +53,19 @@ def test_far_from_the_end_four_batches_are_read_every_ten_steps() -> None:
     """Of 40; a forget and a retain batch are those of the step."""
     steps, _ = count(50.0, 22)
     assert steps == [2] * 9 + [6] + [2] * 9 + [6] + [2]
+
+
+@pytest.mark.filterwarnings("ignore:The fit has ended before the target", "ignore:The target should be reached in 60")
+@pytest.mark.parametrize(
+    ("verify", "far", "near"), [(False, 2.4, 4.5), (True, 4.4, 6.5), (VerifySteps(every="auto"), 3.3, 5.0)], ids=str
+)
+def test_batches_that_go_through_the_module_in_a_step(verify: Any, far: float, near: float) -> None:
+    """Of a set of 40: a forget and a retain batch, those that are verified, and those that tell the level."""
+    steps, hamu = count(0.8, 100, verify=verify)
+    middle = len(steps) // 2
+    assert sum(steps[:middle]) / middle <= far
+    assert sum(steps[middle:]) / (len(steps) - middle) <= near
+    assert hamu.combined_steps >= 0.8 * len(steps)
 
 
 class Readings:
