@@ -14,6 +14,7 @@ from hamu_lightning.callbacks._movement import Movement
 from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.callbacks.goals import CEILINGS
 from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.wording import count
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -51,10 +52,10 @@ class Account:
         if done["forget_passes"] and (done["combined_steps"] or is_excused):
             return
         raise HAMUStateError(
-            f"Expected unlearning to happen in this fit, but it ended with 0 {missing} ({done['left_out_steps']} were "
-            "left out: numbers that are not finite, learning rate 0, no retain loss, an overflow of the loss scale). "
-            "Check that the module's `training_step` runs through the Trainer, `every_n_steps` against the number of "
-            "steps, the learning rates and the precision."
+            f"Expected unlearning to happen in this fit, but it ended with 0 {missing} "
+            f"({count(done['left_out_steps'], 'was', 'were')} left out: numbers that are not finite, learning rate 0, "
+            "no retain loss, an overflow of the loss scale). Check that the module's `training_step` runs through the "
+            "Trainer, `every_n_steps` against the number of steps, the learning rates and the precision."
         )
 
     def check_it_began(self) -> str | None:
@@ -77,7 +78,7 @@ class Account:
             )
         return (
             f"HAMU: no step in this fit, {reason}. The checkpoint is of the same request, for the same data, with "
-            f"{parts.state_dict()['combined_steps']} combined steps: nothing is left to do."
+            f"{count(parts.state_dict()['combined_steps'], 'combined step')}: nothing is left to do."
         )
 
     def _done(self) -> dict[str, int]:
@@ -116,8 +117,8 @@ class Account:
         is_back = parts.stopper.reason in CEILINGS or (parts.guarding is not None and parts.guarding.has_gone_back)
         if self._still and not is_back and not parts.journal.has_warned:
             self._warnings.append(
-                f"{self._still}. The {steps} combined steps were too short for it. Give a larger quota, or a radius "
-                "that no gradient makes small, such as RelativeRadius(1e-3)."
+                f"{self._still}. {count(steps, 'combined step was', 'combined steps were')} too short for it. Give a "
+                "larger quota, or a radius that no gradient makes small, such as RelativeRadius(1e-3)."
             )
 
     def log_evidence(self) -> None:
@@ -149,7 +150,7 @@ class Account:
         protected, requests = parts.groups.names_by_role()
         means = parts.groups.means()
         return (
-            f"HAMU: {done['combined_steps']} combined steps ({done['left_out_steps']} left out), "
+            f"HAMU: {count(done['combined_steps'], 'combined step')} ({done['left_out_steps']} left out), "
             f"{parts.journal.summary(means)}."
             + ("" if parts.verifier is None or parts.is_resumed else f" {parts.verifier.describe()}.")
             + ("" if parts.turns is None else f" {parts.turns.describe()}.")
@@ -180,7 +181,7 @@ class Account:
         parts, counts = self._parts, self._parts.counts()
         way = parts.journal.describe_run()
         return (
-            f" With the run that this fit continues: {counts['combined_steps']} combined steps "
+            f" With the run that this fit continues: {count(counts['combined_steps'], 'combined step')} "
             f"({counts['left_out_steps']} left out)"
             + (f", {way}" if way else "")
             + ("." if parts.verifier is None else f". {parts.verifier.describe()}.")
@@ -195,7 +196,7 @@ def explain_no_batch(trainer: Trainer) -> str:
     if trainer.fit_loop.max_batches == 0:
         return "the training loader has none"
     if trainer.max_steps != -1 and steps >= trainer.max_steps:
-        return f"max_steps={trainer.max_steps} is reached, with {steps} steps before this fit"
+        return f"max_steps={trainer.max_steps} is reached, with {count(steps, 'step')} before this fit"
     if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
-        return f"max_epochs={trainer.max_epochs} is reached, with {epochs} epochs before this fit"
+        return f"max_epochs={trainer.max_epochs} is reached, with {count(epochs, 'epoch')} before this fit"
     return "something stopped the Trainer before the first one"

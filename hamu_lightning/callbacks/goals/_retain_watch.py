@@ -17,6 +17,7 @@ from hamu_lightning.callbacks.goals._retain_guard import Reading, RetainGuard
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader, count_samples
 from hamu_lightning.checks import describe
 from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.wording import count
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -270,4 +271,4 @@ def _times(number: int) -> str:
 
 
 def _describe_samples(samples: float) -> str:
-    return "" if math.isnan(samples) else f" ({samples:.0f} samples)"
+    return "" if math.isnan(samples) else f" ({count(round(samples), 'sample')})"
