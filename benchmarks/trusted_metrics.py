@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,9 +153,14 @@ def main() -> None:
     prepare()
     columns = run(args.set, args.forget, args.models, args.out)
     print(f"{args.set}, {args.forget[0]}:{args.forget[1]:g}, {args.models} models of each kind")
-    print(f"{'':<16}" + "".join(f"{title:>14}" for title in columns))
+    print_table(columns)
+
+
+def print_table(columns: dict[str, dict[str, float]]) -> None:
+    """Print a line for each metric, the most faithful first."""
+    print(f"{'':<28}" + "".join(f"{title:>14}" for title in columns))
     for metric in sorted(columns["faithfulness"], key=lambda m: -columns["faithfulness"][m]):
-        print(f"{metric:<16}" + "".join(f"{column[metric]:>14.3f}" for column in columns.values()))
+        print(f"{metric:<28}" + "".join(f"{column.get(metric, math.nan):>14.3f}" for column in columns.values()))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "hamu_lightning"
 LAYERS = (
     "errors",
     "checks",
+    "wording",
     "gramian",
     "tolerances",
     "randomness",
@@ -56,7 +57,7 @@ HOMES = {
     "torchjd": {"solvers"},
 }
 # Layers that import torch, the standard library and the backport of typing, and nothing else.
-PURE = {"errors", "checks", "gramian", "tolerances", "loaders", "files", "rules"}
+PURE = {"errors", "checks", "wording", "gramian", "tolerances", "loaders", "files", "rules"}
 PURE_IMPORTS = {"torch", "typing_extensions", "hamu_lightning"} | sys.stdlib_module_names
 
 # Private files and names that a module of another package may import: for each importer and what it imports the reason.

@@ -14,6 +14,7 @@ from hamu_lightning.callbacks._ending import describe_ending
 from hamu_lightning.callbacks._parts import Parts
 from hamu_lightning.callbacks.goals import CEILINGS, Movement, StopReason
 from hamu_lightning.errors import HAMUStateError
+from hamu_lightning.wording import count
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -55,10 +56,10 @@ class Account:
         if done["forget_passes"] and (done["combined_steps"] or is_excused):
             return
         raise HAMUStateError(
-            f"Expected unlearning to happen in this fit, but it ended with 0 {missing} ({done['left_out_steps']} were "
-            "left out: numbers that are not finite, learning rate 0, no retain loss, an overflow of the loss scale). "
-            "Check that the module's `training_step` runs through the Trainer, `every_n_steps` against the number of "
-            "steps, the learning rates and the precision."
+            f"Expected unlearning to happen in this fit, but it ended with 0 {missing} "
+            f"({count(done['left_out_steps'], 'was', 'were')} left out: numbers that are not finite, learning rate 0, "
+            "no retain loss, an overflow of the loss scale). Check that the module's `training_step` runs through the "
+            "Trainer, `every_n_steps` against the number of steps, the learning rates and the precision."
         )
 
     def check_it_began(self) -> str | None:
@@ -81,7 +82,7 @@ class Account:
             )
         return (
             f"HAMU: no step in this fit, {reason}. The checkpoint is of the same request, for the same data, with "
-            f"{parts.state_dict()['combined_steps']} combined steps: nothing is left to do."
+            f"{count(parts.state_dict()['combined_steps'], 'combined step')}: nothing is left to do."
         )
 
     def _done(self) -> dict[str, int]:
@@ -120,8 +121,8 @@ class Account:
         is_back = parts.stopper.reason in CEILINGS or (parts.guarding is not None and parts.guarding.has_gone_back)
         if self._still and not is_back and not parts.journal.has_warned:
             self._warnings.append(
-                f"{self._still}. The {steps} combined steps were too short for it. Give a larger quota, or a radius "
-                "that no gradient makes small, such as RelativeRadius(1e-3)."
+                f"{self._still}. {count(steps, 'combined step was', 'combined steps were')} too short for it. Give a "
+                "larger quota, or a radius that no gradient makes small, such as RelativeRadius(1e-3)."
             )
 
     def log_evidence(self) -> None:
@@ -182,7 +183,7 @@ class Account:
             result = f", {reason.value}" + ("" if is_begun else " before the first step")
         elif self._parts.optimizer.rule.target_quotas:
             result = ", short of the target" if self._parts.groups.describe_short() else ", at the target"
-        return f"HAMU: {done['combined_steps']} combined steps ({done['left_out_steps']} left out){result}."
+        return f"HAMU: {count(done['combined_steps'], 'combined step')} ({done['left_out_steps']} left out){result}."
 
     def _describe_ending(self) -> str:
         """Who ended the fit: somebody else, or (on the way to a target) a limit of the Trainer."""
@@ -196,7 +197,7 @@ class Account:
         parts, counts = self._parts, self._parts.counts()
         way = parts.journal.describe_run()
         return [
-            f"With the run that this fit continues: {counts['combined_steps']} combined steps "
+            f"With the run that this fit continues: {count(counts['combined_steps'], 'combined step')} "
             f"({counts['left_out_steps']} left out)" + (f", {way}." if way else "."),
             "" if parts.verifier is None else f"{parts.verifier.describe()}.",
         ]
@@ -220,7 +221,7 @@ def explain_no_batch(trainer: Trainer) -> str:
     if trainer.fit_loop.max_batches == 0:
         return "the training loader has none"
     if trainer.max_steps != -1 and steps >= trainer.max_steps:
-        return f"max_steps={trainer.max_steps} is reached, with {steps} steps before this fit"
+        return f"max_steps={trainer.max_steps} is reached, with {count(steps, 'step')} before this fit"
     if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
-        return f"max_epochs={trainer.max_epochs} is reached, with {epochs} epochs before this fit"
+        return f"max_epochs={trainer.max_epochs} is reached, with {count(epochs, 'epoch')} before this fit"
     return "something stopped the Trainer before the first one"

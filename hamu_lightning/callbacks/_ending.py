@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hamu_lightning.callbacks import _compat
+from hamu_lightning.wording import count
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -21,7 +22,7 @@ def describe_ending(trainer: Trainer) -> str:
     if not trainer.should_stop:
         return ""
     total = _compat.count_steps(trainer)
-    after = f"after {step} of {total:.0f} steps" if step < total < float("inf") else f"after {step} steps"
+    after = f"after {step} of {total:.0f} steps" if step < total < float("inf") else f"after {count(step, 'step')}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         names = {base.__name__ for base in type(callback).__mro__}
         if "EarlyStopping" in names and _has_stopped(callback):

@@ -17,6 +17,7 @@ from hamu_lightning.data._loaders import Sieve
 from hamu_lightning.data._requests import Found, Index, count_overlaps, find_by_predicate, show
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.loaders import length_of
+from hamu_lightning.wording import count
 
 Wish: TypeAlias = "Ids | Callable[[Any], Any]"
 
@@ -30,14 +31,15 @@ class Parting:
         forget: What is to be forgotten, of all requests together.
         requests: The same of each request.
         holdout: Of what was never trained on, where samples of the Dataset were named.
-        names: For the place of each sample in `forget` the id that it was found by; empty for a stream.
+        names: For the place of each sample in `forget` the id that it was found by, and of several requests also for
+            the name of the request and the place in it; empty for a stream.
     """
 
     retain: Any
     forget: Any
     requests: Mapping[str, Any]
     holdout: Any
-    names: Mapping[int, Hashable]
+    names: Mapping[Any, Hashable]
 
 
 def part(dataset: Any, requests: Mapping[str, Wish], holdout: Wish | None, by: Any, strict: bool) -> Parting:
@@ -60,7 +62,7 @@ def part(dataset: Any, requests: Mapping[str, Wish], holdout: Wish | None, by: A
     found = {name: finder.find(wish) for name, wish in requests.items()}
     _tell_faults(found, strict, by)
     for (one, other), n in count_overlaps(found).items():
-        rank_zero_warn(f"The requests {one!r} and {other!r} share {n} samples.")
+        rank_zero_warn(f"The requests {one!r} and {other!r} share {count(n, 'sample')}.")
     ids = {place: value for request in found.values() for place, value in request.ids.items()}
     forgotten = sorted(ids)
     held = {} if holdout is None else finder.find(holdout).ids
@@ -75,16 +77,24 @@ def part(dataset: Any, requests: Mapping[str, Wish], holdout: Wish | None, by: A
         raise HAMUValueError(
             f"Expected some samples to forget and some to retain, but got {len(forgotten)} of {size} to forget."
         )
+    own = len({*ids.values()})
+    of = f", those of {count(own, 'id')}," if own < len(ids) else ""
     rank_zero_info(
-        f"UnlearnData: {len(forgotten)} of {size} samples are to be forgotten, {len(retained)} are retained."
+        f"UnlearnData: {len(forgotten)} of {size} samples{of} are to be forgotten, {len(retained)} are retained."
     )
     return Parting(
         Subset(dataset, retained),
         Subset(dataset, forgotten),
         {name: Subset(dataset, [*request.ids]) for name, request in found.items()},
         Subset(dataset, sorted(held)) if held else None,
-        {place: ids[position] for place, position in enumerate(forgotten)},
+        {place: ids[position] for place, position in enumerate(forgotten)} | _name_each(found),
     )
+
+
+def _name_each(requests: Mapping[str, Found]) -> dict[tuple[str, int], Hashable]:
+    """Of several requests for each and the place of a sample in it the id."""
+    several = requests if len(requests) > 1 else {}
+    return {(name, place): own for name, request in several.items() for place, own in enumerate(request.ids.values())}
 
 
 def count_named(dataset: Any, wishes: Sequence[Ids], by: Any) -> int:
@@ -119,11 +129,14 @@ def _tell_faults(found: Mapping[str, Found], strict: bool, by: Any) -> None:
                 f"The first line of {name!r} is the id of no sample, and so taken for the name of the column."
             )
         if request.repeated:
-            rank_zero_warn(f"{request.repeated} ids of {name!r} were given more than once; each is taken once.")
+            ids = count(request.repeated, f"id of {name!r} was", f"ids of {name!r} were")
+            rank_zero_warn(f"{ids} given more than once; each is taken once.")
         if not request.missing:
             continue
         what = "positions" if by is None else f"ids by {by!r}" if isinstance(by, str | int) else "ids"
-        told = f"all {what} of {name!r} to be in the training data, but {len(request.missing)} are not: "
+        told = (
+            f"all {what} of {name!r} to be in the training data, but {count(len(request.missing), 'is', 'are')} not: "
+        )
         told += show(request.missing)
         if strict or not request.ids:
             cure = (
@@ -140,8 +153,9 @@ def _tell_copies(dataset: Any, forgotten: list[int], retained: list[int]) -> Non
     copies = count_shared_samples(Subset(dataset, forgotten), Subset(dataset, retained))
     if copies:
         rank_zero_warn(
-            f"{copies} of the samples to forget stand in the training data more than once, and the other places are "
-            "retained: they are trained on again. Give all places, or ids of `by`, which are found wherever they are."
+            f"{copies} of the samples to forget {'stands' if copies == 1 else 'stand'} in the training data more than "
+            "once, and the other places are retained: they are trained on again. Give all places, or ids of `by`, "
+            "which are found wherever they are."
         )
 
 

@@ -20,6 +20,7 @@ from hamu_lightning.data._loaders import check_is_one_loader, load_in_order, loa
 from hamu_lightning.data._parting import Parting, Wish, count_named, part
 from hamu_lightning.errors import HAMUError, HAMUValueError
 from hamu_lightning.loaders import even_batch_size, length_of, load_like
+from hamu_lightning.wording import count
 
 # The largest batch to forget, as where the callback loads a Dataset for a target.
 _LARGE = 256
@@ -146,8 +147,11 @@ class UnlearnData(Forwarding):
         return load_in_order(held, self._load()[0] if self._loader is None else self._loader)
 
     @property
-    def names(self) -> dict[int, Hashable]:
-        """For the place of each sample in the data to forget the id that it was found by; for `evidence.report`."""
+    def names(self) -> dict[Any, Hashable]:
+        """For the place of each sample in the data to forget the id that it was found by; for `evidence.report`.
+
+        Of several requests also for the name of the request and the place in its own data.
+        """
         return dict(self._parted.names)
 
     def parts(self) -> dict[str, Any]:
@@ -234,12 +238,13 @@ class UnlearnData(Forwarding):
         named = 0 if self._by is None else count_named(getattr(held_out, "dataset", None), wishes, self._by)
         if shared:
             rank_zero_warn(
-                f"The validation data and what is to be forgotten share {shared} samples of one Dataset: they get "
-                "worse as it is forgotten, which ends a fit with EarlyStopping. Hold other samples out."
+                f"The validation data and what is to be forgotten share {count(shared, 'sample')} of one Dataset: they "
+                "get worse as it is forgotten, which ends a fit with EarlyStopping. Hold other samples out."
             )
         elif named:
-            words = f"{named} samples of the validation data have ids that are to be forgotten. They may get worse as "
-            words += "these are, which ends a fit with EarlyStopping."
+            of = "of the validation data"
+            words = count(named, f"sample {of} has an id that is", f"samples {of} have ids that are")
+            words += " to be forgotten. They may get worse as these are, which ends a fit with EarlyStopping."
             if self._holdout is None and self._holdout_wish is None:
                 words += (
                     " A target that is measured on them comes out too high: UnlearnData(..., holdout=...) has other "

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hamu_lightning.evidence._words import COLUMNS, KINDS, METRICS, order_metrics, say, say_interval
+from hamu_lightning.evidence._words import COLUMNS, KINDS, METRICS, order_metrics, say, say_interval, say_size
 
 _SHOWN = 8
 # What Markdown or HTML would read as markup.
@@ -48,7 +48,7 @@ def _verdict(record: Mapping[str, Any]) -> str:
 
 
 def _asked(record: Mapping[str, Any]) -> str:
-    lines = [f"- {_escape(one['name'])}: {one['n']} samples to forget" for one in record["requests"]]
+    lines = [f"- {_escape(one['name'])}: {say_size(one)} to forget" for one in record["requests"]]
     after = record["weights"]["after"]
     return "\n".join(lines + ([f"- SHA-256 of the weights: `{after['sha256']}`"] if after else []))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +49,7 @@ def report(
     weights_after: Weights | None = None,
     logs: str | Path | None = None,
     figures: Mapping[str, Drawable] | None = None,
-    names: Mapping[Any, str] | None = None,
+    names: Mapping[Any, Any] | None = None,
     private_key: Any = None,
 ) -> Path:
     """Write the report of a fit: the record as JSON, one HTML page, and a section for a model card.
@@ -69,7 +70,8 @@ def report(
         weights_after: The unlearned model.
         logs: The folder of the Trainer's logger, `trainer.log_dir`: its files give pictures of the way.
         figures: More pictures for the page by title, such as those of `hamu_lightning.report`.
-        names: For the place of a forgotten sample in its Dataset what the page calls it; the record holds no names.
+        names: For the place of a forgotten sample in its Dataset, or for request and place, what the page calls it, as
+            `UnlearnData.names` has it. The record holds how many names there are, and none of them.
         private_key: Signs the record, see `sign`.
 
     Returns:
@@ -85,8 +87,9 @@ def report(
     check_type("callback", callback, HAMUCallback, "the HAMUCallback of a fit")
     if evaluation is not None:
         before, after = before or evaluation.before, after or evaluation.after
+    called = _names(_requests(callback, after), names or {})
     record = make_record(
-        requests=_requests(callback, after),
+        requests={name: [*places] for name, places in called.items()},
         before=before,
         after=after,
         references=references,
@@ -98,11 +101,12 @@ def report(
         seeds=_seeds(callback),
         configuration={name: getattr(callback.settings, name) for name in _SETTINGS},
         run=_run(callback),
+        n_ids={name: len({*places.values()}) for name, places in called.items() if names and places},
     )
     if private_key is not None:
         record = sign(record, private_key)
     pictures = {**({} if logs is None else draw_logs(logs)), **(figures or {})}
-    return write_report(folder, record, figures=pictures, names=_names(record, callback, names or {}))
+    return write_report(folder, record, figures=pictures, names=_by_hash(called, record))
 
 
 def _requests(callback: HAMUCallback, after: Evaluation | None) -> dict[str, list[int]]:
@@ -126,8 +130,21 @@ def _run(callback: HAMUCallback) -> dict[str, Any]:
     }
 
 
-def _names(record: Mapping[str, Any], callback: HAMUCallback, names: Mapping[Any, str]) -> dict[str, str]:
-    """For the hashes of samples what the page calls them: by default their places."""
-    salt = bytes.fromhex(record["salt"])
-    places = [place for table in callback.forgotten_samples.values() for place in table.position.tolist()]
-    return {hash_id(place, salt): str(names.get(place, place)) for place in places}
+def _names(requests: Mapping[str, Sequence[int]], names: Mapping[Any, Any]) -> dict[str, dict[int, str]]:
+    """For each request and the place of each of its samples what it is called: by default the place."""
+    return {
+        request: {place: str(names.get((request, place), names.get(place, place))) for place in places}
+        for request, places in requests.items()
+    }
+
+
+def _by_hash(called: Mapping[str, Mapping[int, str]], record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What the page calls a sample by the hash of its place; of samples that share a name also the place."""
+    salt, found = bytes.fromhex(record["salt"]), {}
+    for request, names in called.items():
+        often = Counter(names.values())
+        found[request] = {
+            hash_id(place, salt): name if often[name] == 1 else f"{name}, sample {place}"
+            for place, name in names.items()
+        }
+    return found

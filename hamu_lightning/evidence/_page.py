@@ -30,14 +30,15 @@ class Drawable(Protocol):
 def render_page(
     record: Mapping[str, Any],
     figures: Mapping[str, Drawable] | None = None,
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the report as HTML: one file without links to others, escaped, for screen, phone and print.
 
     Args:
         record: From `make_record`.
         figures: Pictures by title.
-        names: For hashes of samples what the page calls them. Default: by the beginning of the hash.
+        names: For hashes of samples what the page calls them; or such a mapping for each request, by its name.
+            Default: by the beginning of the hash.
 
     Raises:
         HAMUStateError: If Jinja2 is not installed.
@@ -52,7 +53,7 @@ def write_report(
     record: Mapping[str, Any],
     *,
     figures: Mapping[str, Drawable] | None = None,
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `hamu_record.json`, `report.html` and `model_card.md` into a folder.
 
@@ -60,7 +61,7 @@ def write_report(
         folder: It is made if there is none; files of these names are replaced.
         record: From `make_record`, signed or not.
         figures: Pictures by title, for the page.
-        names: For hashes of samples what the page calls them; the record holds none of these names.
+        names: As for `render_page`; the record holds none of these names.
 
     Returns:
         The path of the page.

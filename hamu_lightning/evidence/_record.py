@@ -56,6 +56,7 @@ def make_record(
     configuration: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     limits: Sequence[str] = (),
+    n_ids: Mapping[str, int] | None = None,
     salt: bytes | None = None,
 ) -> dict[str, Any]:
     """Put together what was asked, done and measured, as an object for JSON that `load_schema` describes.
@@ -76,6 +77,7 @@ def make_record(
         configuration: Settings by name; what is no number, text or None goes in as its `repr`.
         run: Counts, the reason to stop, the summary.
         limits: More that a reader must know, beside what always holds.
+        n_ids: For the name of a request how many ids it named, such as customers, where samples share one.
         salt: For tests alone. Default: 32 random bytes.
 
     Returns:
@@ -93,7 +95,7 @@ def make_record(
         "format": FORMAT,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "salt": salt.hex(),
-        "requests": [_request(name, ids, salt) for name, ids in requests.items()],
+        "requests": [_request(name, ids, salt, (n_ids or {}).get(name)) for name, ids in requests.items()],
         "weights": {"before": _hashes(weights_before), "after": _hashes(weights_after)},
         "versions": {"python": platform.python_version(), **_versions()},
         "seeds": dict(seeds or {}),
@@ -154,9 +156,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return dict(record)
 
 
-def _request(name: str, ids: Iterable[Any], salt: bytes) -> dict[str, Any]:
+def _request(name: str, ids: Iterable[Any], salt: bytes, n_ids: int | None) -> dict[str, Any]:
     hashes = sorted(hash_id(one, salt) for one in ids)
-    return {"name": name, "n": len(hashes), "sample_hashes": hashes}
+    return {"name": name, "n": len(hashes), "n_ids": n_ids, "sample_hashes": hashes}
 
 
 def _hashes(weights: Weights | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from hamu_lightning.evidence._counts import auc, differ_without, is_class, kept,
 from hamu_lightning.evidence._rows import AttackRow
 from hamu_lightning.evidence._scores import FORGET, RETAIN, TEST, Evaluation
 from hamu_lightning.metrics.functional import Estimate, mean_estimate
+from hamu_lightning.wording import count
 
 Kind: TypeAlias = Literal[
     "forgotten", "not_forgotten", "masked", "suppressed", "harmed", "over_forgotten", "cannot_tell"
@@ -250,7 +251,9 @@ def _find_gaps(
     if not after.is_whole or not before.is_whole:
         found.append("Only a part of the data was read: evaluate all of it.")
     if n < TOO_FEW:
-        found.append(f"Only {n} samples were to be forgotten: that is too few for any statistics.")
+        found.append(
+            f"Only {count(n, 'sample was', 'samples were')} to be forgotten: that is too few for any statistics."
+        )
     if not _find_memory(before, references):
         found.append(
             "These measurements find no memory of the data in the original either"

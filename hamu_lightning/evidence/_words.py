@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from hamu_lightning.wording import count
 
 # What is read first stands first: of distances and attacks those that stayed when weights were rounded, a model had
 # relearned a little, or outputs were shifted (benchmarks/trusted_metrics.py). What is not here comes after these.
@@ -63,6 +65,55 @@ HOLDS = {"yes": "still there", "no": "nothing there", "unknown": "not known"}
 """For what a finding says, the words."""
 COLUMNS = {"before": "before", "after": "after", "floor": "retrained"}
 """The columns of the table of metrics, with their headings."""
+
+LEFT = 6
+"""So many things that are left to do are listed about data in other places; a table has all of them."""
+_PLACES = 3
+
+
+def group_findings(findings: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what is to be done about places that hold something or may: each advice once, with all its places.
+
+    Example:
+        >>> rows = [{"place": f"{i}.ckpt: weights", "holds": "yes", "advice": "Delete it."} for i in range(5)]
+        >>> [group["places"] for group in group_findings(rows)]
+        ['0.ckpt, 1.ckpt, 2.ckpt and 2 more: weights']
+        >>> group_findings([{**rows[0], "place": "cache: a"}, {**rows[0], "place": "cache: b"}])[0]["places"]
+        'cache: a, b'
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in findings:
+        if row["holds"] != "no":
+            groups.setdefault((row["holds"], row["advice"]), []).append(row["place"])
+    found = [{"places": _join(places), "holds": holds, "advice": advice} for (holds, advice), places in groups.items()]
+    return sorted(found, key=lambda group: group["holds"] != "yes")
+
+
+def _join(places: list[str]) -> str:
+    """Places in a row; what all of them have before or after the colon is said once."""
+    files, parts = zip(*(place.partition(": ")[::2] for place in places), strict=True)
+    if len(places) > 1 and all(parts):
+        if len({*files}) == 1:
+            return f"{files[0]}: {_shorten(parts)}"
+        if len({*parts}) == 1:
+            return f"{_shorten(files)}: {parts[0]}"
+    return _shorten(places)
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _PLACES} more" if len(names) > _PLACES else ""
+    return ", ".join(names[:_PLACES]) + more
+
+
+def say_size(request: Mapping[str, Any]) -> str:
+    """Return how many samples a request names, and by how many ids where these have several.
+
+    Example:
+        >>> say_size({"n": 1}), say_size({"n": 9, "n_ids": 2}), say_size({"n": 9, "n_ids": 9})
+        ('1 sample', '9 samples, those of 2 ids', '9 samples')
+    """
+    ids = request.get("n_ids")
+    return count(request["n"], "sample") + (f", those of {count(ids, 'id')}" if ids and ids < request["n"] else "")
 
 
 def order_metrics(metrics: Mapping[str, Any]) -> list[str]:

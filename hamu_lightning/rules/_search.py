@@ -45,7 +45,7 @@ def bracket_root(
     target: Tensor,
     excess_on_host: Callable[[float], tuple[Callable[[float], float], float]],
 ) -> Tensor:
-    """Return the neighbours in [0, 1], `[2]`, between which an increasing function passes `target`; or one number, `[1]`.
+    """Return the neighbours in [0, 1], `[2]`, between which a rising function passes `target`; or one number, `[1]`.
 
     Where it is at or above the target from the start, both are near 0; where it never reaches it, the right one is 1.
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from typing_extensions import override
 
-from hamu_lightning.evidence import make_record, render_page
+from hamu_lightning.evidence import Finding, make_record, render_page
 from hamu_lightning.evidence._page import _with_code
 from hamu_lightning.evidence._words import KINDS
 from hamu_lightning.report import plot_promises
@@ -101,6 +101,18 @@ def test_a_record_that_knows_nothing_says_so() -> None:
         "not signed",
     ):
         assert words in text
+
+
+def test_what_is_left_to_do_says_each_advice_once() -> None:
+    checkpoints = [Finding(f"{i}.ckpt: weights", "yes", "Delete it.") for i in range(5)]
+    more = [Finding(f"{i}.pkl", "unknown", f"Look into {i}.") for i in range(7)]
+    text = Page(render_page(make_record(requests={"one": [3]}, audit=[*more, *checkpoints]))).text
+    left = text[text.index("What is left to do") : text.index("What was asked")]
+    assert left.count("Delete it.") == 1 and left.index("2.ckpt and 2 more: weights") < left.index("Look into 0.")
+    assert "Look into 4." in left and "Look into 5." not in left and "And more, under" in left
+    table = text[text.index("Where data may still be\n") :]
+    assert all(f"{i}.ckpt: weights" in table for i in range(5)) and "Look into 6." in table
+    assert "Forget 1 sample (request one)" in text
 
 
 def test_names_in_advice_are_code_and_stay_text() -> None:

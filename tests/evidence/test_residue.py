@@ -171,7 +171,7 @@ def test_what_is_in_memory_is_found() -> None:
         "optimizer: moments",
         "HAMUCallback: the data to forget",
     }
-    assert of(found, "unknown") == {"module: running statistics of 1 norms (net.1, ...)"}
+    assert of(found, "unknown") == {"module: running statistics of 1 norm (net.1)"}
     assert of(audit(Classifier()), "no") == {"module: running statistics"}
 
 

@@ -203,17 +203,22 @@ def test_other_ids_are_refused(ids: Tensor) -> None:
         MembershipAUC().update(torch.zeros(2), True, ids)
 
 
-def compute_padded(rank: int) -> float:
-    """Seven samples on two ranks: the eighth repeats the first."""
+def compute_padded(rank: int) -> list[float]:
+    """Seven samples on two ranks: the eighth repeats the first. Without ids, and with them."""
     losses, is_member = sample(7)
     index = torch.tensor([0, 2, 4, 6] if rank == 0 else [1, 3, 5, 0])
-    auc = MembershipAUC()
-    auc.update(losses[index], is_member[index], index)
-    return float(auc.compute())
+    values = []
+    for ids in (None, index):
+        auc = MembershipAUC()
+        auc.update(losses[index], is_member[index], ids)
+        values.append(float(auc.compute()))
+    return values
 
 
 def test_padding_of_a_distributed_sampler_counts_once() -> None:
-    assert run_ranks(compute_padded, 2) == [float(updated(*sample(7)).compute())] * 2
+    (naive, ours), other = run_ranks(compute_padded, 2)
+    assert [naive, ours] == other
+    assert naive != ours == float(updated(*sample(7)).compute())
 
 
 def test_interval_agrees_with_a_plain_bootstrap() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from hamu_lightning import metrics
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.metrics import (
     KLOM,
@@ -35,6 +36,7 @@ from hamu_lightning.metrics import (
     ULiRA,
 )
 from hamu_lightning.metrics import functional as F
+from hamu_lightning.metrics._base import HAMUMetric
 from tests.distributed import run_ranks
 
 N = 23
@@ -217,6 +219,12 @@ def test_two_processes_give_what_one_gives() -> None:
                 expected = CASES[name][2]()
                 assert_same(first, expected)
                 assert first == again and value == first.value
+
+
+def test_every_metric_is_tested_on_two_processes() -> None:
+    """Here, or in a file of its own where it keeps sums and no samples."""
+    kinds = {name for name in metrics.__all__ if issubclass(getattr(metrics, name), HAMUMetric)}
+    assert kinds - {type(make()).__name__ for make, *_ in CASES.values()} == {"Hardness", "RunningObjective"}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -23,6 +23,14 @@ def test_a_mean_that_ignores_its_weights() -> None:
     assert float(ours.compute().loss) == 3.0
 
 
+def test_a_mean_that_waits_for_the_host() -> None:
+    """torchmetrics' `MeanMetric()` does at every update, to look for NaN; a tensor on "meta" has nothing to look at."""
+    naive, ours = MeanMetric().to("meta"), RunningObjective().to("meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        naive.update(torch.empty((), device="meta"))
+    ours.update(torch.empty((), device="meta"))
+
+
 def test_nan_turned_into_a_number() -> None:
     """`nan_to_num` before an AUC, and 0.5 where a class is missing, make a broken run look like a perfect one."""
     forget, holdout = torch.full((20,), math.nan), torch.arange(20.0) - 9.5

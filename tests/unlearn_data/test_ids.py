@@ -134,14 +134,14 @@ def test_a_gap_is_no_id() -> None:
     gaps = Records(3, number=[1.0, float("nan"), None])
     assert forgotten(gaps, [1], by="number") == [0]
     for gap in (float("nan"), None):
-        with pytest.raises(HAMUValueError, match=r"but 1 are not: (nan|None)\."):
+        with pytest.raises(HAMUValueError, match=r"but 1 is not: (nan|None)\."):
             forgotten(gaps, [1, gap], by="number")
 
 
 def test_samples_that_stand_in_the_data_twice_are_said() -> None:
     base = Records(4, who=["a", "b", "c", "d"])
     union = ConcatDataset([Subset(base, [0, 1]), Subset(base, [1, 2, 3])])
-    with pytest.warns(UserWarning, match="^1 of the samples to forget stand in the training data more than once"):
+    with pytest.warns(UserWarning, match="^1 of the samples to forget stands in the training data more than once"):
         assert forgotten(union, [1, 4]) == [1, 4]
     assert forgotten(union, ["b"], by="who") == [1, 2]
 
@@ -155,7 +155,7 @@ def test_files_of_an_image_folder() -> None:
     files = ["/d/cat/1.png", "/d/cat/2.png", "/d/dog/1.png", "/d/dog/3.png"]
     dataset = Records(4, samples=[(file, i // 2) for i, file in enumerate(files)], root="/d")
     assert forgotten(dataset, ["/d/cat/1.png", "dog/1.png", "3.png"], by="samples") == [0, 2, 3]
-    with pytest.raises(HAMUValueError, match=r"but 1 are not: 1.png\."):  # two files have this name
+    with pytest.raises(HAMUValueError, match=r"but 1 is not: 1.png\."):  # two files have this name
         forgotten(dataset, ["1.png"], by="samples")
 
 
@@ -184,11 +184,11 @@ def test_a_file_of_positions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", ["z9", "9", "z@x.org", "z/1.png"])
 def test_an_unknown_id_in_the_first_line_is_no_header(first: str, tmp_path: Path) -> None:
     (tmp_path / "ids.csv").write_text(f"{first}\nb\n")
-    with pytest.raises(HAMUValueError, match=f"but 1 are not: {first}"):
+    with pytest.raises(HAMUValueError, match=f"but 1 is not: {first}"):
         forgotten(Records(who=WHO), tmp_path / "ids.csv", by="who")
     if first == "9":
         (tmp_path / "ids.csv").write_text("9\n4\n")
-        with pytest.raises(HAMUValueError, match="but 1 are not: 9. Positions"):
+        with pytest.raises(HAMUValueError, match="but 1 is not: 9. Positions"):
             forgotten(Records(), tmp_path / "ids.csv")
 
 
@@ -198,7 +198,7 @@ def test_ids_that_do_not_exist_are_listed() -> None:
         forgotten(Records(who=WHO), ids, by="who")
     with pytest.warns(UserWarning, match="z0, z1, z2, z3, z4 and 2 more. The others are to be forgotten"):
         assert forgotten(Records(who=WHO), ids, by="who", missing="warn") == [1, 2]
-    with pytest.raises(HAMUValueError, match="but 1 are not: z"):
+    with pytest.raises(HAMUValueError, match="but 1 is not: z"):
         forgotten(Records(who=WHO), ["z"], by="who", missing="warn")
     with pytest.raises(HAMUValueError, match=r"but 2 are not: 6, -1\. Positions count from 0"):
         forgotten(Records(), [1, 6, -1])
@@ -215,7 +215,7 @@ def test_requests_that_overlap_are_said() -> None:
         loaders = data.forget_dataloaders()
     assert {name: loader.dataset.indices for name, loader in loaders.items()} == {"a": [1, 2, 3], "b": [2, 3]}
     assert data.forget_dataloader().dataset.indices == [1, 2, 3]
-    assert data.names == {0: 1, 1: 2, 2: 3}
+    assert data.names == {0: 1, 1: 2, 2: 3, ("a", 0): 1, ("a", 1): 2, ("a", 2): 3, ("b", 0): 2, ("b", 1): 3}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_a_fit_from_a_file_of_ids_to_a_report(tmp_path: Path) -> None:
     assert {name: len(part) for name, part in parts.items()} == {"retain": 56, "forget": 4, "holdout": 30}
     assert parts["forget"].losses.tolist() == pytest.approx(hamu.forgotten_samples["forget"].loss_after.tolist())
     page = report(hamu, tmp_path, evaluation=numbers, names=data.names).read_text()
-    assert "c17" in page
+    assert "Forget 4 samples, those of 2 ids" in page and "c17, sample 2</th>" in page
 
 
 def test_the_evaluation_asks_once_for_held_out_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +153,19 @@ def test_several_requests_in_one_fit(tmp_path: Path) -> None:
     hamu = HAMUCallback(rule=HAMUQ(1e-3))
     Trainer(max_epochs=1, callbacks=[hamu], enable_checkpointing=False, **QUIET).fit(Net(), data)
     assert hamu.forget_passes == hamu.combined_steps > 0
+
+
+def test_the_report_of_several_requests_calls_each_sample_by_its_own_id(tmp_path: Path) -> None:
+    data = UnlearnData(Project(), {"a": ["c3"], "b": ["c17", "c4"]}, by="client")
+    hamu = HAMUCallback(target={"a": 3.0, "b": 3.0})
+    Trainer(max_epochs=1, callbacks=[hamu], enable_checkpointing=False, **QUIET).fit(Net(), data)
+    page = report(hamu, tmp_path, names=data.names).read_text()
+    assert "Forget 2 samples, those of 1 id (request <b>a</b>)" in page
+    assert "Forget 4 samples, those of 2 ids (request <b>b</b>)" in page
+    of_a, of_b = (
+        {*re.findall(r"(c\d+), sample (\d)<", part)} for part in page[page.index("<h3>a: ") :].split("<h3>b: ", 1)
+    )
+    assert (of_a, of_b) == ({("c3", "0"), ("c3", "1")}, {("c4", "0"), ("c4", "1"), ("c17", "2"), ("c17", "3")})
 
 
 def test_the_target_reads_the_held_out_part(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from hamu_lightning.callbacks.forecast._estimates import Estimate
+from hamu_lightning.wording import count
 
 # Below this share of the capacity, what is free of damage counts as less than all of it.
 _HARMONY = 0.99
@@ -111,6 +112,6 @@ def _on_target(mean: Mapping[str, float], steps: Estimate, target: float, raised
     cost = mean["retain_cost_to_target"]
     verb = "raise" if cost > 0 else "lower"
     return (
-        f"The target of {target:.3g} is about {math.ceil(steps.mean)} steps away{interval}: {now}. If gradients stayed "
-        f"as they are, these steps would {verb} the retain loss by {abs(cost):.2g} in all."
+        f"The target of {target:.3g} is about {count(math.ceil(steps.mean), 'step')} away{interval}: {now}. If "
+        f"gradients stayed as they are, these steps would {verb} the retain loss by {abs(cost):.2g} in all."
     )

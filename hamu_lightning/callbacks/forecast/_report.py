@@ -11,6 +11,7 @@ import torch
 
 from hamu_lightning.callbacks.forecast._advice import advise
 from hamu_lightning.callbacks.forecast._estimates import LEVEL, Estimate, bootstrap, count_steps, sum_cost
+from hamu_lightning.wording import count
 
 # A terminal's, and the table's.
 _WIDTH = 80
@@ -93,7 +94,7 @@ class PreflightReport:
         names = {name: words.format(raised=self.raised, it=it) for name, words in ROWS.items()}
         width = max(map(len, names.values()))
         lines = [f"{names[name]:<{width}}{estimate}" for name, estimate in self.estimates.items()]
-        head = f"HAMU preflight: {self.pairs} batch pairs, {self.blocks} blocks of weights"
+        head = f"HAMU preflight: {count(self.pairs, 'batch pair')}, {count(self.blocks, 'block')} of weights"
         title = f"{'':<{width}}{'mean':>11}   {LEVEL:.0%} interval over the pairs"
         advice = (
             textwrap.fill(s, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 from hamu_lightning.callbacks.goals._signals import Signals
 from hamu_lightning.checks import check_count, check_flag, check_number, describe, is_iterable, store
 from hamu_lightning.errors import HAMUValueError
+from hamu_lightning.wording import count
 
 StopOn: TypeAlias = Literal["collateral_damage", "infeasible", "not_finite"]
 
@@ -216,8 +217,8 @@ class NotFinite(StopCondition):
         if any(s.is_finite for s in steps):
             return None
         return (
-            f"the last {len(steps)} steps had gradients that are not finite. Check the data and the loss, or lower the "
-            "learning rate."
+            f"the last {count(len(steps), 'step')} had gradients that are not finite. Check the data and the loss, or "
+            "lower the learning rate."
         )
 
 

@@ -17,6 +17,7 @@ from hamu_lightning.callbacks.goals._transforms import explain_difference, with_
 from hamu_lightning.callbacks.passes import ForgetPass, MeasuringLoader, count_shared_samples, is_data, read_positions
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.loaders import batch_size_of, in_order, load_like
+from hamu_lightning.wording import count
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -129,8 +130,8 @@ class Reader:
             shared = count_shared_samples(self.find(data), other)
             if shared:
                 rank_zero_warn(
-                    f"The held-out data of the target and the {name} share {shared} samples of one Dataset: {effect}. "
-                    "Hold other samples out."
+                    f"The held-out data of the target and the {name} share {count(shared, 'sample')} of one Dataset: "
+                    f"{effect}. Hold other samples out."
                 )
 
     def _load_as_in_training(self, data: Any) -> DataLoader[Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hamu_lightning.checks import check_count, check_flag, check_number, check_type, store
+from hamu_lightning.wording import count
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Reading:
     def describe_way(self, now: Reading) -> str:
         """The way from here to another reading, in words."""
         accuracy = f", accuracy {100 * self.accuracy:.1f} % -> {100 * now.accuracy:.1f} %"
-        samples = "" if math.isnan(self.samples) else f" ({self.samples:.0f} samples)"
+        samples = "" if math.isnan(self.samples) else f" ({count(round(self.samples), 'sample')})"
         return f"loss {self.loss:.4g} -> {now.loss:.4g}{'' if math.isnan(self.accuracy) else accuracy}{samples}"
 
 

@@ -17,6 +17,7 @@ from hamu_lightning.callbacks.passes import ForgetPass, Recording, copied, detac
 from hamu_lightning.checks import check_choice, check_count, check_number, check_type, store
 from hamu_lightning.optim import StepReport, Verdict
 from hamu_lightning.randomness import capture_random
+from hamu_lightning.wording import count
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -259,11 +260,12 @@ class Verifier:
 
     def describe(self) -> str:
         """What came of the steps, in words."""
-        if self.kept == self.verified and not self.retried:
+        if self.kept == self.verified != 1 and not self.retried:
             return f"All {self.verified} verified steps kept their promise"
         return (
-            f"Of {self.verified} verified steps {self.kept} kept their promise ({self.retried} of them in a smaller "
-            f"trust region), {self.dropped} were left out; the region is {self.region:.3g} times the rule's"
+            f"Of {count(self.verified, 'verified step')} {count(self.kept, 'kept its promise', 'kept their promise')} "
+            f"({self.retried} of them in a smaller trust region), {count(self.dropped, 'was', 'were')} left out; the "
+            f"region is {self.region:.3g} times the rule's"
         )
 
     @property

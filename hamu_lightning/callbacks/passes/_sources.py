@@ -16,6 +16,7 @@ from hamu_lightning.callbacks._refusal import HAMUMisconfigurationError
 from hamu_lightning.callbacks.passes._overlap import count_shared_samples
 from hamu_lightning.loaders import batch_size_of, even_batch_size, length_of, load_like
 from hamu_lightning.rules import Rule
+from hamu_lightning.wording import count
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -127,8 +128,8 @@ def warn_about_shared_samples(train: Any, forget: Any) -> None:
     shared = count_shared_samples(train, forget)
     if shared:
         rank_zero_warn(
-            f"The retain and the forget loader share {shared} samples of one Dataset: the two objectives pull at the "
-            "same samples. `retain, forget = split_forget(dataset, indices)` makes disjoint ones."
+            f"The retain and the forget loader share {count(shared, 'sample')} of one Dataset: the two objectives "
+            "pull at the same samples. `retain, forget = split_forget(dataset, indices)` makes disjoint ones."
         )
 
 

@@ -12,6 +12,7 @@ from hamu_lightning.evidence import PartScores
 from hamu_lightning.evidence.attacks._subject import Subject, Unfit
 from hamu_lightning.methods import teach
 from hamu_lightning.metrics.functional import Estimate, mean_estimate
+from hamu_lightning.wording import count
 
 Measured = dict[str, tuple[Estimate, str]]
 
@@ -25,15 +26,15 @@ def relearn(subject: Subject) -> Measured:
     subject.scores("forget")  # says why, where nothing can be read
     forget, retain = plan.dataset("forget"), plan.dataset("retain")
     total: int = len(forget)  # type: ignore[arg-type]
-    count = max(1, round(plan.share * total))
-    if count >= total:
+    taken = max(1, round(plan.share * total))
+    if taken >= total:
         raise Unfit("there are too few forgotten samples to show a part of them")
     order = torch.randperm(total, generator=_generator(plan.seed)).tolist()
-    shown, rest = Subset(forget, order[:count]), Subset(forget, sorted(order[count:]))
+    shown, rest = Subset(forget, order[:taken]), Subset(forget, sorted(order[taken:]))
     taught = _teach(subject, ConcatDataset([shown, _draw(retain, plan.share, plan.seed)]), "forget")
     what = (
-        f"of the {total - count} forgotten samples that were not shown, after {plan.steps} steps on the {count} others "
-        "and the same share of the retain samples"
+        f"of the {count(total - taken, 'forgotten sample that was', 'forgotten samples that were')} not shown, after "
+        f"{count(plan.steps, 'step')} on the {count(taken, 'other')} and the same share of the retain samples"
     )
     return _tell(subject, "relearn", taught, subject.read_samples(taught, rest, "forget"), what)
 
@@ -42,7 +43,7 @@ def relearn_retain(subject: Subject) -> Measured:
     """Go on training with retain data alone, and ask for the forget set."""
     subject.scores("forget")
     taught = _teach(subject, subject.plan.dataset("retain"), "retain")
-    what = f"of the forgotten samples, after {subject.plan.steps} steps on retain samples alone"
+    what = f"of the forgotten samples, after {count(subject.plan.steps, 'step')} on retain samples alone"
     return _tell(subject, "relearn_retain", taught, subject.read(taught, "forget"), what)
 
 

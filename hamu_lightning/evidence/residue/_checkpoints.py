@@ -72,8 +72,7 @@ def _judge_weights(checkpoint: Checkpoint, name: str, most: int, began: float | 
     if checkpoint.steps >= 0:
         if checkpoint.steps == most:
             return Finding(place, "no", f"The most unlearning steps of this folder, {most}: the metrics judge it.")
-        advice = f"It is from the midst of unlearning: {checkpoint.steps} of {most} steps. {_DELETE}."
-        return Finding(place, "yes", advice)
+        return Finding(place, "yes", f"It is from the midst of unlearning. {_DELETE}.")
     if began is not None and checkpoint.time < began:
         return Finding(place, "yes", f"It was written before unlearning, and has no state of it. {_DELETE}.")
     return Finding(place, "unknown", f"It does not say whether unlearning came before it. If not: {_DELETE.lower()}.")

@@ -16,6 +16,7 @@ from hamu_lightning.callbacks import HAMUCallback
 from hamu_lightning.evidence import Finding
 from hamu_lightning.evidence.residue._checkpoints import has_moments, leaves
 from hamu_lightning.evidence.residue._state import strip
+from hamu_lightning.wording import count
 
 _RENEW = (
     "They average training batches, forgotten ones among them unless these are long gone. Renew them: "
@@ -29,7 +30,8 @@ def judge_module(module: LightningModule) -> Iterator[Finding]:
     parts = dict(module.named_modules())
     norms = [name for name, part in parts.items() if isinstance(part._buffers.get("running_mean"), Tensor)]
     if norms:
-        yield Finding(f"module: running statistics of {len(norms)} norms ({norms[0]}, ...)", "unknown", _RENEW)
+        which = norms[0] if len(norms) == 1 else f"{norms[0]}, ..."
+        yield Finding(f"module: running statistics of {count(len(norms), 'norm')} ({which})", "unknown", _RENEW)
     else:
         yield Finding("module: running statistics", "no", "It has none.")
     for name, part in parts.items():
@@ -62,14 +64,13 @@ def judge_trainer(trainer: Trainer) -> Iterator[Finding]:
 def judge_callback(callback: HAMUCallback) -> Iterator[Finding]:
     """The state that goes into checkpoints, and the table of forgotten samples."""
     _, kinds = strip(callback.state_dict())
-    for kind in kinds:
-        yield Finding(f"HAMUCallback: {kind}", "yes", "They go with the object; a fit that ends keeps no reference.")
+    held = [*kinds]
     if callback.forgotten_samples:
-        advice = "It says where forgotten samples stand in their Dataset, with their losses. It goes with the object."
-        yield Finding("HAMUCallback: table of forgotten samples", "yes", advice)
+        held.append("table of forgotten samples")
     if callback.settings.forget is not None:
-        advice = "It was given the data to forget; pickles of it hold a description alone. It goes with the object."
-        yield Finding("HAMUCallback: the data to forget", "yes", advice)
+        held.append("the data to forget")  # its pickles hold a description alone
+    for what in held:
+        yield Finding(f"HAMUCallback: {what}", "yes", "It is in memory, and goes with the callback.")
 
 
 def _judge_attributes(part: nn.Module, name: str) -> Iterator[Finding]:

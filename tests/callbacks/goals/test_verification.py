@@ -167,6 +167,10 @@ def test_other_bases_make_shorter_steps(optimizer: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(Outcome, "is_kept", lambda *_: next(verdicts))
     start = build(Base, optimizer)
     halved, hamu, _ = train(GENTLE, VerifySteps(), optimizer=optimizer, max_steps=1)
+    assert hamu.summary is not None and "HAMU: 1 combined step (0 left out)" in hamu.summary
+    assert (
+        "Of 1 verified step 1 kept its promise (1 of them in a smaller trust region), 0 were left out" in hamu.summary
+    )
     whole, other, _ = train(GENTLE, None, optimizer=optimizer, max_steps=1)
     for a, b, c in zip(start.parameters(), halved.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(b, (a + c) / 2)
@@ -186,7 +190,7 @@ def test_it_ends_where_no_region_is_small_enough(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Outcome, "is_kept", lambda *_: False)
     _, hamu, _ = train(GENTLE, VerifySteps(shrink=1e-2), max_epochs=4)
     assert hamu.stop_reason is StopReason.PROMISES_BROKEN
-    assert hamu.stop_message is not None and hamu.stop_message.startswith("Of 2 verified steps 0 kept")
+    assert hamu.stop_message is not None and hamu.stop_message.startswith("Of 2 verified steps 0 kept their promise")
 
 
 @pytest.mark.parametrize(("every", "accumulation", "verified"), [(1, 1, 12), (3, 1, 4), (1, 3, 4), (2, 3, 2)])

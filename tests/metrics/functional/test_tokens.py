@@ -130,6 +130,17 @@ def test_memorisation_against_loops() -> None:
     assert exact_memorization(LOGITS, LABELS).n == (4,)
 
 
+def test_the_last_token_counts() -> None:
+    """Published code leaves it out of its scores, the end of an answer included."""
+    logits, labels = LOGITS[1:], LABELS[1:]  # the first text has one token
+    naive = labels.clone()
+    for row in naive:
+        row[row.ne(-100).nonzero()[-1]] = -100
+    for function in (exact_memorization, extraction_strength):
+        assert abs(function(logits, naive).value - function(logits, labels).value) > 0.01
+    assert not torch.allclose(min_k_scores(logits, naive, 1.0), min_k_scores(logits, labels, 1.0), atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("predicted", "strength"), [([0, 1, 2, 0], 0.75), ([1, 1, 2, 1], 1.0), ([1, 1, 2, 0], 0.0), ([0, 0, 0, 1], 0.25)]
 )
