@@ -71,7 +71,8 @@ def train(
 def judge_by(monkeypatch: pytest.MonkeyPatch, broken: set[int]) -> None:
     """Let the judgements of these numbers, counted from 0, be that a promise was broken."""
     count = iter(range(1000))
-    monkeypatch.setattr(Outcome, "is_kept", lambda *_, **__: next(count) not in broken)
+    for name in ("is_kept", "is_harmless"):
+        monkeypatch.setattr(Outcome, name, lambda *_: next(count) not in broken)
 
 
 def test_one_step_then_two_four_and_eight() -> None:
