@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hamu_lightning.rules._closed_form import BlockProblem, safe_divide
 
-_EPSILON, _TINY = np.finfo(np.float64).eps, np.finfo(np.float64).tiny
+_FLOAT = torch.finfo(torch.float64)
 
 
 class JointSteps:
@@ -56,26 +55,23 @@ class JointSteps:
 
     def excess_on_host(self, quota: float) -> tuple[Callable[[float], float], float]:
         """`total_gain` less a quota, for numbers in host memory: the same operations, in place; and its rounding."""
-        numbers = (self._unit_retain, self._unit_forget, self._problem.cosine, self._bend, self._problem.capacity)
-        unit_retain, unit_forget, cosine, bend, capacity = (x.detach().numpy() for x in numbers)
-        lines = self._problem.is_collinear.numpy().nonzero()[0]
-        a, b, length, product = (np.empty_like(unit_retain) for _ in range(4))
+        problem = self._problem
+        numbers = (self._unit_retain, self._unit_forget, problem.cosine, self._bend, problem.capacity)
+        unit_retain, unit_forget, cosine, bend, capacity = (x.detach() for x in numbers)
+        lines = problem.is_collinear.nonzero().squeeze(1)
+        signs = cosine[lines].sign()
+        a, b, length, product = (torch.empty_like(capacity) for _ in range(4))
 
         def excess(t: float) -> float:
-            np.multiply(unit_retain, 1 - t, out=a)
-            np.multiply(unit_forget, t, out=b)
-            np.subtract(a, b, out=length)
-            np.multiply(length, length, out=length)
-            np.multiply(a, b, out=product)
-            np.multiply(product, bend, out=product)
-            np.add(length, product, out=length)
-            np.sqrt(length, out=length)
-            np.maximum(length, _TINY, out=length)  # 0 of a block that has no gradient
-            forward = np.sign(b[lines] - a[lines] * np.sign(cosine[lines])) if lines.size else 0.0
-            np.multiply(a, cosine, out=a)
-            np.subtract(b, a, out=b)
-            np.divide(b, length, out=b)
-            b[lines] = forward
+            torch.mul(unit_retain, 1 - t, out=a)
+            torch.mul(unit_forget, t, out=b)
+            torch.sub(a, b, out=length).square_()
+            torch.mul(a, b, out=product)
+            length.addcmul_(product, bend).sqrt_().clamp_(min=_FLOAT.tiny)  # 0 of a block that has no gradient
+            forward = torch.sign(b[lines] - a[lines] * signs) if len(lines) else None
+            b.addcmul_(a, cosine, value=-1).div_(length)
+            if forward is not None:
+                b[lines] = forward
             return float(capacity @ b) - quota
 
-        return excess, float(4 * _EPSILON * capacity.sum())
+        return excess, float(4 * _FLOAT.eps * capacity.sum())

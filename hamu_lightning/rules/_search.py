@@ -45,7 +45,7 @@ def bracket_root(
     target: Tensor,
     excess_on_host: Callable[[float], tuple[Callable[[float], float], float]],
 ) -> Tensor:
-    """Return the neighbours in [0, 1], `[2]`, between which a rising function passes `target`; or one number, `[1]`.
+    """Return the neighbours in [0, 1], `[2]`, between which an increasing function passes `target`; or itself, `[1]`.
 
     Where it is at or above the target from the start, both are near 0; where it never reaches it, the right one is 1.
 
@@ -55,7 +55,7 @@ def bracket_root(
         excess_on_host: For a target the function less that, for numbers in host memory, and what it is known to.
     """
     if is_on_host(target):
-        return target.new_tensor(sorted({*interpolate(*excess_on_host(target.tolist()))}))
+        return target.new_tensor(sorted({*interpolate(*excess_on_host(float(target)))}))
     left, right = target.new_zeros(()), target.new_ones(())
     for _ in range(_ROOT_ROUNDS):
         points = _spread(left, right)

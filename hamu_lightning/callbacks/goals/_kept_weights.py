@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,8 @@ _SCHEDULED = ("lr", "momentum", "betas")
 
 class KeptWeights:
     """A copy of the weights that an optimizer trains and of its state, where they are.
+
+    Frozen weights are not copied. Those that are trained only later stay as they are, as do those that are added.
 
     Args:
         optimizer: The optimizer.
@@ -55,8 +58,12 @@ class KeptWeights:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep what `state_dict` returned."""
-        self._kept = Snapshot.from_state_dict(self._optimizer, self._parameters, state) if state else None
+        parameters = self._parameters
+        if state and len(state["weights"]) != len(parameters):  # of an earlier version, with the frozen ones
+            is_trained = [p.requires_grad for group in self._optimizer.param_groups for p in group["params"]]
+            state = {**state, **{name: [*compress(state[name], is_trained)] for name in ("weights", "state")}}
+        self._kept = Snapshot.from_state_dict(self._optimizer, parameters, state) if state else None
 
     @property
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
+        return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]

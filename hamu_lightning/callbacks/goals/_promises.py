@@ -31,17 +31,21 @@ class GroupOutcome:
     follow: bool = False
     steps: int = 1
 
-    def is_kept(self, tolerance: float, slack: float) -> bool:
-        """Whether the step kept its promise to the group; see `VerifySteps`. NaN breaks it."""
+    def is_harmless(self, slack: float) -> bool:
+        """Whether the loss went no further than what was promised allows for; NaN is harm."""
         if not self.is_forgotten:
             return -self.measured <= 1.5 * max(-self.promised, 0.0) + 0.1 * self.steps * abs(self.loss) + slack
+        return self.measured <= 3 * max(self.promised, 0.0) + 0.5 * self.steps * abs(self.loss) + slack
+
+    def is_kept(self, tolerance: float, slack: float) -> bool:
+        """Whether the step kept its promise to the group; see `VerifySteps`. NaN breaks it."""
+        if not self.is_forgotten or not self.is_harmless(slack):
+            return self.is_harmless(slack)
         if self.follow and self.promised > 0 and self.due < tolerance * self.promised:
             return False  # the weights are too coarse for the step
         due = min(self.promised, self.due)
         # Past a target less than nothing is due: the loss may fall by that much.
-        least = due * (tolerance if due > 0 else 2 - tolerance) - slack
-        most = 3 * max(self.promised, 0.0) + 0.5 * self.steps * abs(self.loss) + slack
-        return least <= self.measured <= most
+        return due * (tolerance if due > 0 else 2 - tolerance) - slack <= self.measured
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,17 @@ class Outcome:
 
     groups: Mapping[str, GroupOutcome]
 
+    @property
+    def _slack(self) -> float:
+        return _ROUNDING * sum(abs(group.loss) for group in self.groups.values())
+
     def is_kept(self, tolerance: float) -> bool:
         """Whether the step kept all its promises."""
-        slack = _ROUNDING * sum(abs(group.loss) for group in self.groups.values())
-        return all(group.is_kept(tolerance, slack) for group in self.groups.values())
+        return all(group.is_kept(tolerance, self._slack) for group in self.groups.values())
+
+    def is_harmless(self) -> bool:
+        """Whether no loss went further than what was promised allows for."""
+        return all(group.is_harmless(self._slack) for group in self.groups.values())
 
     def numbers(self) -> dict[str, float]:
         """The losses, the promises, what was due of them, and what was measured, by name."""

@@ -56,14 +56,15 @@ class VerifySteps:
     interrupt or an error while a step is judged takes it back first.
 
     With `every="auto"` steps are verified together: one, then two, four, at most eight, while promises are kept. Of
-    those since the last verified weights, the last is judged as above, and all of them at once, on the batches of the
-    first: each allows for the harm above, once for each step, and the loss to forget must not have fallen. Where either
-    is broken all of them are taken back, as if they had not been (weights, the optimizer's state, counts; levels are
-    measured anew), and the next ones are verified one by one. What is measured beside the steps, the end of an epoch or
-    a fit, and a reason to stop see verified weights only; an interrupt takes back what is not verified yet. A
-    checkpoint that is saved in between holds the last verified weights too, and a resumed run goes on from those. Costs
-    four forward passes for so many steps, and a copy of weights and state all the time. Steps that do not follow the
-    rule (other bases than plain SGD, coarse weights), or with `track_actual`, are verified one by one.
+    those since the last verified weights, the last is judged as above; and all of them at once, on the batches of the
+    first, where losses may have gone as far as the upper bounds above allow, once for each step. Where either is broken
+    all of them are taken back, as if they had not been (weights, the optimizer's state, counts; levels are measured
+    anew), and the next ones are verified one by one. What is measured beside the steps, the end of an epoch or a fit,
+    and a reason to stop see verified weights only; an interrupt takes back what is not verified yet. A checkpoint that
+    is saved in between holds the last verified weights too, and a resumed run goes on from those. Costs four forward
+    passes for so many steps, a copy of weights and state all the time, and steps where promises are broken. Steps that
+    do not follow the rule (other bases than plain SGD, coarse weights), or with `track_actual`, are verified one by
+    one.
 
     Args:
         every: Verify every so many combined steps, each by itself; "auto": all, up to eight together.
@@ -226,9 +227,9 @@ class Verifier:
 
     def _are_kept(self, waiting: UnverifiedSteps, first: Batches, number: int) -> bool:
         """Whether all steps together did no harm that they did not promise, and the last one kept its own promise."""
-        # A step promises for its own batches: those of the first rise by less than the sum.
+        # No step promises anything for the batches of the first but that it does them no harm.
         together = self._measure(first, waiting.promised, waiting.promised, waiting.forgotten, number)
-        is_kept = together.is_kept(tolerance=0.0)
+        is_kept = together.is_harmless()
         self._write(together, "accept" if is_kept else "back", number)
         self.outcome, report = together, waiting.last_report
         if is_kept and waiting.last is not None and report is not None:

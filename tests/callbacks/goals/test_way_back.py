@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from typing_extensions import override
 from hamu_lightning import HAMUQ, HAMUCallback, VerifySteps
 from hamu_lightning.callbacks import ForgetAbove, PassOptions, RetainAbove
 from hamu_lightning.callbacks.goals._kept_weights import KeptWeights
-from hamu_lightning.optim import HAMUOptimizer
+from hamu_lightning.optim import HAMUOptimizer, Snapshot
 from hamu_lightning.rules import FixedRadius, RelativeQuota, TargetQuota
 from tests.callbacks.modules import OPTIMIZERS, Base, build, fit, make_data
 from tests.callbacks.test_checkpoints import ResumableLoader, assert_same, end_of, make_forget
@@ -54,6 +55,44 @@ def test_the_state_goes_back_with_the_weights(optimizer: str, is_saved: bool, tm
     assert hamu.param_groups[0]["lr"] == 0.5
     hamu.param_groups[0]["lr"] = before[1]["param_groups"][0]["lr"]
     torch.testing.assert_close((module.state_dict(), hamu.state_dict()), before, rtol=0, atol=0)
+
+
+def test_frozen_weights_are_not_copied() -> None:
+    """Neither by a checkpoint, nor by one of an earlier version, which held them."""
+    module = build(Base)
+    frozen, *trained = module.parameters()
+    frozen.requires_grad_(False)
+    hamu = HAMUOptimizer(torch.optim.SGD(module.parameters(), lr=0.1), HAMUQ(0.01, radius=FixedRadius(0.1)))
+    kept = KeptWeights(hamu)
+    kept.keep()
+    state = kept.state_dict()
+    assert [w.shape for w in state["weights"]] == [p.shape for p in trained]
+    before = copy.deepcopy(module.state_dict())
+    earlier = {**state, "weights": [frozen + 1, *state["weights"]], "state": [{}, *state["state"]]}
+    for saved in (state, earlier):
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(1.0)
+        kept.load_state_dict(saved)
+        kept.restore()
+        torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+def test_one_copy_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old copy goes before the new one is made."""
+    module = build(Base)
+    hamu = HAMUOptimizer(torch.optim.SGD(module.parameters(), lr=0.1), HAMUQ(0.01, radius=FixedRadius(0.1)))
+    kept = KeptWeights(hamu)
+    kept.keep()
+    held = weakref.ref(kept._kept.weights[0])  # type: ignore[union-attr]
+    made = Snapshot.__init__
+
+    def make(snapshot: Any, *args: Any) -> None:
+        assert held() is None
+        made(snapshot, *args)
+
+    monkeypatch.setattr(Snapshot, "__init__", make)
+    kept.keep()
 
 
 def train(folder: Path, case: dict[str, Any], checkpoint: Path | None = None) -> tuple[Any, HAMUCallback]:
