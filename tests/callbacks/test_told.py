@@ -37,7 +37,7 @@ def loader(batch_size: int = 8, **options: Any) -> DataLoader[Any]:
 @pytest.mark.parametrize(
     ("settings", "cause"),
     [
-        ({"max_epochs": 1}, "max_epochs=1 is reached, with 1 epochs before this fit"),
+        ({"max_epochs": 1}, "max_epochs=1 is reached, with 1 epoch before this fit"),
         ({"max_epochs": -1, "max_steps": 6}, "max_steps=6 is reached, with 6 steps before this fit"),
         ({"limit_train_batches": 0, "max_epochs": 9}, "limit_train_batches is 0"),
     ],
