@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,24 +12,11 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from hamu_lightning.callbacks import HAMUCallback
+from hamu_lightning.callbacks import HAMUCallback, find_hamu
 from hamu_lightning.evidence._scores import FORGET, RETAIN, Evaluation
 from hamu_lightning.metrics.functional import ranks_among
 from hamu_lightning.report import MissingMatplotlibError, plot_losses, plot_ranks, plot_tradeoff, render
 
-# TensorBoard reads tags as regular expressions.
-_LAYOUT = {
-    "Unlearning": {
-        "losses and target": [
-            "Multiline",
-            [r"^retain/loss$", r"^forget/loss$", r"^hamu/forget_level$", r"^hamu/target$"],
-        ],
-        "margin": ["Multiline", [r"^hamu/margin$"]],
-        "evaluated losses": ["Multiline", [r"^eval/(retain|forget|holdout|test)_loss$"]],
-        "evaluated accuracy": ["Multiline", [r"^eval/(RA|FA|TA)$"]],
-        "attack and score": ["Multiline", [r"^eval/(auc|score)$"]],
-    }
-}
 _RUN = "unlearning"
 
 
@@ -48,7 +36,25 @@ def log_numbers(trainer: Trainer, numbers: Mapping[str, float], step: int) -> No
 def log_layout(trainer: Trainer) -> None:
     """Let TensorBoard's custom scalars show what belongs together on one chart."""
     for experiment in _tensorboards(trainer):
-        experiment.add_custom_scalars(_LAYOUT)
+        experiment.add_custom_scalars({"Unlearning": lay_out(find_hamu(trainer))})
+
+
+def lay_out(hamu: HAMUCallback | None) -> dict[str, Any]:
+    """What is on each chart: losses, levels and targets of all groups on one, the margin on another."""
+    rule = None if hamu is None else hamu.settings.schedule or hamu.settings.rule
+    groups = [re.escape(name) for name in getattr(rule, "groups", (RETAIN, FORGET))]
+    levels = ["", *(f"{name}_" for name in groups)]
+    charts = {  # TensorBoard reads tags as regular expressions
+        "losses and target": [
+            *(f"^{name}/loss$" for name in groups),
+            *(f"^hamu/{prefix}{what}$" for what in ("forget_level", "target") for prefix in levels),
+        ],
+        "margin": ["^hamu/margin$"],
+        "evaluated losses": ["^eval/(retain|forget|holdout|test)_loss$"],
+        "evaluated accuracy": ["^eval/(RA|FA|TA)$"],
+        "attack and score": ["^eval/(auc|score)$"],
+    }
+    return {title: ["Multiline", tags] for title, tags in charts.items()}
 
 
 def log_settings(trainer: Trainer, hamu: HAMUCallback | None, numbers: Mapping[str, float]) -> None:

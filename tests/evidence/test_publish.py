@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from typing_extensions import override
 from hamu_lightning import HAMUCallback, Holdout
 from hamu_lightning.errors import HAMUValueError
 from hamu_lightning.evidence import EvaluateUnlearning
+from hamu_lightning.evidence._publish import lay_out
 from tests.callbacks.modules import fit, trained_on
 from tests.evidence.test_callback import HOLDOUT, PARTS, TRAIN, make_loader
 
@@ -138,6 +140,14 @@ class Copies(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         (found,) = (x for x in trainer.callbacks if isinstance(x, EvaluateUnlearning))
         self.made = [copy.deepcopy(found), pickle.loads(pickle.dumps(found))]
+
+
+def test_the_layout_has_all_requests() -> None:
+    hamu = HAMUCallback({"request-17": PARTS["forget"], "b": PARTS["retain"]}, target={"request-17": 1.0, "b": 2.0})
+    _, tags = lay_out(hamu)["losses and target"]
+    wanted = {"retain/loss", "request-17/loss", "b/loss", "hamu/request-17_forget_level", "hamu/b_target"}
+    assert all(any(re.search(tag, name) for tag in tags) for name in wanted)
+    assert not any(re.search(tag, "train/loss") for tag in tags)
 
 
 def test_pickles_hold_no_data() -> None:
