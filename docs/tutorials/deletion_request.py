@@ -118,7 +118,7 @@ with open("forget_ids.csv", "w", newline="") as file:
 # pictures to forget are read without augmentation, as the validation pictures are.
 
 # %%
-from hamu_lightning import EvaluateUnlearning, HAMUCallback, UnlearnData, Unseen  # noqa: E402
+from hamu_lightning import EvaluateUnlearning, HAMUCallback, UnlearnData, Unseen
 
 model = Classifier.load_from_checkpoint("best.ckpt")
 data = UnlearnData(PictureData(), forget="forget_ids.csv", by="customer_id")
@@ -135,7 +135,7 @@ print(hamu.summary)
 # tries to get the pictures back out of all of them: what comes out of a model that never saw them is no leak.
 
 # %%
-from hamu_lightning.evidence import attack, evaluate, report  # noqa: E402
+from hamu_lightning.evidence import attack, evaluate, report
 
 retrained = [train(data)[1] for _ in range(3)]
 parts = data.parts()
