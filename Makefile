@@ -9,7 +9,7 @@ INSTALL_DOCS := $(VENV)-docs/bin/python -m pip install --quiet --disable-pip-ver
 INSTALL_WHEEL := $(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-wheel.txt
 INSTALL_LOWEST := $(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt
 
-.PHONY: quickstart test test-lowest test-integration docs wheel bench clean
+.PHONY: quickstart test test-lowest test-integration docs tutorials wheel bench clean
 
 quickstart: $(VENV)/.examples
 	$(BIN)/python examples/quickstart.py
@@ -34,6 +34,11 @@ test-integration: $(VENV)-integration/.ready
 # Every warning is an error: a link, an anchor or a name in a docstring that leads nowhere.
 docs: $(VENV)-docs/.ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build
+
+# Programs in jupytext's percent format; the site shows them as pages.
+tutorials: $(VENV)/.dev
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && for tutorial in $(CURDIR)/docs/tutorials/*.py; do \
+		OMP_NUM_THREADS=1 $(abspath $(BIN))/python "$$tutorial" || exit 1; done
 
 # The wheel is installed into a fresh environment outside of the repository, where the README's example runs.
 wheel: $(VENV)-wheel/.ready

@@ -42,6 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
+    for tutorial in sorted((ROOT / "docs" / "tutorials").glob("*.py")):
+        files.append(File.generated(config, f"tutorials/{tutorial.stem}.md", content=as_markdown(tutorial)))
     public = find_public()
     files.append(File.generated(config, "api/index.md", content=list_packages(public)))
     for name, path in public.items():
@@ -79,6 +81,16 @@ def on_page_content(html: str, page: Page, **_: object) -> str:
         return f'<a href="{url}{match[2] or ""}">{match[0]}</a>'
 
     return re.sub(r"docs/(\w+)\.md(#[\w-]+)?", cite, html) if page.file.src_uri.startswith("api/") else html
+
+
+def as_markdown(tutorial: Path) -> str:
+    """A program in percent format (`# %%` begins a cell) as a page."""
+    text = []
+    for cell in re.split(r"^# %%", tutorial.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        kind, _, body = cell.partition("\n")
+        is_text = kind.strip() == "[markdown]"
+        text.append(re.sub(r"^# ?", "", body, flags=re.MULTILINE) if is_text else f"```python\n{body.strip()}\n```")
+    return "\n".join(text)
 
 
 def find_public() -> dict[str, Path]:

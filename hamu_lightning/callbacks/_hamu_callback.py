@@ -111,7 +111,7 @@ class HAMUCallback(Record, Callback):
             its promise. Default: with `target`, and not else.
         confirm: A check before the target counts as reached, such as `hamu_lightning.text.SpansGone(part)`: a function
             of the module that says in words what speaks against it, or nothing. While it fails the fit goes on, to a
-            higher loss. For several requests a mapping from their names.
+            higher loss; no step is asked for more than half of the capacity then. For several requests a mapping.
         guard: `RetainGuard()`, or True, measures the retain data as a whole every so many steps, and goes back where
             they have lost too much. Default: with `target`, and not else.
         passes: Batch size, BatchNorm, and how often forget passes run.
@@ -155,7 +155,7 @@ class HAMUCallback(Record, Callback):
             forget=forget,
             protect={} if protect is None else protect,
             rule=choose_rule(
-                rule, target, schedule, passes.every_n_steps, protect if isinstance(protect, Mapping) else ()
+                rule, target, schedule, passes.every_n_steps, protect if isinstance(protect, Mapping) else (), confirm
             ),
             schedule=schedule,
             objective=objective,

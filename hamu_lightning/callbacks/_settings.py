@@ -48,6 +48,9 @@ from hamu_lightning.solvers import FeasibleDirection
 # low-rank adapters the weights that they change.
 _TARGET_RADIUS = 2e-3
 _ADAPTER_RADIUS = 5e-2
+# Where a check has to pass, the steps aim ever further while it fails: what they ask for leaves more room to spare the
+# retain data (docs/language_models.md).
+_CHECKED_SHARE = 0.5
 BatchNormMode: TypeAlias = Literal["freeze", "retain"]
 
 
@@ -261,7 +264,9 @@ class FitSettings(HoldsData):
         )
 
 
-def choose_rule(rule: Any, target: Any, schedule: Any, every_n_steps: int, protect: Iterable[str] = ()) -> Rule | None:
+def choose_rule(
+    rule: Any, target: Any, schedule: Any, every_n_steps: int, protect: Iterable[str] = (), confirm: Any = None
+) -> Rule | None:
     """Return the rule that a fit begins with: the user's, the one that leads to a target, or the schedule's first.
 
     Raises:
@@ -276,18 +281,25 @@ def choose_rule(rule: Any, target: Any, schedule: Any, every_n_steps: int, prote
                 "Expected `target` or `rule`, but got both. With a rule of your own: "
                 "HAMUQ(quota=TargetQuota(target), radius=...)."
             )
-        rule = lead_to(target, protect)
+        rule = lead_to(target, protect, confirm)
     chosen: Rule | None = check_type("rule", rule, Rule | None, "a rule such as HAMUQ(quota=1e-3)")
     return chosen
 
 
-def lead_to(target: Any, protect: Iterable[str]) -> Rule:
+def lead_to(target: Any, protect: Iterable[str], confirm: Any) -> Rule:
     """The rule that leads to a target, or to one for each request by name, and lets no protected group get worse."""
     radius = RelativeRadius(_TARGET_RADIUS)
     if not isinstance(target, Mapping):
-        return HAMUQ(TargetQuota(as_target(target)), radius=radius, blocks="global")
-    quotas = {name: TargetQuota(as_target(one)) for name, one in target.items()}
+        return HAMUQ(ask_for(target, confirm), radius=radius, blocks="global")
+    checks = confirm if isinstance(confirm, Mapping) else {}
+    quotas = {name: ask_for(one, checks.get(name)) for name, one in target.items()}
     return FeasibleDirection(quotas, dict.fromkeys(protect, 0.0), radius=radius)
+
+
+def ask_for(target: Any, confirm: Any) -> TargetQuota:
+    """What the steps towards a target are asked for."""
+    quota = TargetQuota(as_target(target))
+    return quota if confirm is None else replace(quota, share=_CHECKED_SHARE)
 
 
 def choose_verification(verify: Any, *, has_target: bool) -> VerifySteps | None:

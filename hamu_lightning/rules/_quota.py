@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,6 @@ from torch import Tensor
 from hamu_lightning.checks import check_count, check_number, check_optional, store
 from hamu_lightning.errors import HAMUValueError
 
-# A quota at the very capacity leaves no room to spare the other objective.
-_USABLE = 0.9
 # The last of a gap is closed over this many steps: one batch's loss says too little to close it in a single step.
 _SETTLING_STEPS = 4
 
@@ -97,14 +95,16 @@ class TargetQuota(Quota):
     """What is left to the target, divided by the steps that are left.
 
     Nobody knows their quota; they know where the forget loss should end. Each step asks for `(target - level) /
-    max(steps left, 4)`, never for more than 0.9 of the capacity. Past the target this is negative: the loss may fall
-    back, and well past it the step is plain descent on the retain data. `level` is the forget loss, smoothed over
-    batches; `HAMUOptimizer` keeps it, and needs the loss of each forget batch for it (`optimizer.aim.observe`).
+    max(steps left, 4)`, never for more than a share of the capacity: a quota at the very capacity leaves no room to
+    spare the other objective. Past the target this is negative: the loss may fall back, and well past it the step is
+    plain descent on the retain data. `level` is the forget loss, smoothed over batches; `HAMUOptimizer` keeps it, and
+    needs the loss of each forget batch for it (`optimizer.aim.observe`).
 
     Args:
         target: Where the forget loss should end, in its own unit: a number, or what `HAMUCallback` measures at the
             model, such as `Holdout(loader)`.
         steps: In how many steps; None for two thirds of the fit's, so that the rest is left to settle.
+        share: The largest share of the capacity `sum_b R_b |g_b|` that a step is asked for, above 0 and at most 1.
 
     Raises:
         HAMUValueError: If a number is out of its range.
@@ -117,12 +117,17 @@ class TargetQuota(Quota):
 
     target: Any
     steps: int | None = None
+    share: float = field(default=0.9, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         if isinstance(self.target, type) or not callable(getattr(self.target, "measure", self.target)):
             store(self, target=check_number("target", self.target, wanted="a finite loss"))
-        store(self, steps=check_optional(check_count, "steps", self.steps))
+        store(
+            self,
+            steps=check_optional(check_count, "steps", self.steps),
+            share=check_number("share", self.share, above=0, most=1, wanted="above 0 and at most 1"),
+        )
 
     def resolve(self, level: Tensor, target: Tensor, *, step: int, steps: int) -> Tensor:
         """Compute what a step asks for before it is capped; pure.
@@ -149,7 +154,7 @@ class TargetQuota(Quota):
                 "Expected `quota`, from `TargetQuota.resolve`, but got None: a target needs the forget loss. "
                 "HAMUOptimizer gives it by itself; in a direct call of a rule pass `quota=`."
             )
-        return torch.minimum(given, _USABLE * capacity)
+        return torch.minimum(given, self.share * capacity)
 
 
 def as_quota(quota: float | Quota) -> Quota:

@@ -41,6 +41,11 @@ def test_a_resolved_target_is_capped(given: float, expected: float) -> None:
     assert float(ask(TargetQuota(1.0), given).total_quota) == pytest.approx(expected)
 
 
+def test_a_target_may_be_given_less_of_the_capacity() -> None:
+    assert float(ask(TargetQuota(1.0, share=0.5), 10.0).total_quota) == pytest.approx(0.5 * CAPACITY)
+    assert float(ask(TargetQuota(1.0, share=0.5), 0.1).total_quota) == pytest.approx(0.1)
+
+
 def test_what_was_resolved_overrides_every_quota() -> None:
     for quota in (0.05, AbsoluteQuota(0.05), RelativeQuota(0.4)):
         assert float(ask(quota, 0.01).total_quota) == pytest.approx(0.01)
@@ -64,6 +69,8 @@ def test_a_target_asks_for_what_is_left(level: float, step: int, expected: float
         (lambda: RelativeQuota(1.5), "at most 1, but got 1.5"),
         (lambda: TargetQuota(math.nan), "Expected `target` to be a finite loss, but got nan"),
         (lambda: TargetQuota(1.0, steps=0), "Expected `steps` to be at least 1, but got 0"),
+        (lambda: TargetQuota(1.0, share=0.0), "Expected `share` to be above 0 and at most 1, but got 0.0"),
+        (lambda: TargetQuota(1.0, share=1.5), "Expected `share` to be above 0 and at most 1, but got 1.5"),
         (lambda: HAMUU(TargetQuota(1.0)), "Expected HAMUU's `quota`"),
         (lambda: ask(TargetQuota(1.0)), "a target needs the forget loss"),
     ],

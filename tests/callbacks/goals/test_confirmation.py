@@ -50,6 +50,18 @@ def test_a_target_is_not_reached_before_the_check_passes() -> None:
     assert "Not gone" not in hamu.summary
 
 
+def test_with_a_check_no_step_is_asked_for_more_than_half_of_the_capacity() -> None:
+    checked, plain = (HAMUCallback(FORGET, target=0.5, confirm=check) for check in (UntilLoss(1.0), None))
+    several = HAMUCallback(
+        {"one": FORGET, "two": FORGET}, target={"one": 0.5, "two": 0.5}, confirm={"two": UntilLoss(1)}
+    )
+    assert [hamu.settings.rule.target_quotas["forget"].share for hamu in (checked, plain)] == [0.5, 0.9]
+    assert {name: quota.share for name, quota in several.settings.rule.target_quotas.items()} == {
+        "one": 0.9,
+        "two": 0.5,
+    }
+
+
 def test_what_never_passes_is_told_and_bounded() -> None:
     module, confirm = trained(), UntilLoss(100.0)
     with pytest.warns(UserWarning, match="reached its target, but the loss is only .*; the mean was led to"):
