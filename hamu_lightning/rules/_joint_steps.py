@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hamu_lightning.rules._closed_form import BlockProblem, safe_divide
+from hamu_lightning.rules._search import read
 
 _FLOAT = torch.finfo(torch.float64)
 
@@ -72,6 +73,6 @@ class JointSteps:
             b.addcmul_(a, cosine, value=-1).div_(length)
             if forward is not None:
                 b[lines] = forward
-            return float(capacity @ b) - quota
+            return read(capacity @ b) - quota
 
-        return excess, float(4 * _FLOAT.eps * capacity.sum())
+        return excess, 4 * _FLOAT.eps * read(capacity.sum())

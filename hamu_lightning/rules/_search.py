@@ -55,7 +55,7 @@ def bracket_root(
         excess_on_host: For a target the function less that, for numbers in host memory, and what it is known to.
     """
     if is_on_host(target):
-        return target.new_tensor(sorted({*interpolate(*excess_on_host(float(target)))}))
+        return target.new_tensor(sorted({*interpolate(*excess_on_host(read(target)))}))
     left, right = target.new_zeros(()), target.new_ones(())
     for _ in range(_ROOT_ROUNDS):
         points = _spread(left, right)
@@ -67,6 +67,11 @@ def bracket_root(
 def is_on_host(tensor: Tensor) -> bool:
     """Whether numbers are in host memory, where looking at one waits for nobody, and none of them is fake."""
     return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def read(number: Tensor) -> float:
+    """A 0-d tensor in host memory as a number."""
+    return float(number.reshape(1).tolist()[0])
 
 
 def interpolate(function: Callable[[float], float], noise: float = 0.0) -> tuple[float, float]:

@@ -107,14 +107,14 @@ def test_ids_are_checked_before_anything_else(
     (folder / "ids.csv").write_text("client\nc3\nc999\n")
     assert main([*words, "--trainer.enable_model_summary=true", "--forget-ids", "ids.csv"]) == 2
     told = capsys.readouterr()
-    assert "1 are not: c999." in told.err and "`--missing warn`" in told.err
+    assert "1 is not: c999." in told.err and "`--missing warn`" in told.err
     assert told.out == "" and "Trainable params" not in caplog.text
 
 
 def test_absent_ids_that_are_rightly_absent(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "ids.csv").write_text("client\nc3\nc999\n")
     words = ["evaluate", "--config", "config.yaml", "--weights", "best.pt", *IDS, "--missing", "warn"]
-    with pytest.warns(UserWarning, match="1 are not: c999. The others"):
+    with pytest.warns(UserWarning, match="1 is not: c999. The others"):
         assert main(words) == 0
     assert "forget_loss" in capsys.readouterr().out
     assert main([*words[:-1], "ignore"]) == 2
