@@ -212,6 +212,18 @@ def test_scrubbing_takes_out_what_is_ours_and_nothing_else(npo: Path) -> None:
     assert all(entry.action == "remains" for entry in scrub(npo, dry_run=False))
 
 
+def test_the_state_beside_a_checkpoint_of_transformers_is_ours_too(npo: Path) -> None:
+    objective = load(npo / "epoch=1-step=8.ckpt")["callbacks"]["HAMUCallback"]["objectives"]["forget"]
+    path = npo / "beside" / "hamu_state.pt"
+    path.parent.mkdir()
+    torch.save({"optimizer": {"applied": 4}, "objective": objective, "draw": 1, "passes": 4}, path)
+    assert of(audit(folder=path.parent), "yes") == {f"hamu_state.pt: {OBJECTIVE}"}
+    assert [entry.action for entry in scrub(path.parent, dry_run=False)] == ["rewritten"]
+    kept = {"optimizer": {"applied": 4}, "draw": 1, "passes": 4}
+    assert load(path) == {**kept, "objective": {**objective, "reference": {"released": True}}}
+    assert of(audit(folder=path.parent), "no") == {"hamu_state.pt: state of the HAMUTrainerMixin"}
+
+
 def test_a_scrubbed_checkpoint_loads_and_says_what_it_needs(npo: Path) -> None:
     scrub(npo, dry_run=False)
     source, forget = make_split()

@@ -29,8 +29,15 @@ class Checkpoint:
     time: float
 
     @property
+    def is_beside(self) -> bool:
+        """Whether it is what `HAMUTrainerMixin` keeps beside a checkpoint of transformers: a state, and no weights."""
+        return {*(self.content or {})} == {"optimizer", "objective", "draw", "passes"}
+
+    @property
     def state(self) -> Mapping[str, Any] | None:
-        """The state of a HAMUCallback, if there is one."""
+        """The state of a HAMUCallback or a HAMUTrainerMixin, if there is one."""
+        if self.is_beside:
+            return self.content
         callbacks = (self.content or {}).get("callbacks")
         state = callbacks.get(STATE_KEY) if isinstance(callbacks, Mapping) else None
         return state if isinstance(state, Mapping) else None
@@ -63,7 +70,8 @@ def judge_checkpoints(found: Sequence[Checkpoint], folder: Path) -> Iterator[Fin
             )
             yield Finding(name, "unknown", advice)
             continue
-        yield _judge_weights(checkpoint, name, most, began)
+        if not checkpoint.is_beside:
+            yield _judge_weights(checkpoint, name, most, began)
         yield from _judge_rest(checkpoint, name)
 
 
@@ -85,9 +93,9 @@ def _judge_rest(checkpoint: Checkpoint, name: str) -> Iterator[Finding]:
         for kind in kinds:
             yield Finding(f"{name}: {kind}", "yes", f"{_SCRUB}.")
         if not kinds:
-            yield Finding(
-                f"{name}: state of the HAMUCallback", "no", "Counts, and a salted hash of the data to forget."
-            )
+            of = "HAMUTrainerMixin" if checkpoint.is_beside else "HAMUCallback"
+            what = "Counts." if checkpoint.is_beside else "Counts, and a salted hash of the data to forget."
+            yield Finding(f"{name}: state of the {of}", "no", what)
     if has_moments(content.get("optimizer_states")):
         yield Finding(f"{name}: optimizer moments", "yes", f"They average gradients of past batches. {_MOMENTS}")
     if "averaging_state" in content or _has_average(content.get("callbacks")):

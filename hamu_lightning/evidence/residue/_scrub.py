@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 import torch
 
 from hamu_lightning.evidence.residue._audit import open_folder
-from hamu_lightning.evidence.residue._checkpoints import SUFFIXES, load_checkpoint
+from hamu_lightning.evidence.residue._checkpoints import SUFFIXES, Checkpoint, load_checkpoint
 from hamu_lightning.evidence.residue._files import CACHE, judge_folder
 from hamu_lightning.evidence.residue._state import REFERENCE, STATE_KEY, strip
 from hamu_lightning.files import UNFINISHED, write_whole
@@ -84,10 +84,15 @@ def _clean_checkpoints(folder: Path, dry_run: bool) -> Iterator[Scrubbed]:
         if not kinds:
             continue
         if not dry_run:
-            callbacks = {**checkpoint.content["callbacks"], STATE_KEY: state}
-            _rewrite(path.resolve(), {**checkpoint.content, "callbacks": callbacks})  # a link stays one
+            _rewrite(path.resolve(), _with_state(checkpoint, state))  # a link stays one
         after = "; to go on from it, give the objective the original as its reference" if REFERENCE in kinds else ""
         yield Scrubbed(path, "would be rewritten" if dry_run else "rewritten", ", ".join(kinds) + after)
+
+
+def _with_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
+    """What is in a checkpoint, with another state."""
+    content = dict(checkpoint.content or {})
+    return state if checkpoint.is_beside else {**content, "callbacks": {**content["callbacks"], STATE_KEY: state}}
 
 
 def _rewrite(path: Path, content: dict[str, Any]) -> None:
