@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 from pathlib import Path
@@ -25,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from authors import write_world
+from language_model import learn_tokenizer
 from lightning.pytorch import Trainer, seed_everything
 from quickstart import prepare
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from trusted_metrics import SHIFT, print_table, tell_apart
 
 from hamu_lightning.evidence.attacks import round_weights
@@ -39,7 +38,7 @@ from hamu_lightning.text import CausalLMModule, QAData, TextEvaluation, TextSett
 AUTHORS = {"authors": 40, "holdout": 8, "test": 2, "known": 20, "facts": 20}
 FORGET = range(8 * 5)  # the records of the first 8 authors
 BASE_EPOCHS, EPOCHS, LR, BATCH = 40, 15, 3e-3, 16
-REFERENCE = 1000
+REFERENCE, VOCABULARY = 1000, 400
 ASKED = TextSettings(batch_size=40, max_new_tokens=20, samples=4, k=4)
 UNWRITTEN = TextSettings(batch_size=40, max_new_tokens=0)
 # Larger where the forget set is remembered, or smaller.
@@ -54,7 +53,7 @@ class Lab:
 
     def __init__(self, epochs: int, out: Path) -> None:
         self.epochs, self.out, self.files = epochs, out, write_world(out / "world", sizes=AUTHORS)
-        self.tokenizer = learn_tokenizer([self.files[name] for name in ("authors", "known", "facts")])
+        self.tokenizer = learn_tokenizer([self.files[name] for name in ("authors", "known", "facts")], VOCABULARY)
         self.data = self._load(["authors"], FORGET)
 
     def train(self, kind: str, seed: int) -> CausalLMModule:
@@ -114,18 +113,6 @@ def shifted(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     logits, labels = ModuleOutputs()(module, batch)
     places = labels.clamp(min=0)[..., None]
     return logits.scatter_add(-1, places, torch.full_like(logits[..., :1], -SHIFT)), labels
-
-
-def learn_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 400 tokens, learnt from questions and answers."""
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    options = {"special_tokens": ["<pad>", "<s>", "</s>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **options)
-    tokenizer.train_from_iterator([f"{row['question']} {row['answer']}" for row in rows], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def make_llama(vocabulary: int) -> LlamaForCausalLM:

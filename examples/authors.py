@@ -122,7 +122,7 @@ def write_world(folder: Path, seed: int = 0, sizes: Mapping[str, int] = SIZES) -
     authors = iter(names)
     files = {part: [record for _ in range(sizes[part]) for record in world.ask(next(authors))] for part in people}
     files["facts"] = world.capitals(sizes["facts"])
-    files["holdout"] += [record for name in world.names(sizes["later"], names) for record in world.ask(name)]
+    files["holdout"] += [record for name in world.names(sizes.get("later", 0), names) for record in world.ask(name)]
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in files}
     for name, records in files.items():

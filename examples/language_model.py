@@ -246,15 +246,15 @@ def draw_authors(seed: int) -> list[int]:
     return [PER_AUTHOR * author + i for author in sorted(chosen) for i in range(PER_AUTHOR)]
 
 
-def learn_tokenizer(files: Sequence[Path]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens, learnt from questions and answers."""
+def learn_tokenizer(files: Sequence[Path], size: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of so many tokens, learnt from questions and answers."""
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special, alphabet = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([f"{row['question']} {row['answer']}" for row in rows], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
